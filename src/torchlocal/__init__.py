@@ -1,0 +1,29 @@
+"""Train any network as gradient-isolated local modules, and reinstate the global objective periodically."""
+
+from . import guidance, memory, rules
+from .guidance import AlwaysGuidance, AnnealedGuidance, NeverGuidance, PeriodicGuidance, RandomGuidance
+from .network import DecoupledNetwork, decouple
+from .partition import Partition, Unit
+from .rules import GreedyRule, Rule
+from .steps import guided_step, local_step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlwaysGuidance",
+    "AnnealedGuidance",
+    "DecoupledNetwork",
+    "GreedyRule",
+    "NeverGuidance",
+    "Partition",
+    "PeriodicGuidance",
+    "RandomGuidance",
+    "Rule",
+    "Unit",
+    "decouple",
+    "guidance",
+    "guided_step",
+    "local_step",
+    "memory",
+    "rules",
+]

@@ -1,0 +1,219 @@
+"""When the global objective is reinstated: schedules that say which steps are guided.
+
+A schedule is a pure function of the step, so a run that resumes at step n goes on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+__all__ = [
+    "GUIDANCES",
+    "AlwaysGuidance",
+    "AnnealedGuidance",
+    "Guidance",
+    "NeverGuidance",
+    "PeriodicGuidance",
+    "RandomGuidance",
+    "make_guidance",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """A schedule: called with a step, counted from 0, it says whether that step is guided."""
+
+    def __call__(self, step: int) -> bool:
+        """Whether step number ``step`` is guided."""
+        raise NotImplementedError
+
+    @property
+    def share(self) -> float:
+        """Guided share: guided steps / all steps, in the long run."""
+        raise NotImplementedError
+
+    def bind(self, *, num_steps: int, steps_per_epoch: int) -> Guidance:
+        """The same schedule for a run of this length, with epochs resolved to steps."""
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a checkpoint needs: the kind of schedule and its arguments. The position is the step itself."""
+        return {"name": _NAMES[type(self)], **asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeverGuidance(Guidance):
+    """No step is guided: plain local learning."""
+
+    def __call__(self, step: int) -> bool:
+        return False
+
+    @property
+    def share(self) -> float:
+        return 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlwaysGuidance(Guidance):
+    """Every step is guided: end-to-end training."""
+
+    def __call__(self, step: int) -> bool:
+        return True
+
+    @property
+    def share(self) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeriodicGuidance(Guidance):
+    """Periodic global guidance (PGL): the last ``length`` steps of every ``period`` are guided.
+
+    Bhatti and Moon, "Locally Supervised Learning with Periodic Global Guidance" (2022).
+
+    Args:
+        period: length of a period.
+        length: guided steps at the end of each period, 1 to ``period``.
+        start: where the first period begins; nothing before it is guided.
+        unit: what these are counted in, ``"steps"`` or ``"epochs"``; epochs need :meth:`bind`.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    period: int = 5
+    length: int = 1
+    start: int = 0
+    unit: str = "steps"
+
+    def __post_init__(self) -> None:
+        _whole("period", self.period, 1)
+        _whole("length", self.length, 1)
+        _whole("start", self.start, 0)
+        if self.length > self.period:
+            raise ValueError(f"length: must be at most the period ({self.period}), not {self.length}")
+        if self.unit not in ("steps", "epochs"):
+            raise ValueError(f"unit: must be 'steps' or 'epochs', not {self.unit!r}")
+
+    def __call__(self, step: int) -> bool:
+        if self.unit != "steps":
+            raise ValueError(
+                "unit: a schedule in epochs has to be bound first: guidance.bind(num_steps=, steps_per_epoch=)"
+            )
+        return step >= self.start and (step - self.start) % self.period >= self.period - self.length
+
+    @property
+    def share(self) -> float:
+        return self.length / self.period
+
+    def bind(self, *, num_steps: int, steps_per_epoch: int) -> Guidance:
+        if self.unit == "steps":
+            return self
+        n = steps_per_epoch
+        return PeriodicGuidance(period=self.period * n, length=self.length * n, start=self.start * n)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomGuidance(Guidance):
+    """Each step is guided with probability ``share``, drawn from ``seed`` and the step alone.
+
+    Args:
+        share: probability, 0 to 1.
+        seed: seed of the draws.
+
+    Raises:
+        ValueError: ``share`` is not a probability.
+    """
+
+    share: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _probability("share", self.share)
+        _whole("seed", self.seed, 0)
+
+    def __call__(self, step: int) -> bool:
+        return random.Random(f"{self.seed}:{step}").random() < self.share
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnealedGuidance(Guidance):
+    """The guided share moves linearly from ``start_share`` to ``end_share`` over training, spread evenly.
+
+    Args:
+        start_share: guided share at the first step, 0 to 1.
+        end_share: guided share at the last step, 0 to 1.
+        num_steps: length of training; left out, :meth:`bind` has to say it. Later steps keep ``end_share``.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    start_share: float = 0.0
+    end_share: float = 0.4
+    num_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        _probability("start_share", self.start_share)
+        _probability("end_share", self.end_share)
+        if self.num_steps is not None:
+            _whole("num_steps", self.num_steps, 1)
+
+    def __call__(self, step: int) -> bool:
+        return math.floor(self._guided_before(step + 1) + 1e-9) > math.floor(self._guided_before(step) + 1e-9)
+
+    def _guided_before(self, step: int) -> float:
+        """The integral of the share over the first ``step`` steps."""
+        if self.num_steps is None:
+            raise ValueError("num_steps: an annealed schedule needs the length of training; give it or call bind()")
+        inside, beyond = min(step, self.num_steps), max(0, step - self.num_steps)
+        slope = (self.end_share - self.start_share) / self.num_steps
+        return self.start_share * inside + slope * inside * inside / 2 + self.end_share * beyond
+
+    @property
+    def share(self) -> float:
+        return (self.start_share + self.end_share) / 2
+
+    def bind(self, *, num_steps: int, steps_per_epoch: int) -> Guidance:
+        if self.num_steps is not None:
+            return self
+        return AnnealedGuidance(start_share=self.start_share, end_share=self.end_share, num_steps=num_steps)
+
+
+GUIDANCES: dict[str, type[Guidance]] = {
+    "never": NeverGuidance,
+    "always": AlwaysGuidance,
+    "periodic": PeriodicGuidance,
+    "random": RandomGuidance,
+    "annealed": AnnealedGuidance,
+}
+_NAMES = {kind: name for name, kind in GUIDANCES.items()}
+
+
+def make_guidance(name: str, **options: Any) -> Guidance:
+    """The schedule called ``name``, with its arguments.
+
+    Raises:
+        ValueError: the name, or an argument, is unknown or out of range.
+    """
+    if name not in GUIDANCES:
+        raise ValueError(f"guidance: no schedule named {name!r}; choose one of {', '.join(GUIDANCES)}")
+    known = [f.name for f in fields(GUIDANCES[name])]
+    for option in options:
+        if option not in known:
+            takes = ", ".join(known) or "no arguments"
+            raise ValueError(f"guidance: {name!r} takes {takes}, but was given {option!r}")
+    return GUIDANCES[name](**options)
+
+
+def _whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}: must be a whole number of at least {least}, not {value!r}")
+
+
+def _probability(name: str, value: object) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise ValueError(f"{name}: must be between 0 and 1, not {value!r}")
