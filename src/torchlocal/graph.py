@@ -280,6 +280,8 @@ def _storage_key(tensor: Tensor) -> int:
 def observe(model: nn.Module, traced: Trace, sample: Tensor) -> Observation:
     """Run ``traced`` once on fake tensors: no memory, no arithmetic, no random numbers drawn.
 
+    Only a forward that looks at the values of its tensors is run on real ones.
+
     Args:
         model: the backbone that was traced.
         traced: its trace.
@@ -288,23 +290,20 @@ def observe(model: nn.Module, traced: Trace, sample: Tensor) -> Observation:
     Raises:
         ValueError: the model does not run on an input of this shape, or does not return one tensor.
     """
-    seen = Observation()
-    fake_sample = seen.mode.from_tensor(sample)
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     if any(isinstance(t, (nn.UninitializedParameter, nn.UninitializedBuffer)) for _, t in tensors):
         raise ValueError("model: it has uninitialised (lazy) parameters; run one forward pass before decoupling it")
-    fakes: dict[int, Tensor] = {}  # tied parameters stay tied
-    state = {f"backbone.{name}": fakes.setdefault(id(t), seen.mode.from_tensor(t)) for name, t in tensors}
-    probe = _Probe(model, traced, seen)
     try:
-        with seen.mode, torch.enable_grad(), training_mode(model):
-            torch.func.functional_call(probe, state, (fake_sample,))
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"sample: {type(model).__name__} does not run on an input of shape {tuple(sample.shape)} ({reason}); "
-            "give a batch of the shape that it is made for"
-        ) from error
+        seen = _run_probe(model, traced, sample, fake=True)
+    except Exception:  # a forward that looks at the values of its tensors needs real ones
+        try:
+            seen = _run_probe(model, traced, sample, fake=False)
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(
+                f"sample: {type(model).__name__} does not run on an input of shape {tuple(sample.shape)} ({reason}); "
+                "give a batch of the shape that it is made for"
+            ) from error
     if not isinstance(seen.output, Tensor):
         raise ValueError(
             f"model: {type(model).__name__} returns {type(seen.output).__name__}, but must return one tensor; "
@@ -316,6 +315,26 @@ def observe(model: nn.Module, traced: Trace, sample: Tensor) -> Observation:
         later |= owners[i]
         if any(owners[j] & later for j in range(i)):
             seen.crossing[i - 1] = None
+    return seen
+
+
+def _run_probe(model: nn.Module, traced: Trace, sample: Tensor, *, fake: bool) -> Observation:
+    """One observed forward pass in training mode that leaves parameters, buffers and random state as they are."""
+    seen = Observation()
+    copies: dict[int, Tensor] = {}  # tied parameters stay tied
+    state = {}
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in tensors:
+        if id(tensor) not in copies:
+            kept = tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
+            copies[id(tensor)] = seen.mode.from_tensor(tensor) if fake else kept
+        state[f"backbone.{name}"] = copies[id(tensor)]
+    batch = seen.mode.from_tensor(sample) if fake else sample.clone()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(seen.mode if fake else torch.random.fork_rng())
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(training_mode(model))
+        torch.func.functional_call(_Probe(model, traced, seen), state, (batch,))
     return seen
 
 

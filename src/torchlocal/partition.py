@@ -95,8 +95,8 @@ class Units:
         missing = [n for i, n in enumerate(self._nodes[:-1]) if i not in self._valid]
         if missing:
             raise ValueError(
-                f"model: module {str(missing[0].target)!r} of the list cannot end a local module: its output must be one "
-                "floating-point tensor with a gradient, which the next module does not change in place, and no two "
+                f"model: module {str(missing[0].target)!r} of the list cannot end a local module: its output must be "
+                "one floating-point tensor with a gradient, which the next module does not change in place, and no two "
                 "modules may share parameters"
             )
 

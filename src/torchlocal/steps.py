@@ -246,9 +246,10 @@ class _Run:
 
     def follow(self, k: int, features: Tensor) -> Tensor:
         """Train the auxiliary network of module ``k`` alone."""
-        with torch.enable_grad(), self.autocast():
-            loss = self.loss(k, features.detach())
-        self.backward(loss)
+        with torch.enable_grad():
+            with self.autocast():
+                loss = self.loss(k, features.detach())
+            self.backward(loss)
         return loss.detach()
 
     def forward(
