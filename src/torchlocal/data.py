@@ -1,0 +1,245 @@
+"""Data sets by name, with the literature's augmentation and a validation split taken from the training images."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from torchlocal.datasets.sources import READERS, read_folders
+from torchlocal.datasets.splits import (
+    FOLDER_STREAM,
+    VALIDATION_STREAM,
+    FolderSource,
+    MemorySource,
+    Split,
+    make_generator,
+)
+
+__all__ = ["DataBundle", "Split", "data_names", "load_data"]
+
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataBundle:
+    """A data set, split.
+
+    Args:
+        name: the name it was loaded by.
+        train: to train on.
+        validation: to decide by; never part of the test set.
+        test: to evaluate once, at the end.
+        num_classes: number of classes.
+        shape: of one image, `(C, H, W)`.
+    """
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    num_classes: int
+    shape: tuple[int, int, int]
+
+
+def data_names() -> list[str]:
+    """Returns the names `load_data` knows; each can also be given as `pairs:NAME`."""
+    return [*READERS, "folder"]
+
+
+def load_data(
+    name: str = "fashion-mnist-small",
+    *,
+    root: str | os.PathLike[str] | None = None,
+    num_train: int | None = None,
+    num_validation: int | None = None,
+    augment: bool = True,
+    download: bool = True,
+    seed: int = 0,
+    image_size: int | tuple[int, int] | None = None,
+    num_workers: int | None = None,
+) -> DataBundle:
+    """Loads a data set by name.
+
+    Names: `fashion-mnist-small` (embedded, 14x14), `digits` (scikit-learn, 8x8), `fashion-mnist`, `cifar10`,
+    `cifar100`, `svhn`, `stl10`, `folder` (class folders in ImageNet layout), and `pairs:NAME`: two images of NAME side
+    by side, labelled with the sum of their classes modulo the number of classes. The partners of training images are
+    redrawn every epoch, those of validation and test images are fixed.
+
+    Training images are cropped at random after padding and mirrored at random, as in the literature:
+
+    | name | padding | mirrored | source |
+    |---|---|---|---|
+    | `fashion-mnist` | 2, black | yes | Nøkland & Eidnes 2019 |
+    | `fashion-mnist-small` | 1, black | yes | the same at half the resolution |
+    | `cifar10`, `cifar100` | 4, reflected | yes | He et al. 2016; InfoPro (Wang et al. 2021) |
+    | `svhn` | 2, black | no | InfoPro |
+    | `stl10` | 4, black | yes | InfoPro |
+    | `folder` | random resized crop | yes | Szegedy et al. 2015 |
+    | `digits`, `pairs:NAME` | none | no | |
+
+    Pairs are not augmented: crops and mirroring of the halves would be harmless to the label, but the new partners of
+    every epoch (N² possible pairs) already are an augmentation, and without another one the task stays comparable
+    between data sets.
+
+    Args:
+        name: see above.
+        root: folder of the files. `fashion-mnist` looks for IDX files, plain or gzipped, in it and in
+            `FashionMNIST/raw` under it; the others follow torchvision's layout. None for `~/.cache/torchlocal`.
+            `fashion-mnist-small` and `digits` need none, `folder` must have one.
+        num_train: take only the first images of the official training set (of a folder: of a fixed shuffle of it).
+        num_validation: number of validation images, 10 % of `num_train` by default. They are drawn from the official
+            training images after the first `num_train` if enough are left, else from among the first `num_train`. A
+            folder that has both `val` and `test` brings its own: then all of `val` is used by default.
+        augment: augment training images.
+        download: fetch what is absent through torchvision, with a progress bar.
+        seed: of the validation split. It is not the run's seed: leave it and all runs are judged by the same images.
+        image_size: only for `folder`: side, or height and width, 224 by default.
+        num_workers: only for `folder`: processes that decode images; None for one per core but at most four.
+
+    Returns:
+        The data set, split.
+
+    Raises:
+        ValueError: an argument is wrong, or files are missing or damaged; one sentence says which and what to do.
+    """
+    base, pairs = (name.removeprefix("pairs:"), True) if name.startswith("pairs:") else (name, False)
+    if base not in data_names():
+        raise ValueError(_unknown_name(name, base, pairs))
+    _check_numbers(num_train, num_validation, seed, num_workers)
+    if base == "folder":
+        return _load_folder(name, root, num_train, num_validation, augment, seed, image_size, num_workers, pairs)
+    if image_size is not None:
+        raise ValueError(f"image_size={image_size} applies to data='folder' only, not to {name!r}: leave it out")
+    images = READERS[base](Path(root).expanduser() if root is not None else None, download)
+    train, validation = _divide(len(images.train_labels), num_train, num_validation, seed)
+    augmentation = images.augmentation if augment and not pairs else None
+
+    def split(pixels: Tensor, labels: Tensor, indices: Tensor | None) -> Split:
+        if indices is not None:
+            pixels, labels = pixels[indices], labels[indices]
+        return Split(
+            MemorySource(pixels, augmentation),
+            labels,
+            num_classes=images.num_classes,
+            mean=images.mean,
+            std=images.std,
+            pairs=pairs,
+        )
+
+    test = split(images.test_images, images.test_labels, None)
+    return DataBundle(
+        name=name,
+        train=split(images.train_images, images.train_labels, train),
+        validation=split(images.train_images, images.train_labels, validation),
+        test=test,
+        num_classes=images.num_classes,
+        shape=test.shape,
+    )
+
+
+def _load_folder(
+    name: str,
+    root: str | os.PathLike[str] | None,
+    num_train: int | None,
+    num_validation: int | None,
+    augment: bool,
+    seed: int,
+    image_size: int | tuple[int, int] | None,
+    num_workers: int | None,
+    pairs: bool,
+) -> DataBundle:
+    if root is None:
+        raise ValueError(f"data={name!r} needs a root: give the folder that holds train/ and val/ (or test/)")
+    image_size = 224 if image_size is None else image_size
+    height, width = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if height < 1 or width < 1:
+        raise ValueError(f"image_size={image_size} must be at least 1 pixel: give a side or (height, width)")
+    listing = read_folders(Path(root).expanduser())
+    # ImageFolder lists class by class; a fixed shuffle makes the first num_train images a fair sample.
+    samples = listing.parts["train"]
+    order = torch.randperm(len(samples), generator=make_generator(FOLDER_STREAM)).tolist()
+    samples = [samples[index] for index in order]
+    if len(listing.parts) == 3:
+        held_out = listing.parts["val"]
+        if num_train is not None and num_train > len(samples):
+            raise ValueError(_too_many_images(num_train, len(samples)))
+        if num_validation is not None and num_validation > len(held_out):
+            raise ValueError(
+                f"num_validation={num_validation} is more than the {len(held_out)} images of {Path(root) / 'val'}: "
+                f"choose 1 to {len(held_out)}"
+            )
+        kept = torch.randperm(len(held_out), generator=make_generator(VALIDATION_STREAM, seed=seed))[:num_validation]
+        train, validation = samples[:num_train], [held_out[index] for index in kept.sort().values.tolist()]
+        test = listing.parts["test"]
+    else:
+        train_indices, validation_indices = _divide(len(samples), num_train, num_validation, seed)
+        train = [samples[index] for index in train_indices.tolist()]
+        validation = [samples[index] for index in validation_indices.tolist()]
+        test = listing.parts["val"] if "val" in listing.parts else listing.parts["test"]
+
+    def split(part: list[tuple[str, int]]) -> Split:
+        return Split(
+            FolderSource([path for path, _ in part], (height, width), augment and not pairs),
+            torch.tensor([label for _, label in part], dtype=torch.int64),
+            num_classes=len(listing.classes),
+            mean=_IMAGENET_MEAN,
+            std=_IMAGENET_STD,
+            pairs=pairs,
+            num_workers=num_workers,
+        )
+
+    bundle_test = split(test)
+    return DataBundle(
+        name=name,
+        train=split(train),
+        validation=split(validation),
+        test=bundle_test,
+        num_classes=len(listing.classes),
+        shape=bundle_test.shape,
+    )
+
+
+def _divide(size: int, num_train: int | None, num_validation: int | None, seed: int) -> tuple[Tensor, Tensor]:
+    """Returns the indices of the training and of the validation images among `size` official training images."""
+    num_train = size if num_train is None else num_train
+    if num_train > size:
+        raise ValueError(_too_many_images(num_train, size))
+    num_validation = max(1, round(num_train / 10)) if num_validation is None else num_validation
+    generator = make_generator(VALIDATION_STREAM, seed=seed)
+    if num_train + num_validation <= size:
+        rest = num_train + torch.randperm(size - num_train, generator=generator)
+        return torch.arange(num_train), rest[:num_validation].sort().values
+    if num_validation >= num_train:
+        raise ValueError(
+            f"num_validation={num_validation} leaves nothing of the num_train={num_train} images (the training set has "
+            f"{size}): lower num_validation"
+        )
+    order = torch.randperm(num_train, generator=generator)
+    return order[num_validation:].sort().values, order[:num_validation].sort().values
+
+
+def _check_numbers(num_train: int | None, num_validation: int | None, seed: int, num_workers: int | None) -> None:
+    for argument, value, least in (
+        ("num_train", num_train, 1),
+        ("num_validation", num_validation, 1),
+        ("num_workers", num_workers, 0),
+    ):
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise ValueError(f"{argument}={value} must be a whole number of at least {least}, or left out")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed={seed} must be at least 0 and below 2**64")
+
+
+def _too_many_images(num_train: int, size: int) -> str:
+    return f"num_train={num_train} is more than the {size} training images there are: choose 1 to {size}"
+
+
+def _unknown_name(name: str, base: str, pairs: bool) -> str:
+    close = difflib.get_close_matches(base.lower(), data_names(), n=2, cutoff=0.5)
+    hint = f" (did you mean {' or '.join(('pairs:' if pairs else '') + match for match in close)}?)" if close else ""
+    return f"data {name!r} is unknown{hint}: choose {', '.join(data_names())}, or pairs:NAME with one of these"
