@@ -1,0 +1,143 @@
+"""Time per step of local, guided and recomputed guided steps against hand-written plain PyTorch.
+
+The library's steps are timed in one run, interleaved, against an ordinary end-to-end step and against a local loop written
+by hand for the same network and the same auxiliary networks. Medians over the rounds; the ratio is the median of the
+per-round ratios, so that a slow moment of the machine hits both sides.
+
+    python benchmarks/step.py                      # ResNet-32, K = 16, batch 128, 32×32, fp32
+    python benchmarks/step.py --model resnet110 --modules 55 --precision bf16
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import torchlocal as tl
+from torchlocal.models import build_model
+
+
+def children_in_order(model: nn.Module) -> list[nn.Module]:
+    """The CIFAR ResNet by hand: stem, one residual block per module, the head with the last block."""
+    names = [name for name, _ in model.named_children() if not name.startswith("layer")]
+    blocks = [block for name in ("layer1", "layer2", "layer3") for block in model.get_submodule(name).children()]
+    before = [model.get_submodule(name) for name in names if name not in ("pool", "avgpool", "flatten", "fc", "head")]
+    after = [model.get_submodule(name) for name in names if name in ("pool", "avgpool", "flatten", "fc", "head")]
+    flat = [] if any(isinstance(m, nn.Flatten) for m in after) else [nn.Flatten()]
+    *inner, last = blocks
+    return [nn.Sequential(*before), *inner, nn.Sequential(last, *after[:-1], *flat, after[-1])]
+
+
+def main() -> None:
+    """Time the steps and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet32", help="CIFAR ResNet of the library (default: resnet32)")
+    parser.add_argument("--modules", type=int, default=16, help="local modules K, one per unit (default: 16)")
+    parser.add_argument("--auxiliary", default="conv", help="auxiliary network (default: conv)")
+    parser.add_argument("--batch-size", type=int, default=128, help="images per step (default: 128)")
+    parser.add_argument("--size", type=int, default=32, help="image side in pixels (default: 32)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 also uses channels_last")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default: 15)")
+    parser.add_argument("--threads", type=int, default=None, help="torch threads (default: all cores)")
+    parser.add_argument("--json", default=None, help="also write the numbers to this file")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if options.precision == "bf16" else None
+    layout = torch.channels_last if dtype else torch.contiguous_format
+    model = build_model(options.model, num_classes=10, in_channels=3, image_size=(options.size, options.size))
+    model = model.to(memory_format=layout)  # type: ignore[call-overload]
+    x = torch.randn(options.batch_size, 3, options.size, options.size).to(memory_format=layout)
+    y = torch.randint(10, (options.batch_size,))
+    net = tl.decouple(model, options.modules, sample=x, rule=tl.GreedyRule(options.auxiliary))
+    parts = children_in_order(copy.deepcopy(model))
+    auxiliary = copy.deepcopy(net.auxiliary)
+    if len(parts) != net.num_modules:
+        parser.error(f"--modules: the loop by hand has {len(parts)} modules, not {net.num_modules}; use that number")
+
+    def autocast() -> torch.autocast:
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is not None)
+
+    def trained(parameters: list[nn.Parameter], step: Callable[[], object]) -> Callable[[], None]:
+        optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, nesterov=True)
+
+        def run() -> None:
+            step()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return run
+
+    plain = copy.deepcopy(model)
+
+    def end_to_end() -> None:
+        with autocast():
+            loss = F.cross_entropy(plain(x), y)
+        loss.backward()
+
+    def local_by_hand() -> None:
+        features: Tensor = x
+        for k, part in enumerate(parts):
+            with autocast():
+                features = part(features)
+                output = auxiliary[k](features) if k < len(parts) - 1 else features
+                loss = F.cross_entropy(output, y)
+            loss.backward()
+            features = features.detach()
+
+    own = list(net.parameters())
+    hand = [p for m in [*parts, *auxiliary] for p in m.parameters()]
+    steps: dict[str, Callable[[], None]] = {
+        "end-to-end, by hand": trained(list(plain.parameters()), end_to_end),
+        "guided step, frozen": trained(own, lambda: net.guided_step(x, y, auxiliary="frozen", autocast=dtype)),
+        "local loop, by hand": trained(hand, local_by_hand),
+        "local step": trained(own, lambda: net.local_step(x, y, autocast=dtype)),
+        "guided step, following": trained(own, lambda: net.guided_step(x, y, autocast=dtype)),
+        "guided step, following, recomputed": trained(
+            own, lambda: net.guided_step(x, y, recompute="modules", autocast=dtype)
+        ),
+    }
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(options.rounds + 2):
+        order = list(steps) if index % 2 == 0 else list(reversed(steps))
+        for name in order:
+            begin = time.perf_counter()
+            steps[name]()
+            if index >= 2:  # two rounds to warm up
+                times[name].append(time.perf_counter() - begin)
+
+    def ratio(name: str, base: str) -> float:
+        return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
+
+    print(
+        f"{options.model}, K = {net.num_modules}, {options.auxiliary} auxiliary networks, batch {options.batch_size}, "
+        f"{options.size}×{options.size}, {options.precision}, {torch.get_num_threads()} threads, "
+        f"median of {options.rounds} interleaved rounds, torch {torch.__version__}\n"
+    )
+    print("| step | ms | × end-to-end by hand | × local loop by hand |\n|---|---:|---:|---:|")
+    rows = []
+    for name in steps:
+        row = {
+            "step": name,
+            "ms": 1000 * statistics.median(times[name]),
+            "to_end_to_end": ratio(name, "end-to-end, by hand"),
+            "to_local_loop": ratio(name, "local loop, by hand"),
+        }
+        rows.append(row)
+        print(f"| {name} | {row['ms']:.1f} | {row['to_end_to_end']:.3f} | {row['to_local_loop']:.3f} |")
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({"options": vars(options), "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
