@@ -1,0 +1,268 @@
+"""The parts of a run: its device, data, network, optimizer and learning rate, and one training step."""
+
+import inspect
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchlocal.config import FitConfig, build_rule
+from torchlocal.data import DataBundle, load_data
+from torchlocal.models import build_model
+from torchlocal.network import DecoupledNetwork, decouple
+
+__all__ = [
+    "Execution",
+    "build_network",
+    "build_optimizer",
+    "count_steps",
+    "learning_rate",
+    "load_run_data",
+    "resolve_execution",
+    "train_step",
+]
+
+_UNFIT_OPTIMIZERS = (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)  # another step, other gradients
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """Where and in which precision a step runs; made by `resolve_execution`."""
+
+    device: torch.device
+    precision: str
+    channels_last: bool
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What the step computes in, beside float32."""
+        return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+
+    def make_scaler(self) -> torch.amp.GradScaler | None:
+        """Return the GradScaler that fp16 needs."""
+        return torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
+
+    def place(self, images: Tensor) -> Tensor:
+        """Move a batch of images to the device, in its memory layout."""
+        layout = torch.channels_last if self.channels_last else torch.preserve_format
+        return images.to(self.device, non_blocking=True, memory_format=layout)
+
+
+def resolve_execution(config: FitConfig) -> Execution:
+    """Choose the device, the precision and the memory layout that the configuration leaves open.
+
+    Raises:
+        ValueError: if the device does not exist here, or cannot compute in the precision.
+    """
+    try:
+        device = torch.device(_best_device() if config.device == "auto" else config.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f'device={config.device!r} is not available here: give "auto" or "cpu"') from error
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if _has_fast_bf16(device) else "fp32"
+    if precision != "fp32" and not torch.amp.is_autocast_available(device.type):
+        raise ValueError(f'precision={precision!r} does not exist on {device}: give "fp32" or "auto"')
+    channels_last = precision == "bf16" if config.channels_last is None else config.channels_last
+    return Execution(device=device, precision=precision, channels_last=channels_last)
+
+
+def load_run_data(config: FitConfig) -> DataBundle:
+    """Load the data of a run. Its validation split does not depend on the run's seed."""
+    return load_data(
+        config.data,
+        root=config.data_root,
+        num_train=config.num_train,
+        num_validation=config.num_validation,
+        augment=config.augment,
+    )
+
+
+def build_network(config: FitConfig, data: DataBundle, execution: Execution) -> DecoupledNetwork:
+    """Build and cut the network of a run, on its device.
+
+    The seed decides the weights: torch's global generators are set to it. The backbone's are drawn first, so that they
+    are the same whatever its modules and auxiliary networks are.
+    """
+    channels, height, width = data.shape
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, num_classes=data.num_classes, in_channels=channels, image_size=(height, width))
+    net = decouple(
+        model,
+        modules=config.modules if config.cuts is None else None,
+        cuts=config.cuts,
+        sample=(max(2, config.batch_size), *data.shape),  # BatchNorm asks for two
+        rule=build_rule(config),
+        criterion=partial(F.cross_entropy, label_smoothing=config.label_smoothing),
+    )
+    net.recompute_segments(config.recompute)  # refuses a number of segments that it cannot be cut into
+    layout = torch.channels_last if execution.channels_last else torch.preserve_format
+    return net.to(execution.device, memory_format=layout)  # type: ignore[call-overload]
+
+
+def build_optimizer(config: FitConfig, net: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimizer of a run over all parameters, those of the auxiliary networks among them.
+
+    Raises:
+        ValueError: if torch.optim has no such optimizer, or it does not take the configuration's values.
+    """
+    options: dict[str, Any] = {"lr": config.lr}
+    if config.optimizer == "sgd":
+        kind: type[torch.optim.Optimizer] = torch.optim.SGD
+        options |= {"nesterov": config.momentum > 0}
+    elif config.optimizer == "adamw":
+        kind = torch.optim.AdamW
+    else:
+        kind = getattr(torch.optim, config.optimizer, torch.optim.Optimizer)
+        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)) or kind in _UNFIT_OPTIMIZERS:
+            names = [name for name in sorted(vars(torch.optim)) if _is_optimizer(name)]
+            raise ValueError(f'optimizer={config.optimizer!r} cannot be used: give "sgd", "adamw", {", ".join(names)}')
+    arguments = inspect.signature(kind).parameters
+    for name in ("momentum", "weight_decay"):
+        if name in arguments:
+            options[name] = getattr(config, name)
+    if config.weight_decay and "weight_decay" not in arguments:
+        raise ValueError(
+            f"weight_decay={config.weight_decay} is unknown to optimizer={config.optimizer!r}: give weight_decay=0"
+        )
+    try:
+        return kind(net.parameters(), **options)
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"{name}={value}" for name, value in options.items())
+        raise ValueError(
+            f"optimizer={config.optimizer!r} does not take this network with {given} ({error}): change these, or "
+            "choose another optimizer"
+        ) from error
+
+
+def count_steps(config: FitConfig, num_images: int) -> tuple[int, int]:
+    """Count the optimizer steps of an epoch and of the whole run.
+
+    An optimizer step never spans two epochs: the batches that do not fill an accumulation are dropped, as is an
+    incomplete batch.
+
+    Raises:
+        ValueError: if the images do not fill one step.
+    """
+    steps_per_epoch = num_images // config.batch_size // config.accumulate
+    if steps_per_epoch == 0:
+        accumulated = f" times accumulate={config.accumulate}" if config.accumulate > 1 else ""
+        raise ValueError(
+            f"batch_size={config.batch_size}{accumulated} is more than the {num_images} training images: "
+            "make it smaller"
+        )
+    num_steps = config.steps or config.epochs * steps_per_epoch
+    if config.warmup_epochs * steps_per_epoch >= num_steps:
+        raise ValueError(
+            f"warmup_epochs={config.warmup_epochs} leaves nothing of the {num_steps} steps: make it smaller than "
+            f"{num_steps / steps_per_epoch:g}"
+        )
+    return steps_per_epoch, num_steps
+
+
+def learning_rate(config: FitConfig, step: int, *, steps_per_epoch: int, num_steps: int) -> float:
+    """Return the learning rate of a step (counted from 0): a function of the step alone.
+
+    Warm-up rises linearly, ending at lr; cosine (Loshchilov and Hutter, "SGDR", 2017, eq. 5 without restarts) then
+    falls from lr towards 0, which it would reach at num_steps.
+    """
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (num_steps - warmup)))
+    if config.schedule == "step":
+        return config.lr * config.gamma ** sum(step >= milestone * steps_per_epoch for milestone in config.milestones)
+    return config.lr
+
+
+def train_step(
+    net: DecoupledNetwork,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    config: FitConfig,
+    execution: Execution,
+    guided: bool,
+    scaler: torch.amp.GradScaler | None = None,
+) -> list[Tensor]:
+    """Run one optimizer step, on as many batches as are accumulated. Never waits for the device.
+
+    Args:
+        net: the network, in training mode.
+        optimizer: over its parameters.
+        batches: config.accumulate batches of images (B, C, H, W) and targets (B,).
+        config: the run's.
+        execution: where it runs.
+        guided: whether this is a guided step, or else a local one.
+        scaler: for fp16.
+
+    Returns:
+        The mean loss of each local module as 0-dim tensors, the last being the global loss; the global loss alone in a
+        guided step with frozen auxiliary networks.
+    """
+    options: dict[str, Any] = {"autocast": execution.autocast, "scale": 1 / config.accumulate}
+    if scaler is not None:
+        options["backward"] = lambda loss: scaler.scale(loss).backward()
+    if guided:
+        options |= {"auxiliary": config.guidance.auxiliary, "recompute": config.recompute}
+    step = net.guided_step if guided else net.local_step
+    total: list[Tensor] = []
+    try:
+        for x, y in batches:
+            losses = step(execution.place(x), y.to(execution.device, non_blocking=True), **options)
+            total = [a + b for a, b in zip(total, losses, strict=True)] if total else losses
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"batch_size={config.batch_size} is too small for the BatchNorm layers, which need more than one value per "
+            "channel: make it larger, or use accumulate with larger batches"
+        ) from error
+    if config.clip is not None:
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        _clip(net, config.clip, guided)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return [loss / config.accumulate for loss in total] if config.accumulate > 1 else total
+
+
+def _clip(net: DecoupledNetwork, norm: float, guided: bool) -> None:
+    """Clip the gradient of each loss by itself, so that no local module depends on another."""
+    if guided:
+        groups = [list(net.backbone.parameters()), *(list(network.parameters()) for network in net.auxiliary)]
+    else:
+        groups = net.module_parameters()
+    for parameters in groups:
+        nn.utils.clip_grad_norm_(parameters, norm)
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _has_fast_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":  # either makes a ResNet's step 1.5 to 2.5 times faster than float32
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return False
+
+
+def _is_optimizer(name: str) -> bool:
+    kind = getattr(torch.optim, name)
+    return isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind not in _UNFIT_OPTIMIZERS

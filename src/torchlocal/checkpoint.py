@@ -1,0 +1,178 @@
+"""The files of a run folder: written whole or not at all, and refused when they do not fit."""
+
+import csv
+import errno
+import io
+import json
+import math
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import yaml
+from torch import nn
+
+__all__ = [
+    "check_same_config",
+    "load_checkpoint",
+    "load_network",
+    "save_checkpoint",
+    "write_config",
+    "write_json",
+    "write_metrics",
+]
+
+FORMAT = "torchlocal checkpoint"
+VERSION = 1
+# What may differ between a checkpoint and the run that resumes it: where things are, and how often they are written.
+FREE_FIELDS = (
+    "out", "data_root", "log_every", "checkpoint_every", "num_threads", "device", "channels_last", "tensorboard",
+)  # fmt: skip
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint; an older one at the same path stays until the new one is complete on the disk.
+
+    Raises:
+        OSError: if it cannot be written, for example because the disk is full.
+    """
+    _write_atomically(path, lambda file: torch.save({"format": FORMAT, "version": VERSION, **state}, file))
+
+
+def load_checkpoint(path: Path, *, resumable: bool = False) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU.
+
+    Args:
+        path: the file.
+        resumable: refuse one that only holds weights.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, or not a checkpoint of torchlocal.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            broken = archive.testzip()
+        if broken is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {broken}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise ValueError(
+            f"{path} is damaged or not a checkpoint ({_first_line(error)}): delete it and train again, or use a copy"
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of torchlocal: give the last.pt or best.pt of a run folder")
+    if state["version"] != VERSION:
+        raise ValueError(
+            f"{path} has checkpoint version {state['version']}, this torchlocal reads version {VERSION}: "
+            "use the torchlocal that wrote it"
+        )
+    if resumable and "optimizer" not in state:
+        raise ValueError(f"{path} holds weights only and cannot be resumed: resume from a last.pt")
+    return state
+
+
+def load_network(net: nn.Module, state: Mapping[str, Any], path: Path) -> None:
+    """Load a checkpoint's parameters and buffers.
+
+    Raises:
+        ValueError: if they are another network's.
+    """
+    saved, own = state["net"], net.state_dict()
+    for key in [*own, *saved]:
+        shapes = [tuple(tensors[key].shape) if key in tensors else None for tensors in (saved, own)]
+        if shapes[0] != shapes[1]:
+            told = ["absent" if shape is None else f"of shape {shape}" for shape in shapes]
+            raise ValueError(
+                f"{path} is of another network: {key} is {told[0]} in the checkpoint and {told[1]} in this network; "
+                "use the model, the data and the torchlocal that wrote it"
+            )
+    net.load_state_dict(saved)
+
+
+def check_same_config(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run of another configuration.
+
+    Args:
+        path: the file that holds the saved configuration.
+        saved: that configuration, as plain values.
+        current: the configuration to resume with.
+
+    Raises:
+        ValueError: naming every field that differs and must not.
+    """
+    old, new = _flatten(saved), _flatten(current)
+    absent = object()
+    differing = [
+        f"{name} ({'absent' if name not in old else repr(old[name])} there, "
+        f"{'absent' if name not in new else repr(new[name])} now)"
+        for name in dict.fromkeys([*old, *new])
+        if name not in FREE_FIELDS and old.get(name, absent) != new.get(name, absent)
+    ]
+    if differing:
+        raise ValueError(
+            f"{path} is of another configuration: {', '.join(differing)}; resume with the same values, or choose "
+            "another out"
+        )
+
+
+def write_config(path: Path, config: Mapping[str, Any], comments: Iterable[str] = ()) -> None:
+    """Write the configuration as YAML that can be given back to the command."""
+    text = "".join(f"# {comment}\n" for comment in comments) + yaml.safe_dump(dict(config), sort_keys=False)
+    _write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write plain values as JSON."""
+    _write_atomically(path, lambda file: file.write((json.dumps(values, indent=2) + "\n").encode()))
+
+
+def write_metrics(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, float]]) -> None:
+    """Write the metrics as CSV; the cell of a number that was not measured (NaN) is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: "" if math.isnan(value) else value for name, value in row.items()})
+    _write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def _write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut could leave the new name on an empty file
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # a write that fails inside torch.save arrives as a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        kept = " (the one written before is untouched)" if path.exists() else ""
+        remedy = "make room on the disk" if full else "see whether the folder can be written to"
+        raise OSError(f"{path} could not be written: {_first_line(error)}; {remedy}{kept}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def _first_line(error: BaseException) -> str:
+    """Return what a foreign error says, short enough to be part of a sentence."""
+    cause = error.__context__ if isinstance(error.__context__, OSError) else error
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    lines = str(cause).strip().splitlines()
+    return (lines[0] if lines else type(cause).__name__).rstrip(".")[:160]

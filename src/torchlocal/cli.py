@@ -1,0 +1,427 @@
+"""The `torchlocal` command: fit, evaluate, compare, partition, export, recipes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from torchlocal.options import (
+    Option,
+    add_config_option,
+    add_option,
+    build_config,
+    config_options,
+    inline_recipes,
+    make_parser,
+    parse,
+    recipe_names,
+    recipe_options,
+    recipe_path,
+    suggestion,
+    with_dashes,
+)
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+    from rich.console import Console
+
+    from torchlocal.config import FitConfig
+    from torchlocal.network import DecoupledNetwork
+
+__all__ = ["main"]
+
+# torch is imported inside the commands: --help, --version and recipes need none of it.
+
+_DESCRIPTION = "Train a network as gradient-isolated local modules, with the global objective reinstated periodically."
+_COMMANDS = {
+    "fit": "Train one network: end-to-end, locally, or with periodic guidance.",
+    "evaluate": "Tell the accuracy of a run, also by depth through every auxiliary network.",
+    "compare": "Train by several methods and seeds; report accuracy, memory and time side by side.",
+    "partition": "Show where a network is cut into local modules and what each unit costs.",
+    "export": "Write the trained backbone as safetensors, .pt or a torch.export program.",
+    "recipes": "List the shipped recipes, or print one.",
+}
+# The options of a run by topic, in the order of the help; one that is in no topic joins the last.
+_TOPICS: dict[str, tuple[str, ...]] = {
+    "network and local modules": ("model", "modules", "cuts", "rule", "auxiliary", "label_smoothing"),
+    "guidance (which steps train on the global loss through all modules)": ("guidance", "recompute"),
+    "data": ("data", "data_root", "num_train", "num_validation", "augment"),
+    "training": (
+        "epochs", "steps", "batch_size", "accumulate", "optimizer", "lr", "momentum", "weight_decay", "schedule",
+        "warmup_epochs", "milestones", "gamma", "clip", "seed",
+    ),
+    "machine": ("device", "precision", "channels_last", "compile", "num_threads"),
+    "run folder": ("out", "log_every", "checkpoint_every", "tensorboard"),
+}  # fmt: skip
+
+
+# Where the docstring, which speaks to a programmer, is too short for a reader of --help.
+_HELP = {
+    "rule": "Local rule, which makes auxiliary networks and local losses: greedy.",
+    "data": "Data set: fashion-mnist-small (shipped), digits, fashion-mnist, cifar10, cifar100, svhn, stl10, folder "
+    "(class folders under --data-root), or pairs:NAME for pairs of images labelled with the sum of their classes.",
+    "data_root": "Folder of the data set's files; by default ~/.cache/torchlocal, where absent ones are downloaded to.",
+    "momentum": "Momentum, of optimizers that have it.",
+    "weight_decay": "Weight decay, of optimizers that have it.",
+    "device": "Where to compute: auto, cpu, cuda, cuda:1 or mps.",
+    "precision": "What to compute in: fp32, bf16, fp16, or auto for bf16 where the device has it in hardware.",
+    "channels_last": "Keep images channels last in memory; by default where bf16 is used.",
+    "num_threads": "Number of CPU threads; by default torch's own choice.",
+}
+# Classes, channels, height and width, so that `partition` need not download what it only wants the shape of.
+_SHAPES = {
+    "fashion-mnist-small": (10, 1, 14, 14),
+    "digits": (10, 1, 8, 8),
+    "fashion-mnist": (10, 1, 28, 28),
+    "cifar10": (10, 3, 32, 32),
+    "cifar100": (100, 3, 32, 32),
+    "svhn": (10, 3, 32, 32),
+    "stl10": (10, 3, 96, 96),
+}
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived where there was no run to save."""
+
+
+def _add_run_options(parser: ArgumentParser, options: Mapping[str, Option]) -> None:
+    topics = {name: topic for topic, names in _TOPICS.items() for name in names}
+    groups: dict[str, list[Option]] = {topic: [] for topic in _TOPICS}
+    for name, option in options.items():
+        groups[topics.get(name.split(".")[0], "run folder")].append(option)
+    for topic, chosen in groups.items():
+        group = parser.add_argument_group(topic) if chosen else None
+        for option in chosen:
+            add_option(group, replace(option, help=_HELP.get(option.name, option.help)))
+
+
+def _parse_run(
+    parser: ArgumentParser, argv: Sequence[str], options: Mapping[str, Option], *, section: str | None = None
+) -> dict[str, Any]:
+    """Parse options that may come from recipes; those of other commands in a recipe are left out."""
+    from torchlocal.config import FitConfig
+
+    ignored = [name for name in config_options(FitConfig) if name not in options]
+
+    def load(name: str) -> dict[str, Any]:
+        return recipe_options(name, section=section, known=options, ignored=ignored)
+
+    values: dict[str, Any] = parse(parser, inline_recipes(argv, load), options).as_dict()
+    return values
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+# --- commands ---
+
+
+def _fit(argv: Sequence[str]) -> int:
+    from torchlocal.config import FitConfig
+
+    options = config_options(FitConfig)
+    parser = make_parser("fit", "[--config RECIPE] [options]", _COMMANDS["fit"])
+    add_config_option(parser)
+    parser.add_argument("--resume", action="store_true", help="Continue the interrupted run in --out where it stopped.")
+    parser.add_argument("--quiet", action="store_true", help="Show no progress.")
+    _add_run_options(parser, options)
+    values = _parse_run(parser, argv, options)
+    config = build_config(FitConfig, values)
+
+    from torchlocal.trainer import fit
+
+    with _continue_with(f"torchlocal fit --config {Path(config.out).expanduser() / 'config.yaml'} --resume"):
+        result = fit(config, resume=values["resume"], progress=not values["quiet"])
+    print(
+        f"Test accuracy {100 * result['test_accuracy']:.2f} % after {result['steps']} steps, "
+        f"{100 * result['guided_share']:.0f} % of them guided, in {result['seconds']:.0f} s. Run folder: {config.out}"
+    )
+    return 0
+
+
+def _compare(argv: Sequence[str]) -> int:
+    from torchlocal.compare import CompareConfig, compare
+    from torchlocal.config import FitConfig
+    from torchlocal.report import terminal_table
+
+    own = {name: option for name, option in config_options(CompareConfig).items() if not name.startswith("fit.")}
+    run = {name: option for name, option in config_options(FitConfig).items() if name not in ("out", "seed")}
+    parser = make_parser("compare", "[--config RECIPE] [options]", _COMMANDS["compare"])
+    add_config_option(parser)
+    parser.add_argument("--quiet", action="store_true", help="Show no progress.")
+    group = parser.add_argument_group("comparison")
+    for option in own.values():
+        add_option(group, option)
+    _add_run_options(parser, run)
+    values = _parse_run(parser, argv, own | run, section="compare")
+    fit_values = {name: value for name, value in values.items() if name != "out"}
+    config = build_config(CompareConfig, {**values, "fit": fit_values})
+    with _continue_with(f"torchlocal compare --config {Path(config.out).expanduser() / 'compare.yaml'}"):
+        comparison = compare(config, progress=not values["quiet"])
+    _console().print(terminal_table(comparison))
+    print(f"Report: {Path(config.out).expanduser() / 'report.html'}")
+    return 0
+
+
+def _evaluate(argv: Sequence[str]) -> int:
+    parser = make_parser("evaluate", "RUN [options]", _COMMANDS["evaluate"])
+    parser.add_argument("run", type=str, metavar="RUN", help="Folder of a run, or one of its checkpoints.")
+    parser.add_argument("--split", type=str, default="test", metavar="NAME", help="test, validation or train.")
+    parser.add_argument("--json", action="store_true", help="Print JSON instead of the table.")
+    values = parse(parser, argv)
+    if values.split not in ("test", "validation", "train"):
+        raise ValueError(f"--split {values.split} is unknown: choose test, validation or train")
+
+    from torchlocal.report import depth_table
+    from torchlocal.trainer import evaluate
+
+    result = evaluate(values.run, split=values.split)
+    if values.json:
+        print(json.dumps(result, indent=2))
+    else:
+        _console().print(depth_table(result, split=values.split))
+    return 0
+
+
+def _partition(argv: Sequence[str]) -> int:
+    from torchlocal.config import FitConfig
+
+    stems = ("model", "modules", "cuts", "rule", "auxiliary", "data", "data_root", "batch_size")
+    options = {name: option for name, option in config_options(FitConfig).items() if name in stems}
+    parser = make_parser("partition", "[--config RECIPE] [options]", _COMMANDS["partition"])
+    add_config_option(parser)
+    _add_run_options(parser, options)
+    group = parser.add_argument_group("images (in place of --data, which need not be there then)")
+    group.add_argument("--shape", type=int, nargs="+", metavar="N", help="Channels, height and width in pixels.")
+    group.add_argument("--num-classes", type=int, default=10, metavar="N", help="Number of classes, used with --shape.")
+    values = _parse_run(parser, argv, options)
+    shape = values["shape"]
+    if shape is not None and (len(shape) != 3 or min(shape) < 1):
+        raise ValueError(f"--shape {' '.join(map(str, shape))} must be channels, height and width, such as 3 32 32")
+
+    from torchlocal.report import partition_tables
+
+    config = build_config(FitConfig, {name: value for name, value in values.items() if name in options})
+    net = _decouple(config, shape, values["num_classes"])
+    console = _console()
+    for table in partition_tables(net, batch_size=config.batch_size, title=config.model):
+        console.print(table)
+    return 0
+
+
+def _decouple(config: FitConfig, shape: Sequence[int] | None, num_classes: int) -> DecoupledNetwork:
+    """The network of a run, for a batch that is never made; data are read only if their shape is not known."""
+    from torchlocal.config import build_rule
+    from torchlocal.data import load_data
+    from torchlocal.models import build_model
+    from torchlocal.network import decouple
+
+    name = config.data.removeprefix("pairs:")
+    if shape is None and name in _SHAPES:
+        num_classes, *shape = _SHAPES[name]
+        shape[2] *= 2 if name != config.data else 1
+    elif shape is None:
+        data = load_data(config.data, root=config.data_root)
+        num_classes, shape = data.num_classes, data.shape
+    channels, height, width = shape
+    model = build_model(config.model, num_classes=num_classes, in_channels=channels, image_size=(height, width))
+    return decouple(
+        model,
+        modules=None if config.cuts else config.modules,
+        cuts=config.cuts,
+        sample=(config.batch_size, channels, height, width),
+        rule=build_rule(config),
+    )
+
+
+def _export(argv: Sequence[str]) -> int:
+    parser = make_parser("export", "RUN --to FILE [options]", _COMMANDS["export"])
+    parser.add_argument("run", type=str, metavar="RUN", help="Folder of a run, or one of its checkpoints.")
+    parser.add_argument(
+        "--to",
+        type=str,
+        metavar="FILE",
+        help="File to write: .safetensors or .pt for the backbone's state_dict, .pt2 for a torch.export program.",
+    )
+    parser.add_argument(
+        "--weights", type=str, default="best", metavar="NAME", help="best (on validation images) or last, of a folder."
+    )
+    parser.add_argument("--overwrite", action="store_true", help="Replace a file that exists.")
+    values = parse(parser, argv)
+    if values.to is None:
+        raise ValueError("--to is missing: give the file to write, such as model.safetensors")
+
+    from torchlocal.export import export
+
+    path = export(values.run, to=values.to, weights=values.weights, overwrite=values.overwrite)
+    print(f"Wrote {path} ({path.stat().st_size:,} bytes); loaded back, its outputs equal the backbone's.")
+    return 0
+
+
+def _recipes(argv: Sequence[str]) -> int:
+    parser = make_parser("recipes", "[NAME]", _COMMANDS["recipes"])
+    parser.add_argument("name", type=str, nargs="?", metavar="NAME", help="Recipe to print, to copy and change.")
+    name = parse(parser, argv).name
+    if name:
+        print(recipe_path(name).read_text(encoding="utf-8"), end="")
+        return 0
+    names = recipe_names()
+    width = max(map(len, names))
+    for name in names:
+        title = recipe_path(name).read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        print(f"{name:<{width}}  {title}")
+    print("\nRun one with `torchlocal compare --config NAME` or `torchlocal fit --config NAME`.")
+    return 0
+
+
+_RUNNERS: dict[str, Callable[[Sequence[str]], int]] = {
+    "fit": _fit,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "partition": _partition,
+    "export": _export,
+    "recipes": _recipes,
+}
+
+
+# --- entry ---
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments after the program's name, `sys.argv[1:]` by default.
+
+    Returns:
+        The exit code: 0; 2 after a mistake of the user's; 130 and 143 after Ctrl-C and SIGTERM; 1 after other errors.
+    """
+    arguments = [with_dashes(token) for token in (sys.argv[1:] if argv is None else argv)]
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        with _sigterm():
+            return _run(arguments)
+    except SystemExit as error:  # --help
+        return error.code if isinstance(error.code, int) else 0
+    except BrokenPipeError:  # torchlocal ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except BaseException as error:
+        if debug:
+            traceback.print_exc()
+        return _report_error(error)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("--help", "-h"):
+        print(_help())
+        return 0
+    command = arguments[0]
+    if command == "--version":
+        print(f"torchlocal {_version()}")
+        return 0
+    if command not in _RUNNERS:
+        what = "option" if command.startswith("-") else "command"
+        raise ValueError(
+            f"unknown {what} {command!r}{suggestion(command, list(_RUNNERS))}: choose a command, {', '.join(_RUNNERS)}"
+        )
+    return _RUNNERS[command](arguments[1:])
+
+
+def _help() -> str:
+    width = max(map(len, _COMMANDS))
+    return "\n".join(
+        [
+            "usage: torchlocal COMMAND [options]",
+            "",
+            _DESCRIPTION,
+            "",
+            "commands:",
+            *(f"  {name:<{width}}  {text}" for name, text in _COMMANDS.items()),
+            "",
+            "options:",
+            "  --help     Show this, or after a command its options.",
+            "  --version  Show the version.",
+            "  --debug    Show the traceback of an error.",
+            "",
+            "A first run, in a few minutes and without a download: torchlocal compare --config demo",
+        ]
+    )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("torchlocal")
+    except metadata.PackageNotFoundError:  # run from a checkout
+        import torchlocal
+
+        return torchlocal.__version__
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[None]:
+    """Leave by an exception at SIGTERM, so that files are closed and temporary ones removed."""
+
+    def terminate(signum: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    try:
+        previous = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # not the main thread: signals are not ours
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def _continue_with(command: str) -> Iterator[None]:
+    """Add to an interruption how to go on."""
+    try:
+        yield
+    except BaseException as error:
+        if _interruption(error):
+            error.add_note(f"Continue with `{command}`.")
+        raise
+
+
+def _interruption(error: BaseException) -> int | None:
+    """Exit code of an interruption, None for an error."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, _Terminated):
+        return 143
+    if type(error).__name__ == "Interrupted":  # the trainer's, which is not imported for --help
+        return 128 + int(getattr(error, "signum", signal.SIGINT))
+    return None
+
+
+def _report_error(error: BaseException) -> int:
+    """Tell an error in one sentence on the standard error stream, and choose the exit code."""
+    code = _interruption(error)
+    text = " ".join(" ".join([str(error), *getattr(error, "__notes__", [])]).split())
+    if code is not None:
+        text = text if str(error) else f"{'Terminated' if code == 143 else 'Interrupted'}. {text}"
+    elif isinstance(error, (ValueError, OSError)):
+        code = 2
+    else:
+        code = 1
+        text = f"{type(error).__name__}: {text or 'no message'} (--debug shows the traceback)"
+    print(f"torchlocal: {text.strip().rstrip('.')}.", file=sys.stderr)
+    return code

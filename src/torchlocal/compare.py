@@ -1,0 +1,330 @@
+"""End-to-end, checkpointing, local and PGL side by side: the same network by several methods and seeds."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from torchlocal import __version__ as torchlocal_version
+from torchlocal.assembly import load_run_data, resolve_execution
+from torchlocal.checkpoint import check_same_config, write_config, write_json
+from torchlocal.config import FitConfig, build_guidance, config_from_dict, config_to_dict
+from torchlocal.costs import StepCosts, measure_costs
+from torchlocal.data import DataBundle
+from torchlocal.models import build_model
+from torchlocal.network import decouple
+from torchlocal.report import Comparison, MethodResult, write_report
+from torchlocal.trainer import fit
+
+__all__ = ["METHODS", "CompareConfig", "compare", "method_configs"]
+
+
+def _end_to_end(config: FitConfig, num_units: int) -> FitConfig:
+    guidance = replace(config.guidance, name="always", auxiliary="follow")
+    return replace(config, modules=1, cuts=None, recompute=None, guidance=guidance)
+
+
+def _checkpointing(config: FitConfig, num_units: int) -> FitConfig:
+    # About sqrt(n) segments keep the fewest activations alive (Chen et al., "Training Deep Nets with Sublinear Memory
+    # Cost", 2016, section 4.3).
+    return replace(_end_to_end(config, num_units), recompute=max(1, round(math.sqrt(num_units))))
+
+
+def _local(config: FitConfig, num_units: int) -> FitConfig:
+    return replace(config, recompute=None, guidance=replace(config.guidance, name="never"))
+
+
+def _pgl(config: FitConfig, num_units: int) -> FitConfig:
+    if config.guidance.name in ("never", "always"):
+        raise ValueError(
+            f"guidance.name={config.guidance.name!r} leaves method pgl nothing to do: give periodic, random or annealed"
+        )
+    return config
+
+
+# A method turns the common configuration into its own; the second argument is the number of units of the backbone.
+METHODS: dict[str, Callable[[FitConfig, int], FitConfig]] = {
+    "end-to-end": _end_to_end,
+    "checkpointing": _checkpointing,
+    "local": _local,
+    "pgl": _pgl,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Which methods and seeds to compare, on top of one common configuration.
+
+    Args:
+        out: Folder of the comparison: report, and one run per method and seed in METHOD/seedN.
+        methods: Methods to compare, in the order of the table: end-to-end, checkpointing, local, pgl, or a variant.
+        seeds: Seeds; every method is trained once with each.
+        variants: Further methods, as NAME: {method: pgl, OPTION: VALUE, ...}: a method with other options of the run.
+        timing_rounds: Rounds in which the steps of all methods take turns for time per step; 0 measures neither time
+            nor memory.
+        fit: The common configuration of the runs; its `out` and `seed` are not used.
+    """
+
+    out: str = "runs/compare"
+    methods: tuple[str, ...] = tuple(METHODS)
+    seeds: tuple[int, ...] = (0,)
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    timing_rounds: int = 10
+    fit: FitConfig = field(default_factory=FitConfig)
+
+    def __post_init__(self) -> None:
+        known = [*METHODS, *self.variants]
+        for name in ("methods", "seeds"):
+            values = getattr(self, name)
+            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+                raise ValueError(f"{name}={values!r} must be a list with at least one element")
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}={list(values)} holds an element twice: name each once")
+        for method in self.methods:
+            if method not in known:
+                raise ValueError(f"methods: {method!r} is unknown, choose from {', '.join(known)}")
+        for seed in self.seeds:
+            if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+                raise ValueError(f"seeds={list(self.seeds)} must be whole numbers of at least 0")
+        if not isinstance(self.timing_rounds, int) or self.timing_rounds < 0:
+            raise ValueError(f"timing_rounds={self.timing_rounds!r} must be a whole number of at least 0")
+        for name, options in self.variants.items():
+            if name in METHODS or not name or name.strip(".") != name or set(name) & set('/\\:*?"<>|'):
+                raise ValueError(f"variants: {name!r} must be a new name that can be the name of a folder")
+            if not isinstance(options, Mapping) or options.get("method") not in METHODS:
+                raise ValueError(f"variants: {name} must name the method that it changes, one of {', '.join(METHODS)}")
+        method_configs(self, num_units=4)  # refuses what cannot work now, not after hours
+
+
+def _variant(config: FitConfig, name: str, options: Mapping[str, Any]) -> FitConfig:
+    values = config_to_dict(config)
+    given = {key: value for key, value in options.items() if key != "method"}
+    try:
+        guidance = {**values["guidance"], **given.pop("guidance", {})}
+        return config_from_dict({**values, **given, "guidance": guidance})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"variants: {name}: {error}") from error
+
+
+def method_configs(config: CompareConfig, num_units: int) -> dict[str, FitConfig]:
+    """The configuration of every method, still without `out` and `seed`.
+
+    Args:
+        config: What to compare.
+        num_units: Number of units of the backbone, from which checkpointing takes its number of segments.
+    """
+    configs = {}
+    for method in config.methods:
+        if method in METHODS:
+            configs[method] = METHODS[method](config.fit, num_units)
+        else:
+            options = config.variants[method]
+            configs[method] = METHODS[options["method"]](_variant(config.fit, method, options), num_units)
+    return configs
+
+
+def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
+    """Train one network by several methods and seeds and write a report of how they compare.
+
+    Finished runs are not repeated and an interrupted one is resumed, so calling it again completes it. Runs follow each
+    other; all methods with one seed come before the next seed.
+
+    Args:
+        config: What to compare.
+        progress: Whether to say on the standard error stream what is going on.
+
+    Returns:
+        The comparison; its report is `report.html`, `.md` and `.csv` in `config.out`.
+
+    Raises:
+        ValueError: a value cannot work, or `config.out` holds runs of another configuration.
+    """
+    out = Path(config.out).expanduser()
+    _say(progress, f"comparing {', '.join(config.methods)} in {out}")
+    data = load_run_data(config.fit)
+    configs = method_configs(config, _count_units(config.fit, data))
+    runs = {
+        (method, seed): replace(configs[method], out=str(out / method / f"seed{seed}"), seed=seed)
+        for seed in config.seeds
+        for method in config.methods
+    }
+    for run in runs.values():  # before anything is written or takes time
+        _check_run_folder(run)
+    _make_folder(out)
+    write_config(out / "compare.yaml", _plain(config), [f"torchlocal compare --config {out / 'compare.yaml'}"])
+    costs = _costs(out / "costs.json", configs, data, config, progress) if config.timing_rounds else {}
+    results: dict[str, list[dict[str, Any]]] = {method: [] for method in config.methods}
+    for number, ((method, seed), run) in enumerate(runs.items(), start=1):
+        finished = (Path(run.out) / "result.json").exists()
+        _say(progress, f"run {number} of {len(runs)}: {method}, seed {seed}{' (finished before)' if finished else ''}")
+        try:
+            results[method].append(fit(run, resume=True, progress=progress))
+        except ValueError as error:
+            raise ValueError(f"{method}, seed {seed}: {error}") from error
+    comparison = Comparison(
+        title=f"{config.fit.model} on {data.name}, {_modules_text(config.fit)}",
+        results=tuple(
+            _method_result(
+                method, results[method], [Path(runs[method, seed].out) for seed in config.seeds], costs.get(method)
+            )
+            for method in config.methods
+        ),
+        facts=tuple(_facts(config, data, results).items()),
+        configuration=yaml.safe_dump(_plain(config, public=True), sort_keys=False),
+        command="torchlocal compare --config compare.yaml --out NEW_FOLDER",
+        rounds=config.timing_rounds,
+        device=resolve_execution(config.fit).device.type,
+    )
+    write_report(comparison, out)
+    return comparison
+
+
+def _say(progress: bool, text: str) -> None:
+    if progress:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _modules_text(config: FitConfig) -> str:
+    if config.cuts is not None:
+        return f"cut after {', '.join(config.cuts)}"
+    return "one local module per unit" if config.modules == "all" else f"K = {config.modules}"
+
+
+def _count_units(config: FitConfig, data: DataBundle) -> int:
+    channels, height, width = data.shape
+    model = build_model(config.model, num_classes=data.num_classes, in_channels=channels, image_size=(height, width))
+    return len(decouple(model, 1, sample=(2, channels, height, width)).partition.units)
+
+
+def _check_run_folder(config: FitConfig) -> None:
+    """Refuse a folder with a run of another configuration; `fit` would too, but only when its turn comes."""
+    path = Path(config.out) / "config.yaml"
+    if not path.is_file():
+        return
+    try:
+        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: delete the folder {path.parent} to train it again") from error
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} is damaged: delete the folder {path.parent} to train it again")
+    check_same_config(path, saved, config_to_dict(config))
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out={str(path)!r} cannot be made a folder ({error.strerror}): choose another") from error
+
+
+def _plain(config: CompareConfig, *, public: bool = False) -> dict[str, Any]:
+    """The configuration as a recipe: options of the runs, and the section that only `compare` reads.
+
+    `public` leaves out where the data lie on this machine.
+    """
+    run = {name: value for name, value in config_to_dict(config.fit).items() if name not in ("out", "seed")}
+    if public:
+        del run["data_root"]
+    section = {
+        "out": config.out,
+        "methods": list(config.methods),
+        "seeds": list(config.seeds),
+        "timing_rounds": config.timing_rounds,
+    }
+    if config.variants:
+        section["variants"] = json.loads(json.dumps({name: dict(value) for name, value in config.variants.items()}))
+    return {**run, "compare": section}
+
+
+def _costs(
+    path: Path, configs: Mapping[str, FitConfig], data: DataBundle, config: CompareConfig, progress: bool
+) -> dict[str, StepCosts]:
+    """Measure what the steps cost, or read it if it was measured before under the same conditions."""
+    key = {
+        "configs": {
+            method: {name: value for name, value in config_to_dict(fit_config).items() if name not in ("out", "seed")}
+            for method, fit_config in configs.items()
+        },
+        "timing_rounds": config.timing_rounds,
+        "versions": _versions(),
+    }
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved["key"] == key:
+            return {method: StepCosts(**values) for method, values in saved["costs"].items()}
+    except (OSError, ValueError, KeyError, TypeError):  # absent, damaged or of another version: measure anew
+        pass
+    _say(progress, f"measuring memory and time of the steps ({config.timing_rounds} rounds)")
+    costs = measure_costs(configs, data, rounds=config.timing_rounds)
+    write_json(path, {"key": key, "costs": {method: asdict(cost) for method, cost in costs.items()}})
+    return costs
+
+
+def _versions() -> str:
+    return f"torchlocal {torchlocal_version}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def _method_result(
+    method: str, results: Sequence[Mapping[str, Any]], folders: Sequence[Path], cost: StepCosts | None
+) -> MethodResult:
+    parameters = results[0]["num_parameters"]
+    return MethodResult(
+        method=method,
+        num_modules=len(results[0]["depth_accuracy"]),
+        guided_share=statistics.fmean(result["guided_share"] for result in results),
+        accuracies=tuple(result["test_accuracy"] for result in results),
+        validation=tuple(_validation_curve(folder / "metrics.csv") for folder in folders),
+        depth_accuracies=tuple(tuple(result["depth_accuracy"]) for result in results),
+        peak_bytes=None if cost is None else cost.total_peak_bytes,
+        step_seconds=None if cost is None else cost.mean_seconds,
+        num_parameters=parameters["backbone"],
+        num_auxiliary_parameters=parameters["auxiliary"],
+    )
+
+
+def _validation_curve(path: Path) -> tuple[float, ...]:
+    """Validation accuracy after every epoch; without the file the report simply lacks the curve."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return tuple(float(row["validation_accuracy"]) for row in csv.DictReader(file))
+    except (OSError, ValueError, KeyError):
+        return ()
+
+
+def _facts(
+    config: CompareConfig, data: DataBundle, results: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, str]:
+    fit_config, first = config.fit, next(iter(results.values()))[0]
+    shape = " x ".join(map(str, data.shape))
+    length = (
+        f"{first['epochs']} epochs, {first['steps']} steps of {fit_config.batch_size * fit_config.accumulate} images"
+    )
+    seconds = sum(result["seconds"] for runs in results.values() for result in runs)
+    device = first["device"]
+    if device == "cpu":
+        device += f" ({fit_config.num_threads or torch.get_num_threads()} threads, {platform.machine()})"
+    return {
+        "Data": f"{data.name}: {len(data.train):,} training, {len(data.validation):,} validation and "
+        f"{len(data.test):,} test images of {shape}, {data.num_classes} classes",
+        "Network": f"{fit_config.model}, {_modules_text(fit_config)}, local rule {fit_config.rule}, auxiliary networks "
+        f"{fit_config.auxiliary}",
+        "Guidance": f"{build_guidance(fit_config)!r}, auxiliary networks {fit_config.guidance.auxiliary}"
+        + (f", recompute {fit_config.recompute}" if fit_config.recompute else ""),
+        "Training": f"{length}; {fit_config.optimizer}, lr {fit_config.lr:g}, "
+        f"weight decay {fit_config.weight_decay:g}, schedule {fit_config.schedule}",
+        "Seeds": ", ".join(map(str, config.seeds)),
+        "Device": f"{device}, {first['precision']}",
+        "Versions": _versions(),
+        "Time of all runs": f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.0f} seconds",
+    }

@@ -1,0 +1,249 @@
+"""The configuration of a training run: frozen dataclasses that refuse, in one sentence, a value that cannot work."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchlocal.guidance import Guidance, make_guidance
+from torchlocal.rules import RULES, Rule
+
+__all__ = ["FitConfig", "GuidanceConfig", "build_guidance", "build_rule", "config_from_dict", "config_to_dict"]
+
+_SCHEDULES = ("cosine", "step", "constant")
+_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceConfig:
+    """Which steps are guided, and what the auxiliary networks do in them.
+
+    Args:
+        name: "never" (local learning), "always" (end-to-end), "periodic" (PGL), "random" or "annealed".
+        period: periodic: one guided phase per so many steps or epochs.
+        length: periodic: length of the guided phase, in the same unit.
+        start: periodic: first step or epoch of the first guided phase.
+        unit: periodic: "steps" or "epochs".
+        share: random: share of guided steps; annealed: share at the start of training.
+        end_share: annealed: share at the end of training.
+        auxiliary: "follow": in a guided step the auxiliary networks go on learning; "frozen": they stand still.
+    """
+
+    name: str = "periodic"
+    period: int = 5
+    length: int = 1
+    start: int = 0
+    unit: str = "steps"
+    share: float = 0.2
+    end_share: float = 0.0
+    auxiliary: str = "follow"
+
+    def __post_init__(self) -> None:
+        _check_choice("guidance.auxiliary", self.auxiliary, ("follow", "frozen"))
+        _make_guidance(self, seed=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """Everything that decides a training run.
+
+    Args:
+        out: folder of the run.
+        model: name of the backbone: "resnet20", "torchvision:resnet18", "timm:vit_tiny_patch16_224", ...
+        modules: number of local modules, or "all" for one per unit.
+        cuts: names of the units to cut after, instead of the balanced grouping.
+        rule: local rule.
+        auxiliary: auxiliary network of the local rule: "linear", "conv" or "mlp_sr".
+        label_smoothing: label smoothing of every loss, in [0, 1).
+        guidance: which steps are guided.
+        recompute: guided steps keep only the inputs of segments: None, "modules", or a number of segments.
+        data: name of the data set.
+        data_root: folder of the data set's files.
+        num_train: use only the first so many training images.
+        num_validation: number of validation images; None: a tenth of the training images.
+        augment: augment the training images as the literature does for the data set.
+        epochs: passes over the training images.
+        steps: number of optimizer steps, instead of epochs.
+        batch_size: images in a batch of the loader.
+        accumulate: loader batches per optimizer step; guidance is asked once per optimizer step.
+        optimizer: "sgd" (with Nesterov momentum), "adamw", or the name of a class in torch.optim.
+        lr: learning rate at the top of the schedule.
+        momentum: for optimizers that have one.
+        weight_decay: for optimizers that have one.
+        schedule: "cosine" (to zero), "step" (times gamma at each milestone) or "constant".
+        warmup_epochs: epochs over which the learning rate rises linearly.
+        milestones: epochs of the "step" schedule, increasing.
+        gamma: factor of the "step" schedule.
+        clip: largest norm of the gradient of each loss; None: not clipped.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        precision: "fp32", "bf16", "fp16", or "auto": bf16 where the device has it in hardware.
+        channels_last: memory layout of the images; None: where bf16 is used.
+        compile: compile the network with torch.compile.
+        seed: seed of weights, data order, augmentation, dropout and random guidance.
+        num_threads: CPU threads; None: torch's own choice.
+        log_every: steps between two readings of the losses.
+        checkpoint_every: steps between two checkpoints, beside the one at the end of each epoch.
+        tensorboard: write TensorBoard events.
+    """
+
+    out: str = "runs/fit"
+    model: str = "resnet20"
+    modules: int | str = 4
+    cuts: list[str] | None = None
+    rule: str = "greedy"
+    auxiliary: str = "conv"
+    label_smoothing: float = 0.0
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    recompute: int | str | None = None
+    data: str = "fashion-mnist-small"
+    data_root: str | None = None
+    num_train: int | None = None
+    num_validation: int | None = None
+    augment: bool = True
+    epochs: int = 10
+    steps: int | None = None
+    batch_size: int = 128
+    accumulate: int = 1
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: str = "cosine"
+    warmup_epochs: float = 0.0
+    milestones: list[float] = field(default_factory=list)
+    gamma: float = 0.1
+    clip: float | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    channels_last: bool | None = None
+    compile: bool = False
+    seed: int = 0
+    num_threads: int | None = None
+    log_every: int = 10
+    checkpoint_every: int | None = None
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("out", "model", "rule", "auxiliary", "data", "optimizer", "device"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"{name}={value!r} must be a string that is not empty")
+        for name, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("log_every", 1), ("seed", 0)):
+            _check_whole(name, getattr(self, name), least)
+        if self.seed >= 2**32:
+            raise ValueError(f"seed={self.seed} must be below 2**32")
+        for name in ("steps", "num_train", "num_validation", "checkpoint_every", "num_threads"):
+            _check_whole(name, getattr(self, name), 1, optional=True)
+        for name in ("augment", "compile", "tensorboard"):
+            _check_choice(name, getattr(self, name), (True, False))
+        _check_choice("channels_last", self.channels_last, (None, True, False))
+        _check_choice("schedule", self.schedule, _SCHEDULES)
+        _check_choice("precision", self.precision, _PRECISIONS)
+        if self.modules != "all":
+            _check_whole("modules", self.modules, 1, other=' or "all"')
+        if self.recompute not in (None, "modules"):
+            _check_whole("recompute", self.recompute, 1, other=' (segments), "modules" or None')
+        if self.cuts is not None and (
+            not isinstance(self.cuts, list | tuple) or not all(isinstance(cut, str) for cut in self.cuts)
+        ):
+            raise ValueError(f"cuts={self.cuts!r} must be a list of names of submodules, or None")
+        _check_number("lr", self.lr, 0, math.inf, "a number above 0", open_low=True)
+        _check_number("momentum", self.momentum, 0, 1, "a number of at least 0 and below 1")
+        _check_number("weight_decay", self.weight_decay, 0, math.inf, "a number of at least 0")
+        _check_number("label_smoothing", self.label_smoothing, 0, 1, "a number of at least 0 and below 1")
+        _check_number("warmup_epochs", self.warmup_epochs, 0, math.inf, "a number of at least 0")
+        _check_number("gamma", self.gamma, 0, math.inf, "a number above 0", open_low=True)
+        if self.clip is not None:
+            _check_number("clip", self.clip, 0, math.inf, "a number above 0, or None", open_low=True)
+        self._check_schedule()
+        build_rule(self)
+        if not isinstance(self.guidance, GuidanceConfig):
+            raise ValueError(f"guidance={self.guidance!r} must be a GuidanceConfig, such as GuidanceConfig(period=10)")
+
+    def _check_schedule(self) -> None:
+        if not isinstance(self.milestones, list | tuple):
+            raise ValueError(f"milestones={self.milestones!r} must be a list of epochs, such as [5, 8]")
+        for milestone in self.milestones:
+            _check_number("milestones", milestone, 0, math.inf, "a list of epochs above 0", open_low=True)
+        if any(a >= b for a, b in zip(self.milestones, self.milestones[1:], strict=False)):
+            raise ValueError(f"milestones={self.milestones!r} must increase, such as [5, 8]")
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ValueError(
+                f'milestones={self.milestones!r} and schedule={self.schedule!r} do not fit: give schedule="step" with '
+                "at least one milestone, and another schedule without milestones"
+            )
+        if self.steps is None and self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs={self.warmup_epochs} leaves nothing of epochs={self.epochs}: "
+                "make it smaller than epochs"
+            )
+
+
+def build_guidance(config: FitConfig) -> Guidance:
+    """Make the guidance of a run, not yet bound to its number of steps."""
+    return _make_guidance(config.guidance, seed=config.seed)
+
+
+def build_rule(config: FitConfig) -> Rule:
+    """Make the local rule of a run, with its auxiliary network."""
+    if config.rule not in RULES:
+        raise ValueError(f"rule={config.rule!r} is unknown: give one of {', '.join(RULES)}")
+    options: dict[str, Any] = {"auxiliary": config.auxiliary}
+    return RULES[config.rule](**options)
+
+
+def config_to_dict(config: FitConfig) -> dict[str, Any]:
+    """Return the configuration as plain values, as config.yaml, result.json and the checkpoints hold it."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
+    return plain
+
+
+def config_from_dict(values: dict[str, Any]) -> FitConfig:
+    """Make the configuration from plain values.
+
+    Raises:
+        ValueError: if a field is unknown or a value cannot work.
+    """
+    values = dict(values)
+    guidance = dict(values.pop("guidance", {}))
+    for given, kind, prefix in ((values, FitConfig, ""), (guidance, GuidanceConfig, "guidance.")):
+        unknown = sorted(set(given) - {f.name for f in dataclasses.fields(kind)})
+        if unknown:
+            raise ValueError(f"the configuration has unknown fields: {', '.join(prefix + name for name in unknown)}")
+    return FitConfig(guidance=GuidanceConfig(**guidance), **values)
+
+
+def _make_guidance(config: GuidanceConfig, *, seed: int) -> Guidance:
+    options: dict[str, dict[str, Any]] = {
+        "periodic": {
+            "period": config.period,
+            "length": config.length,
+            "start": config.start,
+            "unit": config.unit,
+        },
+        "random": {"share": config.share, "seed": seed},
+        "annealed": {"start_share": config.share, "end_share": config.end_share},
+    }
+    return make_guidance(config.name, **options.get(config.name, {}))
+
+
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+        *others, last = map(repr, choices)
+        raise ValueError(f"{name}={value!r} is unknown: give {', '.join(others)} or {last}")
+
+
+def _check_whole(name: str, value: object, least: int, *, optional: bool = False, other: str = "") -> None:
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        other = other or (" or None" if optional else "")
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}{other}")
+
+
+def _check_number(name: str, value: object, low: float, high: float, what: str, *, open_low: bool = False) -> None:
+    """Refuse what is not a finite number in [low, high), or (low, high) with open_low."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not (low <= value < high) or (open_low and value == low):  # type: ignore[operator]
+        raise ValueError(f"{name}={value!r} must be {what}")

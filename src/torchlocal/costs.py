@@ -1,0 +1,151 @@
+"""What one training step of several methods costs: peak memory, and time with the methods taking turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from torchlocal import memory
+from torchlocal.assembly import build_network, build_optimizer, count_steps, resolve_execution, train_step
+from torchlocal.config import FitConfig, build_guidance
+from torchlocal.data import DataBundle
+
+__all__ = ["StepCosts", "measure_costs"]
+
+_NUM_WARMUP_STEPS = 2  # the first allocates optimizer state, both fill the caches
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCosts:
+    """What one optimizer step of one method costs.
+
+    Args:
+        num_modules: Number of local modules, K.
+        guided_share: Guided steps / all steps of the whole run.
+        resident_bytes: Parameters, buffers and optimizer state.
+        peak_bytes: Highest number of bytes allocated during the step on top of these, for each kind of step
+            ("local", "guided") the method takes.
+        seconds: Median time of each kind of step.
+    """
+
+    num_modules: int
+    guided_share: float
+    resident_bytes: int
+    peak_bytes: dict[str, int]
+    seconds: dict[str, float]
+
+    @property
+    def total_peak_bytes(self) -> int:
+        """Resident bytes plus the peak of the kind of step that takes more."""
+        return self.resident_bytes + max(self.peak_bytes.values())
+
+    @property
+    def mean_seconds(self) -> float:
+        """Time per step, the kinds of steps weighted by the guided share."""
+        if len(self.seconds) == 1:
+            return next(iter(self.seconds.values()))
+        return (1 - self.guided_share) * self.seconds["local"] + self.guided_share * self.seconds["guided"]
+
+
+class _Subject:
+    """One method's network, stepped as the trainer does it."""
+
+    def __init__(self, config: FitConfig, data: DataBundle) -> None:
+        self.config, self.execution = config, resolve_execution(config)
+        steps_per_epoch, num_steps = count_steps(config, len(data.train))
+        guidance = build_guidance(config).bind(num_steps=num_steps, steps_per_epoch=steps_per_epoch)
+        self.guided_share = sum(guidance(step) for step in range(num_steps)) / num_steps
+        self.net = build_network(config, data, self.execution)
+        if config.compile:
+            self.net.compile()
+        self.optimizer = build_optimizer(config, self.net)
+        self.scaler = self.execution.make_scaler()
+        self.net.train()
+        shares = {"local": 1 - self.guided_share, "guided": self.guided_share}
+        self.kinds = [kind for kind, share in shares.items() if share > 0]
+        batches = data.train.batches(config.batch_size, train=True)
+        # Placed beforehand, so that neither loading nor copying is measured.
+        self.batches = [
+            (self.execution.place(x), y.to(self.execution.device)) for x, y in islice(batches, config.accumulate)
+        ]
+
+    def step(self, kind: str) -> None:
+        train_step(
+            self.net,
+            self.optimizer,
+            self.batches,
+            config=self.config,
+            execution=self.execution,
+            guided=kind == "guided",
+            scaler=self.scaler,
+        )
+
+    def wait(self) -> None:
+        """Let the device finish, where it runs beside Python."""
+        if self.execution.device.type == "cuda":
+            torch.cuda.synchronize(self.execution.device)
+        elif self.execution.device.type == "mps":
+            torch.mps.synchronize()
+
+    def resident_bytes(self) -> int:
+        """Bytes of parameters, buffers and optimizer state."""
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = [*self.net.parameters(), *self.net.buffers(), *(v for v in states if isinstance(v, Tensor))]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def measure_costs(configs: Mapping[str, FitConfig], data: DataBundle, *, rounds: int) -> dict[str, StepCosts]:
+    """Measure a full optimizer step (forward, backward, update) of several methods on the same batches.
+
+    Args:
+        configs: The configuration of every method by name.
+        data: Where the batches come from.
+        rounds: How often every kind of step of every method is timed. In each round all take turns, starting with
+            another one each time, so that what else the machine does meets all alike.
+
+    Returns:
+        The costs by method.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(next(iter(configs.values())).num_threads or num_threads)
+    try:
+        subjects = {name: _Subject(config, data) for name, config in configs.items()}
+        peaks: dict[str, dict[str, int]] = {}
+        for name, subject in subjects.items():
+            peaks[name] = {}
+            for kind in subject.kinds:
+                for _ in range(_NUM_WARMUP_STEPS):
+                    subject.step(kind)
+            for kind in subject.kinds:
+                measured = memory.measure(partial(subject.step, kind), device=subject.execution.device)
+                peaks[name][kind] = measured.peak_bytes
+        turns = [(name, kind) for name, subject in subjects.items() for kind in subject.kinds]
+        times: dict[tuple[str, str], list[float]] = {turn: [] for turn in turns}
+        for index in range(rounds):
+            first = index % len(turns)
+            for name, kind in turns[first:] + turns[:first]:
+                subject = subjects[name]
+                subject.wait()
+                start = time.perf_counter()
+                subject.step(kind)
+                subject.wait()
+                times[name, kind].append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(num_threads)
+    return {
+        name: StepCosts(
+            num_modules=subject.net.num_modules,
+            guided_share=subject.guided_share,
+            resident_bytes=subject.resident_bytes(),
+            peak_bytes=peaks[name],
+            seconds={kind: statistics.median(times[name, kind]) for kind in subject.kinds},
+        )
+        for name, subject in subjects.items()
+    }

@@ -1,0 +1,86 @@
+"""What a trained network is worth: accuracy and loss of a split, also by depth."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from torchlocal import checkpoint
+from torchlocal.assembly import Execution, build_network, load_run_data, resolve_execution
+from torchlocal.config import FitConfig, config_from_dict
+from torchlocal.data import Split
+from torchlocal.network import DecoupledNetwork
+
+__all__ = ["evaluate", "measure_split"]
+
+
+@torch.no_grad()
+def evaluate(
+    run: str | Path, split: str = "test", *, device: str = "auto", data_root: str | None = None
+) -> dict[str, Any]:
+    """Measure a trained network, also at the depth of every auxiliary network.
+
+    Args:
+        run: a run folder, whose best checkpoint is taken, or a checkpoint.
+        split: "train" (not augmented), "validation" or "test".
+        device: where to compute.
+        data_root: folder of the data set's files, if it is not the run's.
+
+    Returns:
+        The checkpoint, the split, the number of images, the accuracy, the loss (cross-entropy without label smoothing)
+        and the accuracies by depth, from the first local module to the whole network.
+
+    Raises:
+        ValueError: if the split is unknown or the checkpoint does not fit.
+        FileNotFoundError: if there is no checkpoint.
+    """
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f'split={split!r} is unknown: give "train", "validation" or "test"')
+    path = Path(run).expanduser()
+    if path.is_dir():
+        path = path / ("best.pt" if (path / "best.pt").exists() else "last.pt")
+    saved = checkpoint.load_checkpoint(path)
+    config = dataclasses.replace(config_from_dict(saved["config"]), device=device)
+    config = config if data_root is None else dataclasses.replace(config, data_root=data_root)
+    execution = resolve_execution(config)
+    data = load_run_data(config)
+    with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten
+        net = build_network(config, data, execution)
+    checkpoint.load_network(net, saved, path)
+    images = getattr(data, split)
+    measured = measure_split(net, images, config, execution, by_depth=True)
+    return {"checkpoint": str(path), "split": split, "num_images": len(images), **measured}
+
+
+@torch.no_grad()
+def measure_split(
+    net: DecoupledNetwork,
+    split: Split,
+    config: FitConfig,
+    execution: Execution,
+    *,
+    by_depth: bool = False,
+    check: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Return accuracy and cross-entropy of a split; check is called after every batch."""
+    net.eval()
+    depths = net.num_modules if by_depth else 1
+    correct = torch.zeros(depths, dtype=torch.int64, device=execution.device)
+    loss = torch.zeros((), device=execution.device)
+    autocast = partial(
+        torch.autocast, execution.device.type, execution.autocast, enabled=execution.autocast is not None
+    )
+    for x, y in split.batches(config.batch_size, train=False):
+        x, y = execution.place(x), y.to(execution.device, non_blocking=True)
+        with autocast():
+            outputs = net.depth_outputs(x) if by_depth else [net(x)]
+        correct += torch.stack([(output.argmax(1) == y).sum() for output in outputs])
+        loss += F.cross_entropy(outputs[-1].float(), y, reduction="sum")
+        check()
+    accuracies = [int(number) / len(split) for number in correct.tolist()]
+    measured: dict[str, Any] = {"accuracy": accuracies[-1], "loss": loss.item() / len(split)}
+    return measured | {"depth_accuracy": accuracies} if by_depth else measured

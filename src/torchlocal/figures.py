@@ -1,0 +1,160 @@
+"""Figures of a comparison: accuracy over epochs, memory against accuracy, accuracy by depth."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from torchlocal.report import Comparison
+
+__all__ = ["FIGURES", "draw_figures"]
+
+MEBIBYTE = 2**20
+# Okabe and Ito's palette: told apart by colour-blind readers as well; the markers tell the methods apart in grey.
+_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+_MARKERS = ("s", "D", "o", "^", "v", "P", "X", "*")
+
+
+def _axes(figure: Figure, *, xlabel: str, ylabel: str) -> Axes:
+    axes = figure.add_subplot()
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.grid(True, color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def _style(index: int) -> tuple[str, str]:
+    return _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+
+
+def _means(series: Sequence[Sequence[float]]) -> list[float]:
+    """Mean over seeds at every position; positions that some seed lacks are left out."""
+    return [statistics.fmean(values) for values in zip(*series, strict=False)]
+
+
+def _draw_accuracy(figure: Figure, comparison: Comparison) -> bool:
+    axes = _axes(figure, xlabel="Epoch", ylabel="Validation accuracy (%)")
+    drawn = False
+    for index, result in enumerate(comparison.results):
+        if not any(result.validation):
+            continue
+        colour, marker = _style(index)
+        mean = [100 * value for value in _means(result.validation)]
+        epochs = range(1, len(mean) + 1)
+        if len(result.validation) > 1:
+            for seed in result.validation:
+                axes.plot(range(1, len(seed) + 1), [100 * value for value in seed], color=colour, alpha=0.25, lw=0.9)
+        axes.plot(
+            epochs,
+            mean,
+            color=colour,
+            marker=marker,
+            markersize=5,
+            markevery=max(1, len(mean) // 10),
+            lw=1.8,
+            label=result.method,
+            # End-to-end and checkpointing compute the same function: dashes let the line below show.
+            linestyle="--" if result.method == "checkpointing" else "-",
+        )
+        drawn = True
+    _integer_axis(axes)
+    return drawn
+
+
+def _draw_memory(figure: Figure, comparison: Comparison) -> bool:
+    axes = _axes(figure, xlabel="Peak memory of one step (MiB)", ylabel="Test accuracy (%)")
+    drawn = False
+    for index, result in enumerate(comparison.results):
+        if result.peak_bytes is None:
+            continue
+        colour, marker = _style(index)
+        axes.errorbar(
+            result.peak_bytes / MEBIBYTE,
+            100 * result.accuracy,
+            yerr=None if result.accuracy_std is None else 100 * result.accuracy_std,
+            color=colour,
+            marker=marker,
+            markersize=9,
+            capsize=4,
+            linestyle="none",
+            label=f"{result.method} (K = {result.num_modules})",
+        )
+        drawn = True
+    axes.margins(0.12)
+    axes.set_xlim(left=0)
+    return drawn
+
+
+def _draw_depth(figure: Figure, comparison: Comparison) -> bool:
+    axes = _axes(
+        figure,
+        xlabel="Local module (last one: the backbone's own output; one module: dashed level)",
+        ylabel="Test accuracy (%)",
+    )
+    drawn = False
+    for index, result in enumerate(comparison.results):
+        depth = [100 * value for value in _means(result.depth_accuracies)]
+        colour, marker = _style(index)
+        if len(depth) == 1:  # one module: no depth to speak of, but a level to compare the others with
+            linestyle = (0, (1, 3)) if result.method == "checkpointing" else (0, (5, 3))
+            axes.axhline(depth[0], color=colour, linestyle=linestyle, lw=1.4, label=result.method)
+        elif depth:
+            axes.plot(range(1, len(depth) + 1), depth, color=colour, marker=marker, ms=5, lw=1.8, label=result.method)
+            drawn = True
+    _integer_axis(axes)
+    return drawn
+
+
+def _integer_axis(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+# Name: what draws it (telling whether there was anything to draw), title, caption.
+FIGURES: dict[str, tuple[Callable[[Figure, Comparison], bool], str, str]] = {
+    "accuracy": (
+        _draw_accuracy,
+        "Validation accuracy over epochs",
+        "Validation accuracy over epochs: mean over seeds as a thick line, single seeds as thin ones.",
+    ),
+    "memory": (
+        _draw_memory,
+        "Test accuracy against peak memory",
+        "Test accuracy (mean over seeds, bars: one standard deviation) against the peak memory of one step: up and "
+        "left is better.",
+    ),
+    "depth": (
+        _draw_depth,
+        "Test accuracy by depth",
+        "Test accuracy by depth, mean over seeds: what each local module predicts through its auxiliary network, "
+        "and at the end the backbone itself. Dashed: methods with a single module.",
+    ),
+}
+
+
+def draw_figures(comparison: Comparison) -> dict[str, Figure]:
+    """The figures of the comparison by name; those with nothing to show are left out."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figures = {}
+    for name, (draw, title, _) in FIGURES.items():
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        FigureCanvasAgg(figure)  # no pyplot: nothing global is touched and no display is needed
+        if draw(figure, comparison):
+            axes = figure.axes[0]
+            axes.set_title(title, loc="left", fontsize="medium")
+            # Below the axes, where it can hide nothing.
+            figure.legend(
+                loc="outside lower center", ncols=min(4, len(axes.get_legend_handles_labels()[1])), frameon=False
+            )
+            figures[name] = figure
+    return figures

@@ -1,0 +1,462 @@
+"""Reports: the comparison of several training methods as tables, figures and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchlocal.figures import FIGURES, draw_figures
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from torchlocal.network import DecoupledNetwork
+
+__all__ = ["Comparison", "MethodResult", "Row", "write_report"]
+
+_REFERENCE, _BASELINE = "end-to-end", "local"
+
+MEMORY_NOTE = (
+    "Peak memory is what one optimizer step needs: parameters, buffers and optimizer state, plus the highest sum of "
+    "tensor bytes allocated at any moment during forward, backward and the update. The input batch, the allocator's "
+    "slack and the scratch space inside kernels are not in it{device}, so a process takes more than this in total. The "
+    "larger of the local and the guided step counts for a method that takes both."
+)
+TIME_NOTE = (
+    "Time per step is the median over {rounds} rounds in which the steps of all methods take turns on the same batch, "
+    "loading data not included; a method with local and guided steps is their mean weighted by its guided share."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodResult:
+    """What was measured of one method: costs once, accuracies once per seed.
+
+    Args:
+        method: Name of the method.
+        num_modules: Number of local modules, K.
+        guided_share: Guided steps / all steps, between 0 and 1.
+        accuracies: Test accuracy of every seed, between 0 and 1.
+        validation: For every seed the validation accuracy after every epoch.
+        depth_accuracies: For every seed the test accuracy through every auxiliary network, the backbone's own last.
+        peak_bytes: Peak memory of one step in bytes, None if not measured.
+        step_seconds: Time per step in seconds, None if not measured.
+        num_parameters: Parameters of the backbone.
+        num_auxiliary_parameters: Parameters of the auxiliary networks.
+    """
+
+    method: str
+    num_modules: int
+    guided_share: float
+    accuracies: tuple[float, ...]
+    validation: tuple[tuple[float, ...], ...] = ()
+    depth_accuracies: tuple[tuple[float, ...], ...] = ()
+    peak_bytes: int | None = None
+    step_seconds: float | None = None
+    num_parameters: int = 0
+    num_auxiliary_parameters: int = 0
+
+    @property
+    def accuracy(self) -> float:
+        """Mean test accuracy over the seeds."""
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def accuracy_std(self) -> float | None:
+        """Sample standard deviation (n - 1) of the test accuracy over the seeds, None for a single seed."""
+        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the comparison table; None where there is nothing to state."""
+
+    method: str
+    modules: int
+    guided_share: float
+    accuracy_mean: float
+    accuracy_std: float | None
+    n: int
+    gap_closed: float | None
+    peak_bytes: int | None
+    peak_ratio: float | None
+    step_ms: float | None
+    step_ratio: float | None
+    parameters_backbone: int
+    parameters_auxiliary: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Several methods side by side, and what was run.
+
+    Args:
+        title: Heading of the report.
+        results: One result per method, in the order of the table.
+        facts: What was run, as (name, value) pairs in the order of the report.
+        configuration: The configuration as YAML text.
+        command: The command that repeats the comparison.
+        rounds: Number of interleaved rounds the time per step is the median of.
+        device: "cpu", "cuda" or "mps".
+    """
+
+    title: str
+    results: tuple[MethodResult, ...]
+    facts: tuple[tuple[str, str], ...] = ()
+    configuration: str = ""
+    command: str = ""
+    rounds: int = 0
+    device: str = "cpu"
+
+    def rows(self) -> list[Row]:
+        """The lines of the table, with the ratios to end-to-end and the share of the gap closed."""
+        reference = next((result for result in self.results if result.method == _REFERENCE), None)
+        baseline = next((result for result in self.results if result.method == _BASELINE), None)
+        gap = reference.accuracy - baseline.accuracy if reference and baseline else 0.0
+        rows = []
+        for result in self.results:
+            rows.append(
+                Row(
+                    method=result.method,
+                    modules=result.num_modules,
+                    guided_share=result.guided_share,
+                    accuracy_mean=result.accuracy,
+                    accuracy_std=result.accuracy_std,
+                    n=len(result.accuracies),
+                    gap_closed=(result.accuracy - baseline.accuracy) / gap if baseline and gap > 0 else None,
+                    peak_bytes=result.peak_bytes,
+                    peak_ratio=_ratio(result.peak_bytes, reference.peak_bytes if reference else None),
+                    step_ms=None if result.step_seconds is None else 1000 * result.step_seconds,
+                    step_ratio=_ratio(result.step_seconds, reference.step_seconds if reference else None),
+                    parameters_backbone=result.num_parameters,
+                    parameters_auxiliary=result.num_auxiliary_parameters,
+                )
+            )
+        return rows
+
+    def notes(self) -> list[str]:
+        """How to read the numbers, one sentence or two each."""
+        counts = sorted({len(result.accuracies) for result in self.results})
+        n = " or ".join(str(count) for count in counts)
+        spread = (
+            f"Test accuracy is the mean over seeds (n = {n}, in brackets) ± the sample standard deviation over seeds"
+            if counts[-1] > 1
+            else "Test accuracy is of a single seed (n = 1), so no spread is given"
+        )
+        notes = [
+            spread + "; the weights are those of the epoch with the best validation accuracy, and the test set is "
+            "evaluated once, at the end.",
+            "Gap closed is the share of the accuracy that local training loses against end-to-end training and the "
+            "method wins back: 0 % is local, 100 % is end-to-end; “-” where no such gap was measured.",
+            "K is the number of local modules, guided the share of steps that train on the global loss through the "
+            "whole network; × is relative to end-to-end.",
+        ]
+        if any(result.peak_bytes is not None for result in self.results):
+            device = "" if self.device == "cpu" else " unless the device's own counter includes them"
+            notes.append(MEMORY_NOTE.format(device=device))
+        if any(result.step_seconds is not None for result in self.results):
+            notes.append(TIME_NOTE.format(rounds=self.rounds))
+        return notes
+
+
+def _ratio(value: float | None, reference: float | None) -> float | None:
+    return None if value is None or not reference else value / reference
+
+
+# --- numbers as text ---
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Bytes for people: `format_bytes(3 * 2**20) == "3.0 MiB"`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(num_bytes) < 1000 or unit == "GiB":
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.{0 if abs(num_bytes) >= 100 else 1}f} {unit}"
+        num_bytes /= 1024
+    raise AssertionError("unreachable")
+
+
+def format_count(count: float) -> str:
+    """Counts for people: `format_count(272_474) == "272 k"`."""
+    for size, suffix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(count) >= size:
+            value = count / size
+            return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}{suffix}"
+    return f"{count:.0f}"
+
+
+def _format_accuracy(row: Row) -> str:
+    spread = "" if row.accuracy_std is None else f" ± {100 * row.accuracy_std:.1f}"
+    return f"{100 * row.accuracy_mean:.1f}{spread} ({row.n})"
+
+
+def _optional(value: float | None, text: Callable[[float], str]) -> str:
+    return "-" if value is None else text(value)
+
+
+# Header, cell, and whether the column is aligned to the right.
+_COLUMNS: tuple[tuple[str, Callable[[Row], str], bool], ...] = (
+    ("Method", lambda row: row.method, False),
+    ("K", lambda row: str(row.modules), True),
+    ("Guided", lambda row: f"{100 * row.guided_share:.0f} %", True),
+    ("Test accuracy, % (n)", _format_accuracy, True),
+    ("Gap closed", lambda row: _optional(row.gap_closed, lambda value: f"{100 * value:.0f} %"), True),
+    ("Peak memory", lambda row: _optional(row.peak_bytes, format_bytes), True),
+    ("× e2e", lambda row: _optional(row.peak_ratio, lambda value: f"{value:.2f}"), True),
+    ("Time/step", lambda row: _optional(row.step_ms, lambda value: f"{value:.{0 if value >= 100 else 1}f} ms"), True),
+    ("× e2e", lambda row: _optional(row.step_ratio, lambda value: f"{value:.2f}"), True),
+    (
+        "Parameters (+ auxiliary)",
+        lambda row: f"{format_count(row.parameters_backbone)} + {format_count(row.parameters_auxiliary)}",
+        True,
+    ),
+)
+
+
+# --- tables ---
+
+
+def terminal_table(comparison: Comparison) -> Table:
+    """The comparison as a rich table."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=comparison.title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    for header, _, right in _COLUMNS:
+        # Names and accuracies stay whole when the terminal is narrow; the other headers may wrap.
+        table.add_column(header, justify="right" if right else "left", no_wrap=header == "Method", overflow="fold")
+    for row in comparison.rows():
+        table.add_row(*(cell(row) for _, cell, _ in _COLUMNS))
+    return table
+
+
+def markdown_table(comparison: Comparison) -> str:
+    """The comparison as a Markdown table."""
+    lines = [
+        "| " + " | ".join(header for header, _, _ in _COLUMNS) + " |",
+        "|" + "|".join("---:" if right else "---" for _, _, right in _COLUMNS) + "|",
+    ]
+    for row in comparison.rows():
+        lines.append("| " + " | ".join(cell(row).replace("|", "\\|") for _, cell, _ in _COLUMNS) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def csv_table(comparison: Comparison) -> str:
+    """The comparison as CSV with unrounded numbers; a cell is empty where there is nothing to state."""
+    buffer = io.StringIO()
+    names = list(Row.__dataclass_fields__)
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(names)
+    for row in comparison.rows():
+        writer.writerow(["" if (value := getattr(row, name)) is None else value for name in names])
+    return buffer.getvalue()
+
+
+def markdown_report(comparison: Comparison, figures: Sequence[str]) -> str:
+    """The whole report as Markdown; `figures` are paths relative to it."""
+    parts = [f"# {comparison.title}", markdown_table(comparison), *(f"- {note}" for note in comparison.notes()), ""]
+    parts += [f"![{FIGURES[Path(figure).stem][2]}]({figure})\n" for figure in figures]
+    parts += ["## What was run", "", *(f"- {name}: {value}" for name, value in comparison.facts), ""]
+    parts += [comparison_command_text(comparison), "", "```yaml", comparison.configuration.strip(), "```", ""]
+    return "\n".join(parts)
+
+
+def comparison_command_text(comparison: Comparison) -> str:
+    """One sentence on how to repeat the comparison."""
+    return f"To repeat it, run `{comparison.command}` with this configuration, saved beside this report:"
+
+
+def depth_table(result: Mapping[str, Any], *, split: str) -> Table:
+    """What `evaluate` found, as a rich table: accuracy through every auxiliary network."""
+    from rich import box
+    from rich.table import Table
+
+    title = (
+        f"{result['checkpoint']}: {split} accuracy {100 * result['accuracy']:.2f} %, loss {result['loss']:.4f} "
+        f"({result['num_images']:,} images)"
+    )
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    table.add_column("Local module", justify="right")
+    table.add_column("Accuracy, %", justify="right")
+    table.add_column("Predicted by")
+    depths = result["depth_accuracy"]
+    for k, accuracy in enumerate(depths, start=1):
+        by = "the backbone" if k == len(depths) else "its auxiliary network"
+        table.add_row(f"{k} of {len(depths)}", f"{100 * accuracy:.2f}", by)
+    return table
+
+
+def partition_tables(net: DecoupledNetwork, *, batch_size: int, title: str) -> list[Table]:
+    """Where a network is cut, as rich tables: its units with the cuts drawn between, and its local modules.
+
+    Args:
+        net: Decoupled with a sample of `batch_size` inputs.
+        batch_size: Number of inputs that the activation bytes are of.
+        title: Name of the network.
+    """
+    from rich import box
+    from rich.table import Table
+
+    partition = net.partition
+    units = Table(
+        title=f"{title}: {len(partition.units)} units, {net.num_modules} local modules",
+        caption=f"Activations kept for backward: of a batch of {batch_size}. FLOPs: forward, of one image.",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+    )
+    for header in ("k", "Unit", "Output", "Activations", "FLOPs", "Parameters"):
+        units.add_column(header, justify="left" if header in ("Unit", "Output") else "right", no_wrap=True)
+    for k, group in enumerate(partition.groups, start=1):
+        for index in group:
+            unit = partition.units[index]
+            units.add_row(
+                str(k) if index == group.start else "",
+                unit.name,
+                " x ".join(map(str, unit.output_shape[1:])),
+                format_bytes(unit.activation_bytes),
+                format_count(unit.flops / batch_size),
+                format_count(unit.num_parameters),
+            )
+        if k < net.num_modules:
+            units.add_row("", "- - - cut - - -", *[""] * 4, style="red")
+    modules = Table(
+        title="Local modules, with their auxiliary networks",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+    )
+    for header in ("k", "Units", "Activations", "FLOPs", "Parameters", "Auxiliary parameters"):
+        modules.add_column(header, justify="left" if header == "Units" else "right")
+    largest = max(partition.costs)
+    for k, (group, name, cost) in enumerate(zip(partition.groups, partition.names, partition.costs, strict=True)):
+        chosen = [partition.units[index] for index in group]
+        auxiliary = net.auxiliary[k] if k < len(net.auxiliary) else None
+        modules.add_row(
+            str(k + 1),
+            name,
+            format_bytes(cost) + (" (largest)" if cost == largest and net.num_modules > 1 else ""),
+            format_count(sum(unit.flops for unit in chosen) / batch_size),
+            format_count(sum(unit.num_parameters for unit in chosen)),
+            "-" if auxiliary is None else format_count(sum(p.numel() for p in auxiliary.parameters())),
+        )
+    return [units, modules]
+
+
+# --- HTML ---
+
+_STYLE_SHEET = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 66rem; margin: 2rem auto;
+       padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .7rem; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap; }
+thead th { border-bottom: 2px solid #1a1a1a; white-space: normal; vertical-align: bottom; }
+.right { text-align: right; }
+figure { margin: 1.5rem 0; } figure img { width: 100%; max-width: 44rem; height: auto; }
+figcaption, .notes { color: #444; font-size: .95rem; }
+code, pre { font-family: ui-monospace, monospace; font-size: .9rem; background: #f4f4f4; }
+pre { padding: .8rem; overflow-x: auto; } code { padding: .1rem .25rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; } dt { color: #444; } dd { margin: 0; }
+"""
+
+
+def html_report(comparison: Comparison, images: dict[str, bytes]) -> str:
+    """The whole report as one HTML page that needs no network.
+
+    Args:
+        comparison: What to report.
+        images: The figures by name as SVG, embedded as data so that their identifiers cannot clash.
+    """
+    escape = html.escape
+    sides = ["right" if right else "left" for _, _, right in _COLUMNS]
+    head = "".join(
+        f'<th scope="col" class="{side}">{escape(header)}</th>'
+        for (header, _, _), side in zip(_COLUMNS, sides, strict=True)
+    )
+    body = []
+    for row in comparison.rows():
+        cells = [escape(cell(row)) for _, cell, _ in _COLUMNS]
+        body.append(
+            f'<tr><th scope="row">{cells[0]}</th>'
+            + "".join(f'<td class="{side}">{text}</td>' for text, side in zip(cells[1:], sides[1:], strict=True))
+            + "</tr>"
+        )
+    figures = []
+    for name, image in images.items():
+        caption = escape(FIGURES[name][2])
+        data = base64.b64encode(image).decode("ascii")
+        figures.append(
+            f'<figure><img alt="{caption}" src="data:image/svg+xml;base64,{data}"><figcaption>{caption}</figcaption>'
+            "</figure>"
+        )
+    notes = "".join(f"<li>{escape(note)}</li>" for note in comparison.notes())
+    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in comparison.facts)
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{escape(comparison.title)}</title><style>{_STYLE_SHEET}</style></head><body>",
+        f"<h1>{escape(comparison.title)}</h1>",
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>',
+        *body,
+        "</tbody></table></div>",
+        f'<ul class="notes">{notes}</ul>',
+        *figures,
+        f"<h2>What was run</h2><dl>{facts}</dl>",
+        f"<p>To repeat it, run <code>{escape(comparison.command)}</code> with this configuration, saved beside this "
+        "report:</p>",
+        f"<pre>{escape(comparison.configuration.strip())}</pre>",
+        "</body></html>",
+        "",
+    ]
+    return "\n".join(parts)
+
+
+# --- writing ---
+
+
+def write_report(comparison: Comparison, folder: str | Path) -> Path:
+    """Write `report.md`, `report.csv`, `report.html` and the figures (`figures/*.png`) of a comparison.
+
+    Args:
+        comparison: What to report; at least one result.
+        folder: Where to write; made if absent.
+
+    Returns:
+        The path of `report.html`.
+    """
+    import matplotlib
+
+    folder = Path(folder)
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    images: dict[str, bytes] = {}
+    # A fixed salt and no date: the same numbers give the same file.
+    with matplotlib.rc_context({"font.size": 11, "svg.hashsalt": "torchlocal", "svg.fonttype": "path"}):
+        for name, figure in draw_figures(comparison).items():
+            svg, png = io.BytesIO(), io.BytesIO()
+            figure.savefig(svg, format="svg", metadata={"Date": None})
+            figure.savefig(png, format="png", dpi=150)
+            images[name] = svg.getvalue()
+            _write(folder / "figures" / f"{name}.png", png.getvalue())
+    _write(folder / "report.csv", csv_table(comparison).encode())
+    _write(folder / "report.md", markdown_report(comparison, [f"figures/{name}.png" for name in images]).encode())
+    _write(folder / "report.html", html_report(comparison, images).encode())
+    return folder / "report.html"
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)

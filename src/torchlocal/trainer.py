@@ -1,0 +1,501 @@
+"""The trainer: one loop for end-to-end, local and periodically guided training, which differ only in their guidance."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchlocal import checkpoint
+from torchlocal.assembly import (
+    Execution,
+    build_network,
+    build_optimizer,
+    count_steps,
+    learning_rate,
+    load_run_data,
+    resolve_execution,
+    train_step,
+)
+from torchlocal.config import FitConfig, GuidanceConfig, build_guidance, config_to_dict
+from torchlocal.evaluation import evaluate, measure_split
+from torchlocal.progress import Reporter
+
+__all__ = [
+    "Diverged",
+    "Execution",
+    "FitConfig",
+    "GuidanceConfig",
+    "Interrupted",
+    "build_network",
+    "build_optimizer",
+    "count_steps",
+    "evaluate",
+    "fit",
+    "learning_rate",
+    "load_run_data",
+    "resolve_execution",
+    "train_step",
+]
+
+
+class Interrupted(Exception):
+    """A signal stopped the run; it is saved and can be resumed."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+class Diverged(ValueError):
+    """A loss or a parameter became NaN or infinite."""
+
+
+def fit(config: FitConfig, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
+    """Train a network and write everything about it into the folder config.out.
+
+    The first SIGINT (Ctrl-C) or SIGTERM finishes the current step, saves and leaves; the second one acts at once.
+    Sets torch's global random number generators.
+
+    Args:
+        config: what to do.
+        resume: continue the run in config.out, bit for bit; without one there, start it.
+        progress: show a progress bar on a terminal, or else one line per epoch.
+
+    Returns:
+        What result.json holds: test accuracy and loss of the weights that were best on the validation split, the
+        accuracy by depth, and how the run went.
+
+    Raises:
+        ValueError: if a value cannot work, or config.out holds another run.
+        Diverged: if a loss or a parameter is no longer finite; the checkpoint before stays.
+        Interrupted: after a signal.
+        OSError: if something cannot be written; the checkpoint before stays.
+    """
+    out = Path(config.out).expanduser()
+    saved = None
+    if resume:
+        if (out / "result.json").exists():
+            return _finished_result(out / "result.json", config)
+        if (out / "last.pt").exists():
+            saved = checkpoint.load_checkpoint(out / "last.pt", resumable=True)
+    elif (out / "last.pt").exists() or (out / "result.json").exists():
+        raise ValueError(f"out={config.out!r} already holds a run: resume it, or choose another folder")
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(config.num_threads or num_threads)
+    try:
+        return _Run(config, saved, progress).train()
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+@dataclass(kw_only=True)
+class _Position:
+    """How far a run is; with the rows of the metrics all there is to know beside tensors."""
+
+    step: int = 0
+    num_guided: int = 0
+    seconds: float = 0.0
+    train_seconds: float = 0.0
+    best_epoch: int = 0
+    best_accuracy: float = -1.0
+    # Of the current epoch: steps that gave a loss of every local module, guided steps, seconds.
+    epoch_full: int = 0
+    epoch_guided: int = 0
+    epoch_seconds: float = 0.0
+
+
+class _Run:
+    """One training run: its parts, and where it is."""
+
+    def __init__(self, config: FitConfig, saved: dict[str, Any] | None, progress: bool) -> None:
+        self.progress = progress
+        self.config, self.out = config, Path(config.out).expanduser()
+        self.clock = time.perf_counter()
+        self.execution = resolve_execution(config)
+        if saved is not None:
+            self._check_config(saved)
+        self.data = load_run_data(config)
+        self.steps_per_epoch, self.num_steps = count_steps(config, len(self.data.train))
+        self.num_epochs = -(-self.num_steps // self.steps_per_epoch)
+        self.net = build_network(config, self.data, self.execution)
+        if config.compile:
+            self.net.compile()
+        self.optimizer = build_optimizer(config, self.net)
+        self.scaler = self.execution.make_scaler()
+        self.guidance = build_guidance(config).bind(num_steps=self.num_steps, steps_per_epoch=self.steps_per_epoch)
+        if config.guidance.name != "never" and not any(map(self.guidance, range(self.num_steps))):
+            warnings.warn(f"{self.guidance} guides none of the {self.num_steps} steps", stacklevel=3)
+        self.position, self.rows = _Position(), list[dict[str, float]]()
+        self.loss_sums = torch.zeros(self.net.num_modules, device=self.execution.device)
+        self.stopped_by: signal.Signals | None = None
+        # Not the seed of the weights, which has been used up to a point that depends on the auxiliary networks:
+        # dropout is the same whatever they are.
+        torch.manual_seed(config.seed + 2**32)
+        if saved is not None:
+            self._restore(saved)
+        self.logged = (self.position.step, self.position.epoch_full, self.loss_sums.tolist(), time.perf_counter())
+
+    def train(self) -> dict[str, Any]:
+        """Train from where the run is to its end."""
+        config, position = self.config, self.position
+        self._write_folder()
+        events = self.out / "tensorboard" if config.tensorboard else None
+        with (
+            Reporter(self.num_steps, position.step, enabled=self.progress, events=events) as self.reporter,
+            _Signals(self._stop),
+        ):
+            for epoch in range(len(self.rows), self.num_epochs):  # an epoch is over once it has its row
+                self._train_epoch(epoch)
+                self._finish_epoch(epoch)
+            return self._finish()
+
+    def _train_epoch(self, epoch: int) -> None:
+        config, position = self.config, self.position
+        first = epoch * self.steps_per_epoch
+        start = (position.step - first) * config.accumulate
+        batches = iter(
+            self.data.train.batches(config.batch_size, epoch=epoch, train=True, seed=config.seed, start=start)
+        )
+        self.net.train()
+        self._read_clock(training=False)
+        for step in range(position.step, min(first + self.steps_per_epoch, self.num_steps)):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._learning_rate(step)
+            guided = self.guidance(step)
+            losses = train_step(
+                self.net,
+                self.optimizer,
+                islice(batches, config.accumulate),
+                config=config,
+                execution=self.execution,
+                guided=guided,
+                scaler=self.scaler,
+            )
+            self._count(losses, guided)
+            self.reporter.advance(position.step, f"epoch {epoch + 1}/{self.num_epochs}")
+            if position.step % config.log_every == 0:
+                self._log()
+            if config.checkpoint_every and position.step % config.checkpoint_every == 0:
+                self._save()
+            if self.stopped_by is not None:
+                self._leave(save=True)
+
+    def _count(self, losses: list[Tensor], guided: bool) -> None:
+        """Add up the losses on the device: reading them would wait for it."""
+        position = self.position
+        position.step += 1
+        position.num_guided += guided
+        position.epoch_guided += guided
+        if len(losses) == len(self.loss_sums):
+            self.loss_sums += torch.stack(losses)
+            position.epoch_full += 1
+        else:
+            self.loss_sums[-1] += losses[-1]
+
+    def _log(self) -> None:
+        """Read the losses of the steps since the last time, and refuse to go on if one is not finite."""
+        position = self.position
+        sums = self._check_losses()
+        step, full, sums_before, clock = self.logged
+        now = time.perf_counter()
+        if position.step > step:
+            losses = _means(
+                [a - b for a, b in zip(sums, sums_before, strict=True)],
+                position.epoch_full - full,
+                position.step - step,
+            )
+            images = (position.step - step) * self.config.batch_size * self.config.accumulate
+            self.reporter.losses(
+                position.step,
+                losses,
+                guided_share=position.num_guided / position.step,
+                lr=self._learning_rate(position.step - 1),
+                speed=images / (now - clock),
+            )
+        self.logged = (position.step, position.epoch_full, sums, now)
+
+    def _finish_epoch(self, epoch: int) -> None:
+        """Validate, add the epoch's row, save."""
+        config, position = self.config, self.position
+        self._log()
+        self._read_clock(training=True)
+        num_steps = position.step - epoch * self.steps_per_epoch
+        losses = _means(self.logged[2], position.epoch_full, num_steps)
+        measured = measure_split(
+            self.net, self.data.validation, config, self.execution, check=partial(self._leave, save=True)
+        )
+        self._read_clock(training=False)
+        row = {
+            "epoch": epoch + 1,
+            "step": position.step,
+            "seconds": round(position.seconds, 3),
+            "train_loss": losses[-1],
+            **{f"loss_{k}": loss for k, loss in enumerate(losses, start=1)},
+            "guided_share": position.epoch_guided / num_steps,
+            "lr": self._learning_rate(position.step - 1),
+            "images_per_second": round(
+                num_steps * config.batch_size * config.accumulate / max(position.epoch_seconds, 1e-9), 1
+            ),
+            "validation_loss": measured["loss"],
+            "validation_accuracy": measured["accuracy"],
+        }
+        self.rows.append(row)
+        position.epoch_full, position.epoch_guided, position.epoch_seconds = 0, 0, 0.0
+        self.loss_sums.zero_()
+        self.logged = (position.step, 0, [0.0] * len(self.loss_sums), time.perf_counter())
+        if measured["accuracy"] > position.best_accuracy:
+            position.best_epoch, position.best_accuracy = epoch + 1, measured["accuracy"]
+            self._check_parameters()
+            checkpoint.save_checkpoint(self.out / "best.pt", self._identity())
+        # After best.pt: killed in between, the resumed run comes here again and writes the same best.pt.
+        self._save()
+        checkpoint.write_metrics(self.out / "metrics.csv", list(row), self.rows)
+        self.reporter.scalars(position.step, {f"validation/{name}": measured[name] for name in ("loss", "accuracy")})
+        self.reporter.epoch(self.num_epochs, row, losses)
+
+    def _finish(self) -> dict[str, Any]:
+        """Evaluate the test split, this once, with the best weights."""
+        config, position = self.config, self.position
+        best = checkpoint.load_checkpoint(self.out / "best.pt")
+        if best["step"] != self.rows[position.best_epoch - 1]["step"]:
+            raise ValueError(
+                f"{self.out / 'best.pt'} is of step {best['step']}, but the best was epoch {position.best_epoch}: put "
+                "the right one back, or train again"
+            )
+        checkpoint.load_network(self.net, best, self.out / "best.pt")
+        measured = measure_split(
+            self.net,
+            self.data.test,
+            config,
+            self.execution,
+            by_depth=True,
+            check=partial(self._leave, save=False),  # last.pt is complete, and the weights are not its own any more
+        )
+        self._read_clock(training=False)
+        images = position.step * config.batch_size * config.accumulate
+        result = {
+            "config": config_to_dict(config),
+            "steps": position.step,
+            "epochs": len(self.rows),
+            "guided_steps": position.num_guided,
+            "guided_share": position.num_guided / position.step,
+            "best_epoch": position.best_epoch,
+            "validation_accuracy": position.best_accuracy,
+            "test_accuracy": measured["accuracy"],
+            "test_loss": measured["loss"],
+            "depth_accuracy": measured["depth_accuracy"],
+            "seconds": round(position.seconds, 3),
+            "images_per_second": round(images / max(position.train_seconds, 1e-9), 1),
+            "num_parameters": {
+                "backbone": sum(parameter.numel() for parameter in self.net.backbone.parameters()),
+                "auxiliary": sum(parameter.numel() for parameter in self.net.auxiliary.parameters()),
+            },
+            "device": str(self.execution.device),
+            "precision": self.execution.precision,
+        }
+        checkpoint.write_json(self.out / "result.json", result)
+        return result
+
+    def _identity(self) -> dict[str, Any]:
+        """What every checkpoint holds: the weights, and what they belong to."""
+        return {
+            "config": config_to_dict(self.config),
+            "precision": self.execution.precision,
+            "data": {
+                "num_train": len(self.data.train),
+                "num_validation": len(self.data.validation),
+                "num_classes": self.data.num_classes,
+                "shape": list(self.data.shape),
+            },
+            "modules": [[group.start, group.stop] for group in self.net.partition.groups],
+            "step": self.position.step,
+            "net": self.net.state_dict(),
+        }
+
+    def _save(self) -> None:
+        """Write last.pt, unless what it would hold is not finite."""
+        self._check_losses()
+        self._check_parameters()
+        self._read_clock(training=True)
+        state = self._identity() | {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "guidance": self.guidance.state_dict(),
+            "random": _random_states(self.execution.device),
+            "position": dataclasses.asdict(self.position),
+            "loss_sums": self.loss_sums,
+            "rows": self.rows,
+        }
+        checkpoint.save_checkpoint(self.out / "last.pt", state)
+        self._read_clock(training=False)
+
+    def _check_config(self, saved: dict[str, Any]) -> None:
+        # "auto" precision that turns out differently here is another precision.
+        current = config_to_dict(self.config) | {"precision": self.execution.precision}
+        old = saved["config"] | {"precision": saved["precision"]}
+        checkpoint.check_same_config(self.out / "last.pt", old, current)
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        path, own = self.out / "last.pt", self._identity()
+        for name, here in own["data"].items():
+            if saved["data"][name] != here:
+                raise ValueError(
+                    f"{path} was trained on other data: {name} is {saved['data'][name]} there and {here} here; bring "
+                    "the same data back, or choose another out"
+                )
+        if saved["modules"] != own["modules"]:
+            raise ValueError(
+                f"{path} is of a network that is cut elsewhere: use the torchlocal that wrote it, or choose another out"
+            )
+        checkpoint.load_network(self.net, saved, path)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(saved["scaler"])
+        self.position, self.rows = _Position(**saved["position"]), saved["rows"]
+        self.loss_sums.copy_(saved["loss_sums"])
+        if self.position.best_epoch:
+            checkpoint.load_checkpoint(self.out / "best.pt")  # refuse a damaged one now and not at the end
+        _set_random_states(saved["random"], self.execution.device)
+
+    def _write_folder(self) -> None:
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"out={self.config.out!r} cannot be made a folder ({error.strerror}): choose another"
+            ) from error
+        execution = self.execution
+        chosen = f"{execution.device}, {execution.precision}{', channels_last' if execution.channels_last else ''}"
+        checkpoint.write_config(
+            self.out / "config.yaml", config_to_dict(self.config), [f"ran on {chosen}, torch {torch.__version__}"]
+        )
+        if self.rows:  # a run that was killed may have written a row that its last.pt does not know
+            checkpoint.write_metrics(self.out / "metrics.csv", list(self.rows[0]), self.rows)
+
+    def _check_losses(self) -> list[float]:
+        sums: list[float] = self.loss_sums.tolist()
+        for k, value in enumerate(sums, start=1):
+            if not math.isfinite(value):
+                self._diverged(f"the loss of local module {k} of {len(sums)}")
+        return sums
+
+    def _check_parameters(self) -> None:
+        finite = torch.stack([parameter.isfinite().all() for parameter in self.net.parameters()])
+        if not finite.all():
+            names = [name for name, _ in self.net.named_parameters()]
+            self._diverged(f"the parameter {names[int(finite.int().argmin())]}")
+
+    def _diverged(self, what: str) -> None:
+        last = self.out / "last.pt"
+        kept = f"{last} is the last good checkpoint" if last.exists() else "no checkpoint was written before"
+        raise Diverged(
+            f"{what} is NaN or infinite at step {self.position.step} (last seen finite at step {self.logged[0]}): "
+            f"lower lr={self.config.lr:g}, or give warmup_epochs or clip; {kept}"
+        )
+
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(self.config, step, steps_per_epoch=self.steps_per_epoch, num_steps=self.num_steps)
+
+    def _read_clock(self, *, training: bool) -> None:
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        self.position.seconds += seconds
+        if training:
+            self.position.train_seconds += seconds
+            self.position.epoch_seconds += seconds
+
+    def _stop(self, signum: signal.Signals) -> None:
+        self.stopped_by = signum
+        if self.progress:  # not by print, which this signal may have interrupted
+            told = f"\n{signum.name}: finishing the step, then saving; once more to leave at once\n"
+            with contextlib.suppress(OSError):
+                os.write(2, told.encode())
+
+    def _leave(self, *, save: bool) -> None:
+        """Leave if a signal asked for it."""
+        if self.stopped_by is None:
+            return
+        if save:
+            self._save()
+        raise Interrupted(
+            f"stopped by {self.stopped_by.name} after step {self.position.step} of {self.num_steps}; saved in "
+            f"{self.out / 'last.pt'}, to be resumed.",
+            self.stopped_by,
+        )
+
+
+class _Signals:
+    """Hands the first SIGINT or SIGTERM to a function; the second one acts as if nobody had listened."""
+
+    def __init__(self, handle: Callable[[signal.Signals], None]) -> None:
+        self._handle = handle
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python delivers signals to the main thread only
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(signum) is not signal.SIG_IGN:  # ignored on purpose, as under nohup
+                self._previous[signum] = signal.signal(signum, self._receive)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        self._restore()
+        self._handle(signal.Signals(signum))
+
+    def _restore(self) -> None:
+        while self._previous:
+            signum, handler = self._previous.popitem()
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+
+
+def _finished_result(path: Path, config: FitConfig) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = json.loads(path.read_text())
+        saved = result["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: delete it, and resume to write it again") from error
+    checkpoint.check_same_config(path, saved, config_to_dict(config))
+    return result
+
+
+def _means(sums: Sequence[float], num_full: int, num_steps: int) -> list[float]:
+    """Return mean losses; of the modules before the last NaN, if no step measured them."""
+    first = [value / num_full if num_full else math.nan for value in sums[:-1]]
+    return [*first, sums[-1] / num_steps]
+
+
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def _set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    if device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])
