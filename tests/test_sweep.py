@@ -46,8 +46,15 @@ def _sequential() -> nn.Module:
     )  # fmt: skip
 
 
+def _plain_mlp() -> nn.Module:
+    hidden = [layer for _ in range(5) for layer in (nn.Linear(48, 48), nn.BatchNorm1d(48), nn.ReLU(inplace=True))]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(48, 10))
+
+
 def _model(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
+    if name == "plain mlp":
+        return _plain_mlp(), torch.randn(2, 3, 4, 4)
     if name == "sequential":
         return _sequential(), torch.randn(2, 3, 32, 32)
     if name.startswith("timm:"):
@@ -58,7 +65,7 @@ def _model(name: str) -> tuple[nn.Module, Tensor]:
     )
 
 
-@pytest.mark.parametrize("name", [*NAMES, "sequential"])
+@pytest.mark.parametrize("name", [*NAMES, "sequential", "plain mlp"])
 def test_decouple_any_network(name: str) -> None:
     model, x = _model(name)
     y = torch.tensor([1, 7])
@@ -67,7 +74,7 @@ def test_decouple_any_network(name: str) -> None:
     identities = [id(p) for p in model.parameters()]
     attributes = set(vars(model))
 
-    for modules in (2, 4, "all"):
+    for modules in (2, 3 if name == "mlp" else 4, "all"):  # the library's own has three hidden layers
         net = tl.decouple(model, modules, sample=x)
         if modules != "all":
             assert net.num_modules == modules
@@ -109,7 +116,7 @@ def test_decouple_any_network(name: str) -> None:
         assert set(vars(model)) == attributes
 
 
-@pytest.mark.parametrize("name", [*NAMES, "sequential"])
+@pytest.mark.parametrize("name", [*NAMES, "sequential", "plain mlp"])
 def test_recomputation_is_exact_for_any_network(name: str) -> None:
     model, x = _model(name)
     y = torch.tensor([1, 7])

@@ -4,6 +4,7 @@ from . import guidance, memory, rules
 from .guidance import AlwaysGuidance, AnnealedGuidance, NeverGuidance, PeriodicGuidance, RandomGuidance
 from .network import DecoupledNetwork, decouple
 from .partition import Partition, Unit
+from .plan import MemoryPlan, plan
 from .rules import GreedyRule, Rule
 from .steps import guided_step, local_step
 
@@ -14,6 +15,7 @@ __all__ = [
     "AnnealedGuidance",
     "DecoupledNetwork",
     "GreedyRule",
+    "MemoryPlan",
     "NeverGuidance",
     "Partition",
     "PeriodicGuidance",
@@ -25,5 +27,6 @@ __all__ = [
     "guided_step",
     "local_step",
     "memory",
+    "plan",
     "rules",
 ]

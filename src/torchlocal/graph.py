@@ -10,12 +10,15 @@ import contextlib
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode  # the documented home of fake tensors; there is no public alias
 from torch.utils.flop_counter import FlopCounterMode
+
+if TYPE_CHECKING:
+    from .nodes import NodeStages
 
 _ADVICE = "pass a list of modules, or an nn.Sequential, that does the same"
 
@@ -150,6 +153,7 @@ class Observation:
     crossing: list[fx.Node | None] = field(default_factory=list)  # the one tensor alive after the node
     values: dict[fx.Node, Any] = field(default_factory=dict)
     mutated: list[list[tuple[str, str]]] = field(default_factory=list)  # (module, buffer) that the node writes
+    written: list[list[fx.Node]] = field(default_factory=list)  # values that the node changes in place
     output: Any = None
     mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
 
@@ -230,6 +234,7 @@ class _Probe(nn.Module):
                     seen.output = args[0]
                     break
                 saved = {}
+                before = {n: v._version for n, v in environment.items() if isinstance(v, Tensor)}
                 if node.op == "call_module":
                     value = self.backbone.get_submodule(str(node.target))(*args, **kwargs)
                 elif node.op == "call_method":
@@ -237,6 +242,7 @@ class _Probe(nn.Module):
                 else:
                     assert callable(node.target)
                     value = node.target(*args, **kwargs)
+                seen.written.append([n for n, version in before.items() if environment[n]._version != version])
                 environment[node] = value
                 if isinstance(value, Tensor):
                     alive.append(value)
@@ -346,21 +352,32 @@ class Chain:
         traced: its trace in training mode.
         cuts: for every unit but the last, the index of its last node in ``traced.nodes``.
         mutated: for every unit, the buffers that its forward writes, as (module, buffer) names.
+        seen: what the trace's nodes did.
     """
 
     def __init__(
-        self, backbone: nn.Module, traced: Trace, cuts: Sequence[int], mutated: Sequence[list[tuple[str, str]]]
+        self,
+        backbone: nn.Module,
+        traced: Trace,
+        cuts: Sequence[int],
+        mutated: Sequence[list[tuple[str, str]]],
+        seen: Observation,
     ) -> None:
         self.backbone = backbone
         self.num_units = len(cuts) + 1
         identities = traced.identities()
         self._opaque, self._ends = traced.opaque, [identities[cut] for cut in cuts]
         self._mutated = [list(names) for names in mutated]
-        self._compile: dict[str, Any] | None = None
+        known = dict(zip(traced.nodes, identities, strict=True))
+        # By node, since each trace makes its own: the values that it changes in place; those that are no single value.
+        self.written = {known[n]: {known.get(w) for w in seen.written[i]} for i, n in enumerate(traced.nodes)}
+        self.composite = {known.get(n) for n, value in seen.values.items() if isinstance(value, (tuple, list, dict))}
+        self.compiled: dict[str, Any] | None = None
         self._trace: Trace | None = None
         self._key: object = None
         self._attributes: list[tuple[str, Any]] = []
         self._segments: dict[object, dict[tuple[int, int], fx.GraphModule]] = {}
+        self._inside: dict[object, dict[int, NodeStages]] = {}
         self._cuts: list[int] = []
         self._crossing: list[fx.Node] = []
 
@@ -371,6 +388,7 @@ class Chain:
             "_trace": None,
             "_key": None,
             "_segments": {},
+            "_inside": {},
             "_cuts": [],
             "_crossing": [],
             "_attributes": [],
@@ -378,7 +396,7 @@ class Chain:
 
     def compile(self, **options: Any) -> None:
         """Compile every segment from now on; ``options`` go to :func:`torch.compile`."""
-        self._compile = options
+        self.compiled = options
         self._segments.clear()
 
     def refresh(self, device: torch.device) -> None:
@@ -397,6 +415,7 @@ class Chain:
             )
         if len(self._segments) > 8:
             self._segments.clear()
+            self._inside.clear()
         self._trace, self._key = traced, key
         self._cuts, self._crossing = cuts, [node for cut in cuts if (node := crossing[cut]) is not None]
         names = {str(n.target) for n in traced.graph.nodes if n.op == "get_attr"} - traced.constants.keys()
@@ -410,7 +429,41 @@ class Chain:
             cache[first, last] = self._build(first, last)
         return cache[first, last]
 
-    def mutated_buffers(self, first: int, last: int) -> list[tuple[dict[str, Tensor | None], str]]:
+    def run(self, first: int, last: int, state: list[Any]) -> tuple[Tensor]:
+        """Run units ``first`` to ``last - 1`` on the features in ``state``, which are taken out of it."""
+        return (self.segment(first, last)(state.pop()),)
+
+    def entry_index(self, unit: int) -> int | None:
+        """Units hand on one tensor, which is never the network's input."""
+        return None
+
+    def inside(self, unit: int) -> NodeStages:
+        """The nodes of one unit as a chain of their own; call :meth:`refresh` before."""
+        from .nodes import NodeStages
+
+        cache = self._inside.setdefault(self._key, {})
+        if unit not in cache:
+            assert self._trace is not None
+            nodes = self._trace.nodes
+            begin, end = self._span(unit, unit + 1)
+            outputs = next(n for n in self._trace.graph.nodes if n.op == "output").all_input_nodes
+            result = self._crossing[unit] if unit < self.num_units - 1 else outputs[0]
+            identities = dict(zip(nodes, self._trace.identities(), strict=True))
+            cache[unit] = NodeStages(self, nodes[begin:end], self._entry(unit), result, identities, self._mutated[unit])
+        return cache[unit]
+
+    def _span(self, first: int, last: int) -> tuple[int, int]:
+        """The nodes of units ``first`` to ``last - 1``."""
+        assert self._trace is not None
+        begin = self._cuts[first - 1] + 1 if first else 0
+        return begin, self._cuts[last - 1] + 1 if last < self.num_units else len(self._trace.nodes)
+
+    def _entry(self, unit: int) -> fx.Node:
+        """The node that unit ``unit`` takes its input from."""
+        assert self._trace is not None
+        return self._crossing[unit - 1] if unit else next(n for n in self._trace.graph.nodes if n.op == "placeholder")
+
+    def buffers(self, first: int, last: int) -> list[tuple[dict[str, Tensor | None], str]]:
         """Buffers that units ``first`` to ``last - 1`` write in a forward pass: where the segment looks each up."""
         segment = self.segment(first, last)
         names = dict.fromkeys(name for unit in self._mutated[first:last] for name in unit)
@@ -418,13 +471,34 @@ class Chain:
 
     def _build(self, first: int, last: int) -> fx.GraphModule:
         assert self._trace is not None and 0 <= first < last <= self.num_units
-        nodes = self._trace.nodes
-        begin = self._cuts[first - 1] + 1 if first else 0
-        end = self._cuts[last - 1] + 1 if last < self.num_units else len(nodes)
-        inputs = next(n for n in self._trace.graph.nodes if n.op == "placeholder")
-        entry = self._crossing[first - 1] if first else inputs
+        begin, end = self._span(first, last)
+        output = next(n for n in self._trace.graph.nodes if n.op == "output")
+        result: Any = self._crossing[last - 1] if last < self.num_units else output.args[0]
+        module = self.build(self._trace.nodes[begin:end], self._entry(first), result)
+        if self.compiled is not None:
+            module.compile(**self.compiled)
+        return module
+
+    def build(
+        self,
+        nodes: Sequence[fx.Node],
+        entry: fx.Node | Sequence[fx.Node],
+        result: Any,
+        cloned: set[fx.Node] | None = None,
+    ) -> fx.GraphModule:
+        """A module that runs ``nodes`` on the value of ``entry``.
+
+        With several entries it takes a list of their values, which it empties, and copies those of ``cloned`` first.
+        """
+        assert self._trace is not None
+        constants = self._trace.constants
         graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {entry: graph.placeholder("features")}
+        if isinstance(entry, fx.Node):
+            copies = {entry: graph.placeholder("features")}
+        else:
+            state = graph.placeholder("state")
+            copies = {node: graph.call_method("pop", (state,)) for node in reversed(entry)}
+            copies |= {node: graph.call_method("clone", (copies[node],)) for node in entry if node in (cloned or ())}
         root: dict[str, Any] = {}
 
         def copy(node: fx.Node) -> fx.Node:
@@ -432,8 +506,7 @@ class Chain:
                 return copies[node]
             if node.op == "get_attr":
                 name = str(node.target)
-                constant = self._trace.constants.get(name)  # type: ignore[union-attr]
-                root[name] = get_attribute(self.backbone, name) if constant is None else constant
+                root[name] = constants[name] if name in constants else get_attribute(self.backbone, name)
                 copies[node] = graph.node_copy(node)
             else:
                 if node.op == "call_module":
@@ -441,15 +514,7 @@ class Chain:
                 copies[node] = graph.node_copy(node, copy)
             return copies[node]
 
-        for node in nodes[begin:end]:
+        for node in nodes:
             copy(node)
-        if last < self.num_units:
-            result: Any = copies[self._crossing[last - 1]]
-        else:
-            output = next(n for n in self._trace.graph.nodes if n.op == "output")
-            result = fx.node.map_arg(output.args[0], copy)
-        graph.output(result)
-        module = fx.GraphModule(root, graph, class_name="Segment")
-        if self._compile is not None:
-            module.compile(**self._compile)
-        return module
+        graph.output(fx.node.map_arg(result, copy))
+        return fx.GraphModule(root, graph, class_name="Segment")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,12 @@ from torch import Tensor, nn
 from . import steps
 from .graph import Chain
 from .partition import Partition, Unit, Units, balance
+from .recompute import Plan, in_segments
 from .rules import RULES, Rule, Site
+from .schedule import GuidedPlan, find_guided_plan, find_local_plans
+
+if TYPE_CHECKING:
+    from .plan import MemoryPlan
 
 COSTS = ("activation_bytes", "flops", "num_parameters")
 
@@ -54,8 +60,7 @@ class DecoupledNetwork(nn.Module):
         self.criterion = criterion
         self.sites = tuple(sites)
         self.input_shape = input_shape
-        self._recompute: dict[str | int | None, list[range]] = {}
-        self._pieces: dict[range, list[tuple[range, int | None]]] = {}
+        self._plans: dict[tuple[Any, ...], Any] = {}
 
     @property
     def num_modules(self) -> int:
@@ -118,8 +123,6 @@ class DecoupledNetwork(nn.Module):
         Raises:
             ValueError: ``recompute`` is not None, ``"modules"`` or a number from 1 to the number of units.
         """
-        if recompute in self._recompute and not isinstance(recompute, bool):
-            return self._recompute[recompute]
         units = self.partition.units
         if recompute is None:
             segments = [range(len(units))]
@@ -132,17 +135,69 @@ class DecoupledNetwork(nn.Module):
             raise ValueError(
                 f"recompute: must be None, 'modules' or a number of segments from 1 to {len(units)}, not {recompute!r}"
             )
-        self._recompute[recompute] = segments
         return segments
 
-    def pieces(self, segment: range) -> list[tuple[range, int | None]]:
-        """``segment`` cut at the ends of local modules, each piece with the module that ends there (but the last)."""
-        if segment not in self._pieces:
-            ends = {g.stop: k for k, g in enumerate(self.partition.groups[:-1])}
-            stops = [stop for stop in range(segment.start + 1, segment.stop) if stop in ends] + [segment.stop]
-            starts = [segment.start, *stops[:-1]]
-            self._pieces[segment] = [(range(a, b), ends.get(b)) for a, b in zip(starts, stops, strict=True)]
-        return self._pieces[segment]
+    def guided_plan(
+        self,
+        x: Tensor,
+        target: Any = None,
+        *,
+        recompute: str | int | None = None,
+        memory: str | int | GuidedPlan | None = None,
+        auxiliary: str = "follow",
+        autocast: torch.dtype | None = None,
+        optimizers: object = None,
+    ) -> GuidedPlan:
+        """How a guided step of such a batch runs; found once for each shape of batch and options."""
+        if isinstance(memory, GuidedPlan):
+            return memory
+        if memory is None or memory == "full":
+            recompute = None if memory == "full" else recompute
+            key = ("recompute", type(recompute), recompute)
+            if key not in self._plans:
+                self._plans[key] = GuidedPlan(tree=in_segments(self.recompute_segments(recompute)))
+            known: GuidedPlan = self._plans[key]
+            return known
+        if isinstance(memory, bool) or not (memory in ("local", "exact") or (isinstance(memory, int) and memory > 0)):
+            raise ValueError(f"memory: must be 'local', 'exact', 'full', a number of bytes or None, not {memory!r}")
+        if recompute is not None:
+            raise ValueError(f"recompute: memory={memory!r} chooses what is recomputed; leave recompute out")
+        plan: GuidedPlan = self._found(
+            find_guided_plan,
+            x,
+            target,
+            memory=memory,
+            auxiliary=auxiliary,
+            autocast=autocast,
+            optimizers=optimizers is not None or None,
+        )
+        return plan
+
+    def local_plans(
+        self,
+        x: Tensor,
+        target: Any = None,
+        recompute: str | dict[int, Plan] | None = None,
+        *,
+        autocast: torch.dtype | None = None,
+    ) -> dict[int, Plan]:
+        """By module, how those of a local step run that recompute something; found once for each shape of batch."""
+        if recompute is None or isinstance(recompute, dict):
+            return recompute or {}
+        if recompute != "largest":
+            raise ValueError(f"recompute: must be None or 'largest' in a local step, not {recompute!r}")
+        plans: dict[int, Plan] = self._found(find_local_plans, x, target, autocast=autocast)
+        return plans
+
+    def _found(self, find: Callable[..., Any], x: Tensor, target: Any, **options: Any) -> Any:
+        """What a search finds, which is looked for once for each shape of batch and options."""
+        flags = tuple(module.training for module in self.modules())
+        key = (find, x.shape, x.stride(), x.dtype, flags, *options.values())
+        if key not in self._plans:
+            # A thread of its own has none of the caller's modes: autocast, no_grad, a counter.
+            with ThreadPoolExecutor(1) as executor:
+                self._plans[key] = executor.submit(find, self, x, target, **options).result()
+        return self._plans[key]
 
     def extra_repr(self) -> str:
         """Names of the local modules."""
@@ -151,7 +206,7 @@ class DecoupledNetwork(nn.Module):
 
 def decouple(
     model: nn.Module | Sequence[nn.Module],
-    modules: int | str | None = None,
+    modules: int | str | MemoryPlan | None = None,
     *,
     sample: Tensor | Sequence[int],
     cuts: Sequence[str] | None = None,
@@ -169,7 +224,8 @@ def decouple(
         model: any ``nn.Module`` whose forward maps one tensor to one tensor; or a list of modules that run one after
             another, each of which becomes a local module (as do the children of an ``nn.Sequential`` when neither
             ``modules`` nor ``cuts`` is given).
-        modules: number K of local modules, balanced by ``cost``, or ``"all"`` for one per unit.
+        modules: number K of local modules, balanced by ``cost``, or ``"all"`` for one per unit; or what
+            :func:`torchlocal.plan` returned.
         sample: an input batch (N, ...), or its shape; nothing is computed with it.
         cuts: instead of ``modules``, qualified names of the submodules to cut after.
         rule: a local rule, or its name.
@@ -183,7 +239,9 @@ def decouple(
     Raises:
         ValueError: an argument is wrong, or the model cannot be cut as asked; the message says what to do.
     """
-    backbone, given = _backbone(model, modules, cuts)
+    if modules is not None and not isinstance(modules, int | str) and hasattr(modules, "recommendation"):
+        modules = modules.modules
+    backbone, given = _backbone(model, modules, cuts)  # type: ignore[arg-type]
     shape = _sample(sample, backbone)
     if isinstance(rule, str):
         if rule not in RULES:

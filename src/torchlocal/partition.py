@@ -205,7 +205,7 @@ class Units:
     def chain(self) -> Chain:
         """The units as something that runs."""
         mutated = [[pair for m in self._seen.mutated[begin:end] for pair in m] for begin, end in self._spans()]
-        return Chain(self.model, self._trace, self.cuts, mutated)
+        return Chain(self.model, self._trace, self.cuts, mutated, self._seen)
 
 
 def _parameters(model: nn.Module, node: fx.Node) -> list[nn.Parameter]:

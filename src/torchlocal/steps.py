@@ -6,19 +6,21 @@ the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import get_device_states, set_device_states
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from .recompute import Plan, Recomputation
 from .rules import Batch
 
 if TYPE_CHECKING:
     from .network import DecoupledNetwork
+    from .schedule import GuidedPlan
 
 __all__ = ["guided_step", "local_step"]
 
@@ -36,6 +38,7 @@ def local_step(
     x: Tensor,
     target: Any,
     *,
+    recompute: str | dict[int, Plan] | None = None,
     autocast: torch.dtype | None = None,
     backward: Callable[[Tensor], Any] | None = None,
     scale: float = 1.0,
@@ -49,6 +52,8 @@ def local_step(
         net: the decoupled network.
         x: input batch (N, ...).
         target: whatever the criterion takes, for cross-entropy class indices (N,) or probabilities (N, C).
+        recompute: ``"largest"``: recompute inside the local modules that take most, as far as that lowers the peak; the
+            results stay the same, bit for bit.
         autocast: run forward passes in this dtype, for example ``torch.bfloat16``.
         backward: called with each loss instead of ``loss.backward()``, for example
             ``lambda loss: scaler.scale(loss).backward()`` or ``fabric.backward``.
@@ -63,18 +68,14 @@ def local_step(
         ValueError: the batch is empty or not a tensor, or the number of optimizers is not K.
     """
     _check(net, x, target, optimizers)
-    run = _Run(net, Batch(input=x, target=target, criterion=net.criterion), autocast, backward, scale)
+    run = Run(net, Batch(input=x, target=target, criterion=net.criterion), autocast, backward, scale)
     net.chain.refresh(x.device)
+    plans = net.local_plans(x, target, recompute, autocast=autocast)
     features = x
     losses = []
-    for k, group in enumerate(net.partition.groups):
-        with run.autocast():
-            features = net.chain.segment(group.start, group.stop)(features)
-            loss = run.loss(k, features)
-        features = features.detach()
-        run.backward(loss)
-        losses.append(loss.detach())
-        del loss  # with it goes the module's graph, before the next module runs
+    for k in range(net.num_modules):
+        loss, features = run.local(k, plans.get(k), [features])
+        losses.append(loss)
         if optimizers is not None:
             _apply(optimizers[k])
     return losses
@@ -87,6 +88,7 @@ def guided_step(
     *,
     auxiliary: str = "follow",
     recompute: str | int | None = None,
+    memory: str | int | GuidedPlan | None = None,
     autocast: torch.dtype | None = None,
     backward: Callable[[Tensor], Any] | None = None,
     scale: float = 1.0,
@@ -104,6 +106,10 @@ def guided_step(
             Deep Nets with Sublinear Memory Cost", 2016): ``"modules"`` takes the local modules as segments, a number
             cuts the units into that many, balanced by activation bytes. Parameters and buffers come out bit for bit as
             without, dropout and BatchNorm statistics included.
+        memory: instead of ``recompute``, lets a search choose what is recomputed, once per shape of batch: ``"local"``:
+            the cheapest way whose predicted peak is not above the local step's, the batch cut into micro-batches where
+            it takes that (BatchNorm then sees these; a mean criterion is assumed); ``"exact"``: the smallest peak
+            without micro-batches, that is bit for bit the plain guided step; ``"full"``: nothing is recomputed.
         autocast: run forward passes in this dtype.
         backward: called with each loss instead of ``loss.backward()``.
         scale: factor on every loss before backward.
@@ -119,108 +125,82 @@ def guided_step(
     _check(net, x, target, optimizers)
     if auxiliary not in ("follow", "frozen"):
         raise ValueError(f"auxiliary: must be 'follow' or 'frozen', not {auxiliary!r}")
-    segments = net.recompute_segments(recompute)
-    run = _Run(net, Batch(input=x, target=target, criterion=net.criterion), autocast, backward, scale)
+    plan = net.guided_plan(
+        x, target, auxiliary=auxiliary, recompute=recompute, memory=memory, autocast=autocast, optimizers=optimizers
+    )
+    parts = split_batch(x, target, plan.micro_batches)
+    total: list[Tensor] = []
+    for i, (part, labels) in enumerate(parts):
+        share = part.shape[0] / x.shape[0]
+        run = Run(net, Batch(input=part, target=labels, criterion=net.criterion), autocast, backward, scale * share)
+        run.optimizers = optimizers if i == len(parts) - 1 else None
+        losses = _guided(run, plan.tree, follow=auxiliary == "follow", whole=len(parts) == 1)
+        if share != 1:
+            losses = [loss * share for loss in losses]
+        total = [a + b for a, b in zip(total, losses, strict=True)] if total else losses
+    return total
+
+
+def _guided(run: Run, plan: Plan, *, follow: bool, whole: bool) -> list[Tensor]:
+    net, x, optimizers = run.net, run.batch.input, run.optimizers
     net.chain.refresh(x.device)
     losses: list[Tensor] = []
-    follow = (lambda k, features: losses.append(run.follow(k, features))) if auxiliary == "follow" else None
+    ends = {group.stop: k for k, group in enumerate(net.partition.groups[:-1])} if follow else {}
+    waiting = [group.start for group in net.partition.groups]
 
-    # Forward once without a graph, keeping what starts each segment; the last segment keeps its graph at once.
-    starts: list[_Start] = []
-    features = x
-    for segment in segments[:-1]:
-        pieces = net.pieces(segment)
-        start = _Start(features, [holder[name].clone() for holder, name in _buffers(net, pieces)], [])
-        with torch.no_grad():
-            features = run.forward(pieces, features, follow, start.random)
-        starts.append(start)
-    features = features.detach().requires_grad_(len(segments) > 1)
-    with run.autocast():
-        output = run.forward(net.pieces(segments[-1]), features, follow)
-        loss = net.criterion(output, target)
-    run.backward(loss)
-    losses.append(loss.detach())
-    del loss, output
-    if len(segments) == 1:
-        for optimizer in optimizers or []:
-            _apply(optimizer)
-        return losses
+    def passed(unit: int, state: tuple[Any, ...]) -> None:
+        if unit in ends:
+            losses.append(run.follow(ends[unit], state[0]))
+            if optimizers is not None and whole:  # it finds the gradients of the auxiliary network, and no others yet
+                _apply(optimizers[ends[unit]])
 
-    waiting = len(net.partition.groups)
-    with _random_state_kept(x):
-        for i, segment in reversed(list(enumerate(segments))):
-            if i < len(segments) - 1:
-                gradient = features.grad
-                start, pieces = starts.pop(), net.pieces(segment)
-                features = start.features.detach().requires_grad_(i > 0)
-                with _swapped(_buffers(net, pieces), start.buffers), run.autocast():
-                    output = run.forward(pieces, features, random=start.random, replay=True)
-                torch.autograd.backward(output, gradient)
-                del output, gradient, start
-            while optimizers is not None and waiting and net.partition.groups[waiting - 1].start >= segment.start:
-                waiting -= 1
-                _apply(optimizers[waiting])
+    def learn(outputs: list[Any]) -> list[Tensor | None]:
+        loss, gradient = run.learn(net.num_modules - 1, outputs)
+        losses.append(loss)
+        return [gradient]
+
+    def done(unit: int) -> None:
+        while optimizers is not None and waiting and waiting[-1] >= unit:
+            waiting.pop()
+            _apply(optimizers[len(waiting)])
+
+    recomputation = Recomputation(net.chain, x, context=run.autocast, stops=frozenset(ends), passed=passed, done=done)
+    recomputation.run(plan, [x.detach()], learn)
     return losses
 
 
-@dataclass
-class _Start:
-    """What a segment starts from: its input, the buffers that it writes, and the random state of each piece."""
+def split_batch(x: Tensor, target: Any, num_parts: int) -> list[tuple[Tensor, Any]]:
+    """A batch and its target in parts as equal as can be; tensors of the target that have a row per example are cut.
 
-    features: Tensor
-    buffers: list[Tensor]
-    random: list[_RandomState]
-
-
-@dataclass
-class _RandomState:
-    cpu: Tensor
-    devices: tuple[list[int], list[Tensor]]
-
-    @classmethod
-    def get(cls, x: Tensor) -> _RandomState:
-        return cls(torch.get_rng_state(), get_device_states(x))
-
-    def set(self) -> None:
-        torch.set_rng_state(self.cpu)
-        set_device_states(*self.devices)
-
-
-@contextmanager
-def _random_state_kept(x: Tensor) -> Iterator[None]:
-    state = _RandomState.get(x)
-    try:
-        yield
-    finally:
-        state.set()
-
-
-def _buffers(net: DecoupledNetwork, pieces: list[tuple[range, int | None]]) -> list[tuple[dict[str, Any], str]]:
-    return [b for units, _ in pieces for b in net.chain.mutated_buffers(units.start, units.stop)]
-
-
-@contextmanager
-def _swapped(buffers: list[tuple[dict[str, Any], str]], tensors: list[Tensor]) -> Iterator[None]:
-    """Let the segment write ``tensors`` instead of its buffers, which hold the first pass's result already."""
-    kept = [holder[name] for holder, name in buffers]
-    for (holder, name), tensor in zip(buffers, tensors, strict=True):
-        holder[name] = tensor
-    try:
-        yield
-    finally:
-        for (holder, name), tensor in zip(buffers, kept, strict=True):
-            holder[name] = tensor
+    Raises:
+        ValueError: the batch has fewer examples, or no tensor of the target has a row per example.
+    """
+    if num_parts == 1:
+        return [(x, target)]
+    if x.shape[0] < num_parts:
+        raise ValueError(f"micro_batches: {x.shape[0]} examples cannot be cut into {num_parts} parts; ask for fewer")
+    leaves, structure = tree_flatten(target)
+    rows = [isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == x.shape[0] for leaf in leaves]
+    if not any(rows):
+        raise ValueError(
+            f"micro_batches: the target has no row for each of the {x.shape[0]} examples, so it cannot be cut into "
+            "parts; use a memory mode without micro-batches, 'exact' or 'full'"
+        )
+    cut = [leaf.tensor_split(num_parts) if r else [leaf] * num_parts for leaf, r in zip(leaves, rows, strict=True)]
+    parts = zip(x.tensor_split(num_parts), *cut, strict=True)
+    return [(part, tree_unflatten(list(labels), structure)) for part, *labels in parts]
 
 
 @dataclass
-class _Run:
+class Run:
     """One step's options, and the few things that both steps do."""
 
     net: DecoupledNetwork
     batch: Batch
-    dtype: torch.dtype | None
-    backward_with: Callable[[Tensor], Any] | None
-    scale: float
+    dtype: torch.dtype | None = None
+    backward_with: Callable[[Tensor], Any] | None = None
+    scale: float = 1.0
+    optimizers: Sequence[SupportsStep] | None = None
 
     def autocast(self) -> AbstractContextManager[Any]:
         # Entered anew for every piece: leaving it drops the cached casts, which hold a graph, or none when recomputing.
@@ -252,26 +232,36 @@ class _Run:
             self.backward(loss)
         return loss.detach()
 
-    def forward(
-        self,
-        pieces: list[tuple[range, int | None]],
-        features: Tensor,
-        at_end: Callable[[int, Tensor], None] | None = None,
-        random: list[_RandomState] | None = None,
-        replay: bool = False,
-    ) -> Tensor:
-        """Run the pieces of a segment, noting in ``random`` the state before each, or replaying it from there."""
-        for i, (units, k) in enumerate(pieces):
-            if random is not None:
-                if replay:
-                    random[i].set()
-                else:
-                    random.append(_RandomState.get(self.batch.input))
+    def local(self, k: int, plan: Plan | None, state: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Local step of module ``k``, by a plan where one is given: its loss, and the features that it hands on."""
+        if plan is None:
+            group = self.net.partition.groups[k]
             with self.autocast():
-                features = self.net.chain.segment(units.start, units.stop)(features)
-            if k is not None and at_end is not None:
-                at_end(k, features)
-        return features
+                (features,) = self.net.chain.run(group.start, group.stop, state)
+                loss = self.loss(k, features)
+            features = features.detach()
+            self.backward(loss)
+            return loss.detach(), features
+        kept: list[Tensor] = []
+
+        def learn(outputs: list[Any]) -> list[Tensor | None]:
+            features: Tensor = outputs[0].detach()  # a tensor of its own: learn() asks for the other's gradient
+            loss, gradient = self.learn(k, outputs)
+            kept.extend((loss, features))
+            return [gradient]
+
+        Recomputation(self.net.chain, self.batch.input, context=self.autocast).run(plan, list(state), learn)
+        loss, features = kept
+        return loss, features
+
+    def learn(self, k: int, outputs: list[Any]) -> tuple[Tensor, Tensor | None]:
+        """Loss of module ``k`` on its output alone, which is taken out of its list, and the gradient of the output."""
+        features = outputs.pop().requires_grad_()
+        with torch.enable_grad():
+            with self.autocast():
+                loss = self.loss(k, features)
+            self.backward(loss)
+        return loss.detach(), features.grad
 
 
 def _apply(optimizer: SupportsStep) -> None:

@@ -1,0 +1,144 @@
+"""Peak memory of every way to train, predicted for all networks and measured where it fits; time per step beside it.
+
+Bytes are those of a step on top of parameters, optimizer state and batch, gradients among them. Predictions come from
+the steps' own code on fake tensors; measurements from a counter at the dispatcher while the step really runs.
+
+    python benchmarks/memory.py                           # predictions only, some minutes on one core
+    python benchmarks/memory.py --only resnet110 --measure --rounds 3   # on a quiet machine: also run and time
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import torchlocal as tl
+from torchlocal.memory import measure, predict
+from torchlocal.models import build_model
+
+NETWORKS: list[tuple[str, int | str, tuple[int, ...]]] = [
+    ("resnet32", 16, (1024, 3, 32, 32)),
+    ("resnet110", 16, (1024, 3, 32, 32)),
+    ("resnet110", 55, (1024, 3, 32, 32)),
+    ("vgg11b", 6, (256, 3, 32, 32)),
+    ("torchvision:resnet50", 16, (64, 3, 224, 224)),
+    ("torchvision:vit_b_16", "all", (64, 3, 224, 224)),
+]
+
+
+def methods(net: tl.DecoupledNetwork) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Every step by name: which one, and its options."""
+    units = len(net.partition.units)
+    segments = sorted({s for s in (*range(2, 2 * int(units**0.5) + 3), units) if s <= units})
+    frozen = {s: {"auxiliary": "frozen", "recompute": s} for s in segments}
+    best = min(segments, key=lambda s: predict(net, step="guided", **frozen[s]).peak_bytes)
+    largest = predict(net, step="local", recompute="largest").peak_bytes
+    return {
+        "end-to-end": ("plain", {}),
+        f"checkpointing, best uniform ({best} segments)": ("guided", frozen[best]),
+        "local": ("local", {}),
+        'local, recompute="largest"': ("local", {"recompute": "largest"}),
+        'guided, memory="full"': ("guided", {"memory": "full"}),
+        'guided, recompute="modules"': ("guided", {"recompute": "modules"}),
+        'guided, memory="local"': ("guided", {"memory": "local"}),
+        'guided, memory="exact"': ("guided", {"memory": "exact"}),
+        'guided, within local "largest"': ("guided", {"memory": largest}),
+    }
+
+
+def stepper(model: nn.Module, net: tl.DecoupledNetwork, step: str, options: dict[str, Any]) -> Callable[[], None]:
+    """The step on real tensors."""
+    x, y = torch.randn(net.input_shape), torch.randint(10, (net.input_shape[0],))
+
+    def run() -> None:
+        net.zero_grad()
+        if step == "plain":
+            F.cross_entropy(model(x), y).backward()
+        else:
+            (net.local_step if step == "local" else net.guided_step)(x, y, **options)
+
+    return run
+
+
+def main() -> None:
+    """Predict, measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="only networks whose name contains this")
+    parser.add_argument("--batch-size", type=int, default=None, help="another batch size than the table's")
+    parser.add_argument("--measure", action="store_true", help="also run every step, count its bytes and time it")
+    parser.add_argument(
+        "--largest", type=float, default=12.0, help="run only steps of at most so many GB (default: 12)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds, the methods taking turns (default: 3)")
+    parser.add_argument("--threads", type=int, default=None, help="torch threads (default: all cores)")
+    parser.add_argument("--json", default=None, help="also write the numbers to this file")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    results: list[dict[str, Any]] = []
+    for name, modules, shape in NETWORKS:
+        if options.only not in name:
+            continue
+        shape = (options.batch_size or shape[0], *shape[1:])
+        torch.manual_seed(0)
+        model = build_model(name, num_classes=10, in_channels=3, image_size=(shape[2], shape[3]))
+        net = tl.decouple(model, modules, sample=shape)
+        print(f"\n{name} K={net.num_modules}, batch {'×'.join(map(str, shape))}\n", flush=True)
+        rows: list[dict[str, Any]] = []
+        runs: dict[str, Callable[[], None]] = {}
+        for label, (step, arguments) in methods(net).items():
+            prediction = predict(net, step=step, **arguments)
+            row: dict[str, Any] = {"network": name, "modules": net.num_modules, "batch": shape, "method": label}
+            row |= {"predicted": prediction.peak_bytes, "flops": prediction.flops}
+            if isinstance(arguments.get("memory"), str | int) and arguments["memory"] != "full":
+                plan = net.guided_plan(torch.empty(1).expand(shape), **arguments)
+                row |= {"micro_batches": plan.micro_batches, "recomputed": plan.recomputed}
+            if options.measure and prediction.peak_bytes <= options.largest * 1e9:
+                runs[label] = stepper(model, net, step, arguments)
+                runs[label]()  # the first run searches and fills caches
+                row["measured"] = measure(runs[label]).peak_bytes
+            rows.append(row)
+        times: dict[str, list[float]] = {label: [] for label in runs}
+        for _ in range(options.rounds if options.measure else 0):
+            for label, run in runs.items():
+                start = time.perf_counter()
+                run()
+                times[label].append(time.perf_counter() - start)
+        for row in rows:
+            row["seconds"] = (
+                statistics.median(times[row["method"]]) if row["method"] in times and options.rounds else None
+            )
+        print_table(rows)
+        results += rows
+    if options.json:
+        Path(options.json).write_text(json.dumps(results, indent=2))
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """One network's rows as a Markdown table."""
+    plain = rows[0]
+    local = next(row for row in rows if row["method"] == "local")
+    print("| method | predicted MB | × end-to-end | × local | FLOPs | measured MB | s per step | micro-batches |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        measured = f"{row['measured'] / 1e6:.1f}" if "measured" in row else "–"
+        seconds = "–" if row["seconds"] is None else f"{row['seconds']:.2f}"
+        print(
+            f"| {row['method']} | {row['predicted'] / 1e6:.1f} | {row['predicted'] / plain['predicted']:.4f} "
+            f"| {row['predicted'] / local['predicted']:.2f} | ×{row['flops'] / plain['flops']:.2f} | {measured} "
+            f"| {seconds} | {row.get('micro_batches', 1)} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""Which way of training fits into a memory budget: predictions for all of them, side by side."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .memory import LABELS, Prediction, predict
+from .network import DecoupledNetwork, decouple
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+__all__ = ["MemoryPlan", "PlanRow", "parse_size", "plan", "plan_table"]
+
+_SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRow:
+    """One way to train.
+
+    Attributes:
+        method: "end-to-end", "checkpointing", "local" or "pgl".
+        modules: number K of local modules.
+        total_bytes: predicted peak of everything: parameters, optimizer state, batch and step.
+        breakdown: that, by what it is; workspace inside kernels is not included.
+        flops_ratio: FLOPs of a step relative to end-to-end, auxiliary networks and recomputation included; for pgl the
+            mean over guided and local steps.
+        largest_batch: examples that fit into the budget, None where there is no budget.
+        fits: whether the batch of the sample does.
+        note: what is recomputed.
+    """
+
+    method: str
+    modules: int
+    total_bytes: int
+    breakdown: dict[str, int]
+    flops_ratio: float
+    largest_batch: int | None
+    fits: bool
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """What :func:`plan` found; :func:`torchlocal.decouple` takes it for ``modules``.
+
+    Attributes:
+        rows: all ways to train that were looked at.
+        budget: in bytes, or None.
+        batch_size: examples of the sample.
+        modules: number K of local modules of the recommended row.
+        method: method of the recommended row.
+        recommendation: one sentence.
+    """
+
+    rows: tuple[PlanRow, ...]
+    budget: int | None
+    batch_size: int
+    modules: int
+    method: str
+    recommendation: str
+
+    def to_json(self) -> str:
+        """Everything as JSON."""
+        return json.dumps(asdict(self), indent=2)
+
+    def figure(self) -> Figure:
+        """The breakdowns as stacked bars, with the budget as a line."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 0.45 * len(self.rows) + 1.6), layout="constrained")
+        axes = figure.subplots()
+        names = [row.method + (f" K={row.modules}" if row.method in ("local", "pgl") else "") for row in self.rows]
+        largest = max(row.total_bytes for row in self.rows)
+        scale, unit = (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
+        left = [0.0] * len(self.rows)
+        for label in LABELS:
+            widths = [row.breakdown[label] / scale for row in self.rows]
+            axes.barh(names, widths, left=left, label=label)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        for i, row in enumerate(self.rows):
+            text = f" {row.total_bytes / scale:.2f}, ×{row.flops_ratio:.2f} FLOPs"
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # the budget's line may run through it
+            axes.text(left[i], i, text, va="center", size=8, bbox=box)
+        if self.budget is not None:
+            axes.axvline(self.budget / scale, color="black", linestyle="--", label="budget")
+        axes.set_xlim(0, 1.35 * max(left))
+        axes.set_xlabel(f"predicted peak in {unit} at batch size {self.batch_size} (kernel workspace not included)")
+        axes.invert_yaxis()
+        figure.legend(loc="outside upper center", ncols=4, fontsize=8)
+        return figure
+
+
+def plan(
+    model: nn.Module,
+    sample: Tensor | Sequence[int],
+    *,
+    budget: int | None = None,
+    modules: Sequence[int | str] = (2, 4, 8, 16, "all"),
+    guided_share: float = 0.2,
+    target: Any = None,
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = _SGD,
+    autocast: torch.dtype | None = None,
+    **options: Any,
+) -> MemoryPlan:
+    """Predict what every way to train ``model`` takes, and recommend the cheapest that fits into the budget.
+
+    Nothing is allocated and no GPU is needed. Looked at are end-to-end training, uniform activation checkpointing,
+    local learning and PGL (guided steps with ``memory="local"``) with several numbers of local modules.
+
+    Args:
+        model: see :func:`torchlocal.decouple`.
+        sample: a batch (N, ...) of the size to train with, or its shape.
+        budget: bytes; None: no recommendation but the smallest.
+        modules: numbers of local modules to look at; those beyond the number of units are left out.
+        guided_share: of PGL's steps.
+        target: see :func:`torchlocal.memory.predict`.
+        optimizer: makes the optimizer whose state is counted; by default SGD with momentum.
+        autocast: dtype of forward passes.
+        options: ``rule``, ``criterion``, ``cost`` of :func:`torchlocal.decouple`.
+
+    Raises:
+        ValueError: an argument is wrong, or the model cannot be cut.
+    """
+    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
+        raise ValueError(f"budget: must be a whole number of bytes of at least 1, or None, not {budget!r}")
+    if not 0 <= guided_share <= 1:
+        raise ValueError(f"guided_share: must be between 0 and 1, not {guided_share!r}")
+    whole = decouple(model, 1, sample=sample, **options)
+    num_units, shape = len(whole.partition.units), whole.input_shape
+    wanted = sorted({num_units if k == "all" else k for k in modules} - {1}, key=int)
+    nets = {k: decouple(model, k, sample=sample, **options) for k in wanted if isinstance(k, int) and k <= num_units}
+    common: dict[str, Any] = {"optimizer": optimizer, "autocast": autocast}
+
+    def predicted(net: DecoupledNetwork, **step: Any) -> Prediction:
+        return predict(net, shape, target, **common, **step)
+
+    def row(method: str, net: DecoupledNetwork, prediction: Prediction, flops: float, note: str = "") -> PlanRow:
+        total = prediction.total_bytes
+        # Parameters and optimizer state stay as they are, the rest grows with the batch.
+        fixed = prediction.breakdown["parameters"] + prediction.breakdown["optimizer"]
+        fixed += prediction.breakdown["gradients"]
+        fixed += sum(p.numel() * p.element_size() for p in net.auxiliary.parameters())
+        largest = None
+        if budget is not None:
+            largest = max(0, math.floor(shape[0] * (budget - fixed) / max(1, total - fixed)))
+            largest = max(largest, shape[0]) if total <= budget else min(largest, shape[0] - 1)
+        return PlanRow(
+            method=method,
+            modules=net.num_modules,
+            total_bytes=total,
+            breakdown=prediction.breakdown,
+            flops_ratio=flops / plain.flops,
+            largest_batch=largest,
+            fits=budget is None or total <= budget,
+            note=note,
+        )
+
+    plain = predicted(whole, step="plain")
+    rows = [row("end-to-end", whole, plain, plain.flops)]
+    best: tuple[Prediction, int] | None = None
+    for segments in sorted({s for s in range(2, num_units + 1) if s <= 2 * math.isqrt(num_units) + 2}):
+        found = predicted(whole, step="guided", auxiliary="frozen", recompute=segments)
+        if best is None or found.total_bytes < best[0].total_bytes:
+            best = found, segments
+    if best is not None:
+        rows.append(row("checkpointing", whole, best[0], best[0].flops, f"{best[1]} segments"))
+    for net in nets.values():
+        local = predicted(net, step="local")
+        rows.append(row("local", net, local, local.flops))
+        guided = predicted(net, step="guided", memory="local")
+        chosen = net.guided_plan(torch.empty(1).expand(shape), target, memory="local", autocast=autocast)
+        larger = max(local, guided, key=lambda p: p.total_bytes)
+        flops = (1 - guided_share) * local.flops + guided_share * guided.flops
+        note = f"{chosen.micro_batches} micro-batches, {chosen.recomputed:.2f} forward passes recomputed"
+        rows.append(row("pgl", net, larger, flops, note))
+    return _recommend(rows, budget, shape[0])
+
+
+def _recommend(rows: Sequence[PlanRow], budget: int | None, batch_size: int) -> MemoryPlan:
+    fitting = [row for row in rows if row.fits]
+    smallest = min(rows, key=lambda row: row.total_bytes)
+    if budget is None:
+        chosen = smallest
+        text = f"The least is {_size(smallest.total_bytes)}, by {_name(smallest)}."
+    elif not fitting:
+        chosen = smallest
+        label, size = max(smallest.breakdown.items(), key=lambda item: item[1])
+        advice = (
+            f"a batch of {smallest.largest_batch} would fit" if smallest.largest_batch else "no batch size would fit"
+        )
+        text = (
+            f"Nothing fits into {_size(budget)} at batch size {batch_size}: the least is "
+            f"{_size(smallest.total_bytes)}, by {_name(smallest)}, of which {_size(size)} are {label}; {advice}."
+        )
+    else:
+        # Where ordinary training fits, with checkpointing or without, nothing is gained by cutting.
+        order = ("end-to-end", "checkpointing", "pgl", "local")
+        chosen = min(fitting, key=lambda row: (order.index(row.method), row.flops_ratio))
+        reason = {
+            "end-to-end": "ordinary training fits, and nothing has to be recomputed or cut",
+            "checkpointing": "gradient checkpointing fits, and gives the results of ordinary training",
+        }.get(chosen.method, "of what fits it costs least")
+        text = (
+            f"Use {_name(chosen)}: {reason} ({_size(chosen.total_bytes)} of {_size(budget)}, "
+            f"{chosen.flops_ratio:.2f} × the FLOPs of end-to-end training)."
+        )
+    return MemoryPlan(
+        rows=tuple(rows),
+        budget=budget,
+        batch_size=batch_size,
+        modules=chosen.modules,
+        method=chosen.method,
+        recommendation=text,
+    )
+
+
+def _name(row: PlanRow) -> str:
+    return f"{row.method} with K={row.modules}" if row.method in ("local", "pgl") else row.method
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``8GiB``, ``500MB`` or ``1000000``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b?)\s*", text.lower())
+    size = 0
+    if match:
+        size = int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))
+    if size < 1:
+        raise ValueError(f"budget: {text!r} is not a size; give one such as 8GiB, 500MB or a number of bytes")
+    return size
+
+
+def plan_table(result: MemoryPlan, *, title: str) -> Table:
+    """The rows as a rich table."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=f"{title}: predicted peak memory at batch size {result.batch_size}",
+        caption="Workspace inside kernels is not included. FLOPs: of a step, relative to end-to-end.",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+    )
+    columns = ["Method", "K", "Peak", *(label.capitalize() for label in LABELS), "FLOPs"]
+    columns += ["Largest batch", "Fits"] if result.budget is not None else []
+    for header in columns:
+        table.add_column(header, justify="left" if header == "Method" else "right", no_wrap=True)
+    for row in result.rows:
+        cells = [row.method, str(row.modules), _size(row.total_bytes)]
+        cells += [_size(row.breakdown[label]) for label in LABELS] + [f"x {row.flops_ratio:.2f}"]
+        cells += [str(row.largest_batch), "yes" if row.fits else "no"] if result.budget is not None else []
+        table.add_row(*cells)
+    return table

@@ -1,0 +1,348 @@
+"""Running part of a network forward and backward while keeping few activations: plans, and what carries them out.
+
+A plan is a tree over a chain of stages. Any tree gives the same gradients, buffers and random numbers, bit for bit;
+they differ in what is alive at a time and in how often a stage runs forward (Beaumont et al., "Optimal checkpointing
+for heterogeneous chains: how to train deep neural networks with limited memory", 2019).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+__all__ = ["Again", "Inner", "Keep", "Plan", "RandomState", "Recomputation", "Stages", "Tape", "in_segments", "leaves"]
+
+
+@dataclass(frozen=True)
+class Tape:
+    """Stages ``first`` to ``last - 1`` run forward with their graph, then backward."""
+
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Inner:
+    """Stage ``first`` is a chain itself, and runs by a plan of its own."""
+
+    first: int
+    plan: Plan
+
+    @property
+    def last(self) -> int:
+        """The stage after it."""
+        return self.first + 1
+
+
+@dataclass(frozen=True)
+class Keep:
+    """``left`` runs forward with its graph, which is kept while ``right`` runs forward and backward."""
+
+    left: Tape
+    right: Plan
+
+    @property
+    def first(self) -> int:
+        """First stage."""
+        return self.left.first
+
+    @property
+    def last(self) -> int:
+        """Stage after the last."""
+        return self.right.last
+
+
+@dataclass(frozen=True)
+class Again:
+    """``left`` runs forward without a graph; then ``right``, forward and backward; then ``left`` again by its plan."""
+
+    left: Plan
+    right: Plan
+
+    @property
+    def first(self) -> int:
+        """First stage."""
+        return self.left.first
+
+    @property
+    def last(self) -> int:
+        """Stage after the last."""
+        return self.right.last
+
+
+Plan: TypeAlias = Tape | Inner | Keep | Again
+
+
+def in_segments(segments: list[range]) -> Plan:
+    """The plan that keeps the input of each segment and runs all but the last one twice."""
+    plan: Plan = Tape(segments[-1].start, segments[-1].stop)
+    for segment in reversed(segments[:-1]):
+        plan = Again(Tape(segment.start, segment.stop), plan)
+    return plan
+
+
+def leaves(plan: Plan) -> list[Tape | Inner]:
+    """The parts of a plan that run with a graph, in the order of their stages."""
+    return [plan] if isinstance(plan, Tape | Inner) else [*leaves(plan.left), *leaves(plan.right)]
+
+
+class Stages(Protocol):
+    """A chain of stages, each of which maps a tuple of values to the next one's."""
+
+    def run(self, first: int, last: int, state: list[Any]) -> tuple[Any, ...]:
+        """Run stages ``first`` to ``last - 1``; ``state`` is taken out of its list."""
+
+    def buffers(self, first: int, last: int) -> list[tuple[dict[str, Tensor | None], str]]:
+        """The buffers that these stages write: where each is looked up."""
+
+    def inside(self, stage: int) -> Stages:
+        """The chain that one stage is."""
+
+    def entry_index(self, stage: int) -> int | None:
+        """Where in the state before ``stage`` the very input of the chain is still to be found, if anywhere."""
+
+
+@dataclass
+class RandomState:
+    """The state of the random generators of the CPU and of a tensor's device."""
+
+    cpu: Tensor
+    devices: tuple[list[int], list[Tensor]]
+
+    @classmethod
+    def get(cls, x: Tensor) -> RandomState:
+        """The state now."""
+        return cls(torch.get_rng_state(), get_device_states(x))
+
+    def set(self) -> None:
+        """Go back to it."""
+        torch.set_rng_state(self.cpu)
+        set_device_states(*self.devices)
+
+
+Gradients: TypeAlias = list[Tensor | None]
+Following: TypeAlias = Callable[[list[Any]], Gradients]
+
+
+class Recomputation:
+    """Carries a plan out.
+
+    Args:
+        stages: the chain.
+        x: a tensor on the device that the chain runs on.
+        context: entered around every forward pass (autocast).
+        stops: stages where a run of several has to be interrupted.
+        passed: called with the stage and its input whenever the first forward pass has come to it.
+        done: called with a stage when the gradients of it and of all that follow are complete.
+    """
+
+    def __init__(
+        self,
+        stages: Stages,
+        x: Tensor,
+        *,
+        context: Callable[[], AbstractContextManager[Any]],
+        stops: frozenset[int] = frozenset(),
+        passed: Callable[[int, tuple[Any, ...]], None] | None = None,
+        done: Callable[[int], None] | None = None,
+    ) -> None:
+        self._stages, self._x, self._context = stages, x, context
+        self._stops, self._passed, self._done = stops, passed, done
+        self._starts: dict[int, tuple[RandomState, list[Tensor]]] = {}  # of every piece, at its first run
+
+    def run(
+        self,
+        plan: Plan,
+        state: list[Any],
+        then: Following,
+        *,
+        differentiable: bool = False,
+        origin: int | None = None,
+    ) -> Gradients:
+        """Run forward and backward.
+
+        Args:
+            plan: over the whole chain.
+            state: what the first stage takes; it is taken out of the list, so that it can be freed.
+            then: called with the outputs, returns their gradients.
+            differentiable: whether gradients with respect to the chain's input are wanted.
+            origin: the stage that the input of the chain comes in at, if not the plan's first.
+
+        Returns:
+            The gradients of ``state``.
+        """
+        self._stops |= {stop for leaf in leaves(plan) for stop in (leaf.first, leaf.last)}
+        self._origin, self._differentiable = plan.first if origin is None else origin, differentiable
+        if isinstance(plan, Tape | Keep):
+            return self._run(plan, state, then, new=True)
+        after: list[RandomState] = []
+
+        def finish(outputs: list[Any]) -> Gradients:
+            gradients = then(outputs)
+            after.append(RandomState.get(self._x))
+            return gradients
+
+        try:
+            return self._run(plan, state, finish, new=True)
+        finally:
+            for random in after:
+                random.set()
+
+    def _run(self, plan: Plan, state: list[Any], then: Following, *, new: bool) -> Gradients:
+        if isinstance(plan, Tape):
+            return self._tape(plan, state, then, new=new)
+        if isinstance(plan, Inner):
+            return self._inner(plan, state, then, new=new)
+        if isinstance(plan, Keep):
+            right = plan.right
+            return self._tape(plan.left, state, lambda outputs: self._run(right, outputs, then, new=new), new=new)
+        kept = list(state)
+        with torch.no_grad():
+            outputs = self._forward(plan.left.first, plan.left.last, state, new=new, again=True)
+        gradients = self._run(plan.right, outputs, then, new=new)
+        return self._run(plan.left, kept, lambda outputs: _take(outputs, gradients), new=False)
+
+    def _tape(self, tape: Tape, state: list[Any], then: Following, *, new: bool) -> Gradients:
+        arrived: Gradients = []
+        state = _enter(state, arrived, self.wanted(tape.first, len(state)))
+        outputs = self._forward(tape.first, tape.last, state, new=new)
+        handed: Gradients = []
+        detached = [o.detach() if isinstance(o, Tensor) else o for o in outputs]
+        root = _hand(outputs, handed)
+        del outputs[:]
+        handed += then(detached)
+        detached.clear()
+        if root is not None:
+            root.backward()
+        if self._done is not None:
+            self._done(tape.first)
+        return arrived
+
+    def _inner(self, inner: Inner, state: list[Any], then: Following, *, new: bool) -> Gradients:
+        stages = self._stages.inside(inner.first)
+        inside = Recomputation(stages, self._x, context=self._context)
+        differentiable = self._differentiable or inner.first != self._origin
+
+        def finish(outputs: list[Any]) -> Gradients:
+            if new and self._passed is not None:
+                self._passed(inner.last, tuple(outputs))
+            return then(outputs)
+
+        with self._replaying(inner.first, inner.last, new=new, again=False):
+            gradients = inside.run(inner.plan, state, finish, differentiable=differentiable)
+        if self._done is not None:
+            self._done(inner.first)
+        return gradients
+
+    def wanted(self, stage: int, count: int) -> list[bool]:
+        """Which values of the state before a stage need a gradient."""
+        if self._differentiable:
+            return [True] * count
+        entry = self._stages.entry_index(stage)
+        return [stage != self._origin and i != entry for i in range(count)]
+
+    def _forward(self, first: int, last: int, state: list[Any], *, new: bool, again: bool = False) -> list[Any]:
+        """Run stages, by pieces that no plan of this chain splits; ``again``: they will be run again."""
+        stops = [stop for stop in range(first + 1, last) if stop in self._stops] + [last]
+        for begin, end in zip([first, *stops], stops, strict=False):
+            with self._replaying(begin, end, new=new, again=again), self._context():
+                state = list(self._stages.run(begin, end, state))
+            if new and self._passed is not None:
+                self._passed(end, tuple(state))
+        return state
+
+    @contextmanager
+    def _replaying(self, begin: int, end: int, *, new: bool, again: bool) -> Iterator[None]:
+        """Note what a piece starts from when it runs for the first time, and start from the same later on."""
+        if new and not again:
+            yield
+            return
+        buffers = self._stages.buffers(begin, end)
+        if new:
+            clones = [_buffer(*place).clone() for place in buffers]
+            self._starts[begin] = RandomState.get(self._x), clones
+            yield
+            return
+        random, clones = self._starts[begin] if again else self._starts.pop(begin)
+        random.set()
+        current = [_buffer(*place) for place in buffers]  # these hold the first run's result already
+        for (holder, name), clone in zip(buffers, clones, strict=True):
+            holder[name] = clone.clone() if again else clone
+        try:
+            yield
+        finally:
+            for (holder, name), tensor in zip(buffers, current, strict=True):
+                holder[name] = tensor
+
+
+def _buffer(holder: dict[str, Tensor | None], name: str) -> Tensor:
+    tensor = holder[name]
+    assert tensor is not None
+    return tensor
+
+
+def _take(outputs: list[Any], gradients: Gradients) -> Gradients:
+    """Let go of recomputed outputs, and hand their gradients on, keeping neither."""
+    outputs.clear()
+    taken = list(gradients)
+    gradients.clear()
+    return taken
+
+
+class _Enter(torch.autograd.Function):
+    """Starts a graph from tensors, as a leaf would, but without keeping them."""
+
+    @staticmethod
+    def forward(ctx: Any, state: list[Any], arrived: Gradients, wanted: list[bool], _: Tensor) -> tuple[Tensor, ...]:
+        ctx.arrived, ctx.wanted = arrived, wanted
+        ctx.set_materialize_grads(False)
+        return tuple(v.detach() for v, w in zip(state, wanted, strict=True) if w)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, None, None, None]:
+        rest = iter(gradients)
+        ctx.arrived[:] = [next(rest) if wanted else None for wanted in ctx.wanted]
+        return None, None, None, None
+
+
+def _enter(state: list[Any], arrived: Gradients, wanted: list[bool]) -> list[Any]:
+    arrived[:] = [None] * len(state)
+    wanted = [w and _is_floating(v) for w, v in zip(wanted, state, strict=True)]
+    if any(wanted):
+        anchor = torch.empty(0, device=state[wanted.index(True)].device, requires_grad=True)
+        entered = iter(_Enter.apply(state, arrived, wanted, anchor))
+        state[:] = [next(entered) if w else v for w, v in zip(wanted, state, strict=True)]
+    return state
+
+
+class _Hand(torch.autograd.Function):
+    """Ends a graph like a loss, and hands gradients to it without keeping them while backward goes on."""
+
+    @staticmethod
+    def forward(ctx: Any, handed: Gradients, wanted: list[int], *outputs: Tensor) -> Tensor:
+        ctx.handed, ctx.wanted = handed, wanted
+        return outputs[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [ctx.handed[i] for i in ctx.wanted]
+        ctx.handed.clear()
+        return None, None, *gradients
+
+
+def _hand(outputs: list[Any], handed: Gradients) -> Tensor | None:
+    wanted = [i for i, o in enumerate(outputs) if isinstance(o, Tensor) and o.requires_grad]
+    if not wanted:  # nothing to train
+        return None
+    root: Tensor = _Hand.apply(handed, wanted, *(outputs[i] for i in wanted))
+    return root
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
