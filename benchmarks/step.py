@@ -1,8 +1,8 @@
 """Time per step of local, guided and recomputed guided steps against hand-written plain PyTorch.
 
-The library's steps are timed in one run, interleaved, against an ordinary end-to-end step and against a local loop written
-by hand for the same network and the same auxiliary networks. Medians over the rounds; the ratio is the median of the
-per-round ratios, so that a slow moment of the machine hits both sides.
+The library's steps are timed in one run, interleaved, against an ordinary end-to-end step and against a local loop
+written by hand for the same network and the same auxiliary networks. Medians over the rounds; the ratio is the median
+of the per-round ratios, so that a slow moment of the machine hits both sides.
 
     python benchmarks/step.py                      # ResNet-32, K = 16, batch 128, 32×32, fp32
     python benchmarks/step.py --model resnet110 --modules 55 --precision bf16
@@ -55,7 +55,7 @@ def main() -> None:
     dtype = torch.bfloat16 if options.precision == "bf16" else None
     layout = torch.channels_last if dtype else torch.contiguous_format
     model = build_model(options.model, num_classes=10, in_channels=3, image_size=(options.size, options.size))
-    model = model.to(memory_format=layout)  # type: ignore[call-overload]
+    model = model.to(memory_format=layout)
     x = torch.randn(options.batch_size, 3, options.size, options.size).to(memory_format=layout)
     y = torch.randint(10, (options.batch_size,))
     net = tl.decouple(model, options.modules, sample=x, rule=tl.GreedyRule(options.auxiliary))

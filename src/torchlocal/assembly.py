@@ -81,6 +81,8 @@ def load_run_data(config: FitConfig) -> DataBundle:
         num_train=config.num_train,
         num_validation=config.num_validation,
         augment=config.augment,
+        image_size=config.image_size,
+        num_workers=config.num_workers,
     )
 
 

@@ -29,7 +29,8 @@ FORMAT = "torchlocal checkpoint"
 VERSION = 1
 # What may differ between a checkpoint and the run that resumes it: where things are, and how often they are written.
 FREE_FIELDS = (
-    "out", "data_root", "log_every", "checkpoint_every", "num_threads", "device", "channels_last", "tensorboard",
+    "out", "data_root", "num_workers", "log_every", "checkpoint_every", "num_threads", "device", "channels_last",
+    "tensorboard",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The `torchlocal` command: fit, evaluate, compare, partition, export, recipes."""
+"""The `torchlocal` command: fit, evaluate, compare, partition, plan, export, recipes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-# torch is imported inside the commands: --help, --version and recipes need none of it.
+# torch is imported inside the commands, so that wrong options are told at once.
 
 _DESCRIPTION = "Train a network as gradient-isolated local modules, with the global objective reinstated periodically."
 _COMMANDS = {
@@ -48,6 +49,7 @@ _COMMANDS = {
     "evaluate": "Tell the accuracy of a run, also by depth through every auxiliary network.",
     "compare": "Train by several methods and seeds; report accuracy, memory and time side by side.",
     "partition": "Show where a network is cut into local modules and what each unit costs.",
+    "plan": "Predict what every way to train takes, and recommend one that fits into a memory budget.",
     "export": "Write the trained backbone as safetensors, .pt or a torch.export program.",
     "recipes": "List the shipped recipes, or print one.",
 }
@@ -55,7 +57,7 @@ _COMMANDS = {
 _TOPICS: dict[str, tuple[str, ...]] = {
     "network and local modules": ("model", "modules", "cuts", "rule", "auxiliary", "label_smoothing"),
     "guidance (which steps train on the global loss through all modules)": ("guidance", "recompute"),
-    "data": ("data", "data_root", "num_train", "num_validation", "augment"),
+    "data": ("data", "data_root", "num_train", "num_validation", "augment", "image_size", "num_workers"),
     "training": (
         "epochs", "steps", "batch_size", "accumulate", "optimizer", "lr", "momentum", "weight_decay", "schedule",
         "warmup_epochs", "milestones", "gamma", "clip", "seed",
@@ -199,7 +201,7 @@ def _evaluate(argv: Sequence[str]) -> int:
 def _partition(argv: Sequence[str]) -> int:
     from torchlocal.config import FitConfig
 
-    stems = ("model", "modules", "cuts", "rule", "auxiliary", "data", "data_root", "batch_size")
+    stems = ("model", "modules", "cuts", "rule", "auxiliary", "data", "data_root", "image_size", "batch_size")
     options = {name: option for name, option in config_options(FitConfig).items() if name in stems}
     parser = make_parser("partition", "[--config RECIPE] [options]", _COMMANDS["partition"])
     add_config_option(parser)
@@ -234,7 +236,7 @@ def _decouple(config: FitConfig, shape: Sequence[int] | None, num_classes: int) 
         num_classes, *shape = _SHAPES[name]
         shape[2] *= 2 if name != config.data else 1
     elif shape is None:
-        data = load_data(config.data, root=config.data_root)
+        data = load_data(config.data, root=config.data_root, image_size=config.image_size)
         num_classes, shape = data.num_classes, data.shape
     channels, height, width = shape
     model = build_model(config.model, num_classes=num_classes, in_channels=channels, image_size=(height, width))
@@ -245,6 +247,57 @@ def _decouple(config: FitConfig, shape: Sequence[int] | None, num_classes: int) 
         sample=(config.batch_size, channels, height, width),
         rule=build_rule(config),
     )
+
+
+def _plan(argv: Sequence[str]) -> int:
+    parser = make_parser("plan", "--model NAME --input 3x224x224 [options]", _COMMANDS["plan"])
+    parser.add_argument("--model", type=str, default="resnet32", metavar="NAME", help="Network, as in fit.")
+    parser.add_argument("--input", type=str, default="3x32x32", metavar="CxHxW", help="Channels, height and width.")
+    parser.add_argument("--num-classes", type=int, default=10, metavar="N", help="Number of classes.")
+    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="Examples per step.")
+    parser.add_argument("--budget", type=str, metavar="SIZE", help="Memory there is, such as 8GiB or 500MB.")
+    parser.add_argument("--modules", type=str, nargs="+", metavar="N|all", help="Numbers of local modules to look at.")
+    parser.add_argument("--guided-share", type=float, default=0.2, metavar="N", help="Share of guided steps of PGL.")
+    parser.add_argument("--precision", type=str, default="fp32", metavar="NAME", help="fp32 or bf16.")
+    parser.add_argument("--json", action="store_true", help="Print JSON instead of the table.")
+    parser.add_argument("--figure", type=str, metavar="FILE", help="Draw the breakdowns as stacked bars.")
+    values = parse(parser, argv)
+    parts = values.input.lower().split("x")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"--input {values.input} must be channels, height and width, such as 3x224x224")
+    if values.batch_size < 1:
+        raise ValueError(f"--batch-size {values.batch_size} must be at least 1")
+    if values.precision not in ("fp32", "bf16"):
+        raise ValueError(f"--precision {values.precision} is unknown: choose fp32 or bf16")
+    numbers = values.modules or ["2", "4", "8", "16", "all"]
+    wrong = [number for number in numbers if number != "all" and not (number.isdigit() and int(number) > 1)]
+    if wrong:
+        raise ValueError(f"--modules {wrong[0]} must be a whole number of at least 2, or all")
+
+    import torch
+
+    from torchlocal.models import build_model
+    from torchlocal.plan import parse_size, plan, plan_table
+
+    channels, height, width = map(int, parts)
+    budget = None if values.budget is None else parse_size(values.budget)
+    model = build_model(values.model, num_classes=values.num_classes, in_channels=channels, image_size=(height, width))
+    result = plan(
+        model,
+        (values.batch_size, channels, height, width),
+        budget=budget,
+        modules=[number if number == "all" else int(number) for number in numbers],
+        guided_share=values.guided_share,
+        autocast=torch.bfloat16 if values.precision == "bf16" else None,
+    )
+    if values.figure is not None:
+        result.figure().savefig(values.figure, dpi=150)
+    if values.json:
+        print(result.to_json())
+        return 0
+    _console().print(plan_table(result, title=values.model))
+    print(result.recommendation)
+    return 0
 
 
 def _export(argv: Sequence[str]) -> int:
@@ -292,6 +345,7 @@ _RUNNERS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": _evaluate,
     "compare": _compare,
     "partition": _partition,
+    "plan": _plan,
     "export": _export,
     "recipes": _recipes,
 }
@@ -313,7 +367,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        with _sigterm():
+        with _sigterm(), _short_warnings():
             return _run(arguments)
     except SystemExit as error:  # --help
         return error.code if isinstance(error.code, int) else 0
@@ -388,6 +442,17 @@ def _sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Show a warning as one line without the place in our source, which says nothing to a reader at a prompt."""
+    previous = warnings.formatwarning
+    warnings.formatwarning = lambda message, *rest, **options: f"torchlocal: warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = previous
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from torchlocal import __version__ as torchlocal_version
-from torchlocal.assembly import load_run_data, resolve_execution
+from torchlocal.assembly import build_network, build_optimizer, count_steps, load_run_data, resolve_execution
 from torchlocal.checkpoint import check_same_config, write_config, write_json
 from torchlocal.config import FitConfig, build_guidance, config_from_dict, config_to_dict
 from torchlocal.costs import StepCosts, measure_costs
@@ -95,8 +95,8 @@ class CompareConfig:
             if method not in known:
                 raise ValueError(f"methods: {method!r} is unknown, choose from {', '.join(known)}")
         for seed in self.seeds:
-            if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-                raise ValueError(f"seeds={list(self.seeds)} must be whole numbers of at least 0")
+            if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+                raise ValueError(f"seeds={list(self.seeds)} must be whole numbers of at least 0 and below 2**32")
         if not isinstance(self.timing_rounds, int) or self.timing_rounds < 0:
             raise ValueError(f"timing_rounds={self.timing_rounds!r} must be a whole number of at least 0")
         for name, options in self.variants.items():
@@ -110,6 +110,11 @@ class CompareConfig:
 def _variant(config: FitConfig, name: str, options: Mapping[str, Any]) -> FitConfig:
     values = config_to_dict(config)
     given = {key: value for key, value in options.items() if key != "method"}
+    for key in ("out", "seed", "data"):
+        if key in given:
+            raise ValueError(f"variants: {name}: {key} is common to all methods: leave it out of the variant")
+    if not isinstance(given.get("guidance", {}), Mapping):
+        raise ValueError(f"variants: {name}: guidance must hold options such as {{period: 10}}, not one value")
     try:
         guidance = {**values["guidance"], **given.pop("guidance", {})}
         return config_from_dict({**values, **given, "guidance": guidance})
@@ -151,7 +156,6 @@ def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
         ValueError: a value cannot work, or `config.out` holds runs of another configuration.
     """
     out = Path(config.out).expanduser()
-    _say(progress, f"comparing {', '.join(config.methods)} in {out}")
     data = load_run_data(config.fit)
     configs = method_configs(config, _count_units(config.fit, data))
     runs = {
@@ -161,7 +165,10 @@ def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
     }
     for run in runs.values():  # before anything is written or takes time
         _check_run_folder(run)
+    if not all((Path(run.out) / "result.json").exists() for run in runs.values()):
+        _check_parts(configs, data)
     _make_folder(out)
+    _say(progress, f"comparing {', '.join(config.methods)} in {out}")
     write_config(out / "compare.yaml", _plain(config), [f"torchlocal compare --config {out / 'compare.yaml'}"])
     costs = _costs(out / "costs.json", configs, data, config, progress) if config.timing_rounds else {}
     results: dict[str, list[dict[str, Any]]] = {method: [] for method in config.methods}
@@ -219,6 +226,13 @@ def _check_run_folder(config: FitConfig) -> None:
     if not isinstance(saved, dict):
         raise ValueError(f"{path} is damaged: delete the folder {path.parent} to train it again")
     check_same_config(path, saved, config_to_dict(config))
+
+
+def _check_parts(configs: Mapping[str, FitConfig], data: DataBundle) -> None:
+    """Refuse a method whose network or optimizer cannot be made: now, not after the runs of other methods."""
+    for config in configs.values():
+        count_steps(config, len(data.train))
+        build_optimizer(config, build_network(config, data, resolve_execution(config)))
 
 
 def _make_folder(path: Path) -> None:

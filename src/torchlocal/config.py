@@ -63,6 +63,8 @@ class FitConfig:
         num_train: use only the first so many training images.
         num_validation: number of validation images; None: a tenth of the training images.
         augment: augment the training images as the literature does for the data set.
+        image_size: side in pixels that the images of data="folder" are brought to; None: 224.
+        num_workers: processes that read data="folder"; None: as many as there are cores, up to a few.
         epochs: passes over the training images.
         steps: number of optimizer steps, instead of epochs.
         batch_size: images in a batch of the loader.
@@ -101,6 +103,8 @@ class FitConfig:
     num_train: int | None = None
     num_validation: int | None = None
     augment: bool = True
+    image_size: int | None = None
+    num_workers: int | None = None
     epochs: int = 10
     steps: int | None = None
     batch_size: int = 128
@@ -133,8 +137,9 @@ class FitConfig:
             _check_whole(name, getattr(self, name), least)
         if self.seed >= 2**32:
             raise ValueError(f"seed={self.seed} must be below 2**32")
-        for name in ("steps", "num_train", "num_validation", "checkpoint_every", "num_threads"):
+        for name in ("steps", "num_train", "num_validation", "checkpoint_every", "num_threads", "image_size"):
             _check_whole(name, getattr(self, name), 1, optional=True)
+        _check_whole("num_workers", self.num_workers, 0, optional=True)
         for name in ("augment", "compile", "tensorboard"):
             _check_choice(name, getattr(self, name), (True, False))
         _check_choice("channels_last", self.channels_last, (None, True, False))

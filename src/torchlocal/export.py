@@ -43,6 +43,8 @@ def export(run: str | Path, *, to: str | Path, weights: str = "best", overwrite:
         raise ValueError(f"weights={weights!r} is unknown: give best or last")
     if to.suffix not in _WRITERS:
         raise ValueError(f"to={str(to)!r} has an unknown ending: give {', '.join(_WRITERS)}")
+    if to.is_dir():
+        raise ValueError(f"to={str(to)!r} is a folder: give the name of a file")
     if to.exists() and not overwrite:
         raise ValueError(f"to={str(to)!r} exists already: choose another name, or allow overwriting")
     if not to.parent.is_dir():

@@ -95,7 +95,7 @@ def _draw_memory(figure: Figure, comparison: Comparison) -> bool:
 def _draw_depth(figure: Figure, comparison: Comparison) -> bool:
     axes = _axes(
         figure,
-        xlabel="Local module (last one: the backbone's own output; one module: dashed level)",
+        xlabel="Local module, in order of depth (the last is the backbone itself)",
         ylabel="Test accuracy (%)",
     )
     drawn = False

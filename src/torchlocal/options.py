@@ -263,7 +263,13 @@ class _Formatter(_HelpFormatter):
     def _expand_help(self, action: Any) -> str:
         text = super()._expand_help(action)
         text = re.sub(r"\((?:required, )?type: .*?(?:, default: (.*))?\)$", r"(default: \1)", text)
-        return re.sub(r" ?\(default: (null|False|\[\]|\{\}|)\)$", "", text)
+        text = re.sub(r" ?\(default: (null|False|\[\]|\{\}|)\)$", "", text)
+        # As they are typed on the command line: a list without brackets, true in lower case.
+        return re.sub(r"\(default: (\[.*\]|True)\)$", lambda match: _as_typed(match[0]), text)
+
+
+def _as_typed(text: str) -> str:
+    return text.replace("True", "true") if "[" not in text else re.sub(r"[\[\]',]", "", text)
 
 
 def _num_columns() -> int:
@@ -283,6 +289,7 @@ def make_parser(command: str, usage: str, description: str) -> ArgumentParser:
         exit_on_error=False,
         add_help=False,
         print_config=None,
+        allow_abbrev=False,  # else `compare --seed 3` is `--seeds 3`
     )
     parser.add_argument("-h", "--help", action="help", help="Show this.")
     return parser

@@ -327,5 +327,6 @@ def _unchanged(item: Any) -> Any:
 
 
 def _ignore_interrupt(_worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; only the main one may decide what it means.
+    # Ctrl-C, and a scheduler's SIGTERM, reach every process; only the main one may decide what they mean.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

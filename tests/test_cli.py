@@ -1,0 +1,559 @@
+"""The command: every subcommand on a tiny run, and one line on the standard error stream for whatever is wrong."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import nn
+
+from torchlocal import cli, models, trainer
+from torchlocal.cli import main
+from torchlocal.compare import CompareConfig
+from torchlocal.config import FitConfig, build_rule
+from torchlocal.models import build_model
+from torchlocal.network import DecoupledNetwork, decouple
+from torchlocal.options import build_config, config_options, recipe_names, recipe_options
+from torchlocal.trainer import train_step
+
+COMMANDS = ["fit", "evaluate", "compare", "partition", "plan", "export", "recipes"]
+TINY = [
+    "--data=digits", "--num-train=128", "--num-validation=32", "--model=small", "--modules=3", "--guidance.period=2",
+    "--epochs=2", "--batch-size=32", "--precision=fp32", "--num-threads=1", "--tensorboard=false",
+]  # fmt: skip
+
+
+def small_net(num_classes: int, in_channels: int, size: tuple[int, int]) -> nn.Module:
+    layers: list[nn.Module] = []
+    for before, after in ((in_channels, 8), (8, 16), (16, 16)):
+        layers += [nn.Conv2d(before, after, 3, 1, 1), nn.BatchNorm2d(after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, num_classes))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small() -> Iterator[None]:
+    """One thread, and the small network under a name of its own."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models._OWN, "small", small_net)
+        yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["fit", *TINY, f"--out={out}", "--quiet"]) == 0
+    return out
+
+
+def backbone(run: Path) -> nn.Module:
+    """The best weights of a run in a fresh network, without torchlocal's own loading."""
+    saved = torch.load(run / "best.pt", weights_only=True)["net"]
+    model = small_net(10, 1, (8, 8))
+    model.load_state_dict({key.removeprefix("backbone."): v for key, v in saved.items() if key.startswith("backbone.")})
+    return model.eval()
+
+
+# --- every command works ---
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"usage: torchlocal {command}") and not err
+    assert max(map(len, out.splitlines())) <= 110
+    assert not re.search(r"\(type: |NoneType|Union\[|typing|\['|True", out)
+
+
+def test_help_of_the_command_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    with_nothing = main([])
+    out = capsys.readouterr().out
+    assert with_nothing == 0
+    assert list(cli._RUNNERS) == COMMANDS
+    assert all(re.search(rf"^  {command} +\w", out, re.M) for command in COMMANDS)
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"torchlocal \d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, absent in (("fit", set()), ("compare", {"seed"})):
+        assert main([command, "--help"]) == 0
+        out = capsys.readouterr().out
+        for name in set(config_options(FitConfig)) - absent:
+            assert f"--{name.replace('_', '-')} " in out, (command, name)
+
+
+def test_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert main(["fit", *TINY, f"--out={out}", "--epochs", "1", "--lr", "0.02"]) == 0
+    stdout, stderr = capsys.readouterr()
+    result = json.loads((out / "result.json").read_text())
+    assert result["config"]["lr"] == 0.02 and result["steps"] == 4 and result["guided_steps"] == 2
+    assert stdout == (
+        f"Test accuracy {100 * result['test_accuracy']:.2f} % after 4 steps, 50 % of them guided, in "
+        f"{result['seconds']:.0f} s. Run folder: {out}\n"
+    )
+    assert len(stderr.splitlines()) == 1  # one epoch, no terminal
+    assert main(["fit", f"--config={out / 'config.yaml'}", "--resume", "--quiet"]) == 0
+    assert capsys.readouterr() == (stdout, "")
+    assert main(["fit", f"--config={out / 'config.yaml'}", "--quiet"]) == 2
+    assert "already holds a run: resume it" in capsys.readouterr().err
+
+
+def test_options_win_over_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("data: digits\nlr: 0.3\nguidance: {period: 4}\nepochs: 9\nmilestones: 2\nschedule: step\n")
+    options = config_options(FitConfig)
+    parser = cli.make_parser("fit", "", "")
+    cli.add_config_option(parser)
+    cli._add_run_options(parser, options)
+    for argv in (["--config", str(recipe), "--lr=0.5"], ["--lr=0.5", f"--config={recipe}", "--lr", "0.5"]):
+        config = build_config(FitConfig, cli._parse_run(parser, argv, options))
+        assert (config.lr, config.guidance.period, config.epochs, config.milestones) == (0.5, 4, 9, [2.0])
+
+
+def test_evaluate(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = json.loads((run / "result.json").read_text())
+    assert main(["evaluate", str(run), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["accuracy"] == result["test_accuracy"]
+    assert told["depth_accuracy"] == result["depth_accuracy"] and len(told["depth_accuracy"]) == 3
+    assert main(["evaluate", str(run / "best.pt"), "--split", "validation"]) == 0
+    out = capsys.readouterr().out
+    assert f"validation accuracy {100 * result['validation_accuracy']:.2f} %" in out
+    assert out.count("its auxiliary network") == 2 and out.count("the backbone") == 1
+
+
+def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "c"
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("epochs: 50\ncompare:\n  epochs: 1\n  seeds: 3\n  methods: [local, pgl]\n  timing_rounds: 1\n")
+    tiny = [option for option in TINY if not option.startswith("--epochs")]
+    assert main(["compare", f"--config={recipe}", *tiny, f"--out={out}"]) == 0
+    stdout, stderr = capsys.readouterr()
+    assert "small on digits, K = 3" in stdout and stdout.endswith(f"Report: {out / 'report.html'}\n")
+    assert "run 2 of 2: pgl, seed 3" in stderr and (out / "pgl" / "seed3" / "result.json").is_file()
+    before = (out / "report.md").read_bytes()
+    assert main(["compare", "--config", str(out / "compare.yaml"), "--quiet"]) == 0
+    again, stderr = capsys.readouterr()
+    assert again == stdout and not stderr
+    assert (out / "report.md").read_bytes() == before
+
+
+def test_partition(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["partition", "--model=resnet20", "--modules=10", "--data=pairs:fashion-mnist-small"]) == 0
+    out = capsys.readouterr().out
+    assert "resnet20: 10 units, 10 local modules" in out and out.count("- - - cut - - -") == 9
+    assert "64 x 4 x 7" in out  # two images of 14 x 14 side by side
+    assert main(["partition", "--model=small", "--modules=2", "--shape", "3", "16", "24", "--num-classes=7"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("- - - cut - - -") == 1 and "16 x 16 x 24" in out
+    assert "2.81 k" in out  # 9 * 16 * 16 + 16 + 2 * 16 of the last convolution, 64 * 7 + 7 of the head
+
+
+def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["plan", "--model=small", "--input=1x8x8", "--batch-size=16", "--modules", "2", "--json"]
+    assert main(argv) == 0
+    assert json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pt2"])
+def test_export(suffix: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, expected = tmp_path / f"model{suffix}", backbone(run)
+    assert main(["export", str(run), "--to", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert out == f"Wrote {path} ({path.stat().st_size:,} bytes); loaded back, its outputs equal the backbone's.\n"
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]  # no temporary file
+    if suffix == ".pt2":
+        model: Callable[..., Any] = torch.export.load(path).module()
+    else:
+        state = load_file(path) if suffix == ".safetensors" else torch.load(path, weights_only=True)
+        assert state.keys() == expected.state_dict().keys()
+        assert all(torch.equal(state[key], value) for key, value in expected.state_dict().items())
+        model = small_net(10, 1, (8, 8)).eval()
+        model.load_state_dict(state)
+    for num_images in (1, 5):
+        images = torch.randn(num_images, 1, 8, 8, generator=torch.Generator().manual_seed(num_images))
+        with torch.no_grad():
+            torch.testing.assert_close(model(images), expected(images), rtol=1e-5, atol=1e-5)
+    content = path.read_bytes()
+    assert main(["export", str(run), "--to", str(path)]) == 2
+    assert "exists already" in capsys.readouterr().err and path.read_bytes() == content
+    assert main(["export", str(run / "last.pt"), "--to", str(path), "--overwrite"]) == 0
+
+
+def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    out = capsys.readouterr().out
+    assert len(recipe_names()) >= 9 and all(re.search(rf"^{name} +\S", out, re.M) for name in recipe_names())
+    assert main(["recipes", "demo"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["data"] == "pairs:fashion-mnist-small"
+
+
+# --- recipes ---
+
+_NETWORKS: dict[Any, DecoupledNetwork] = {}  # recipes that differ in their length only share one
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_trains(name: str) -> None:
+    fit_options, own = config_options(FitConfig), config_options(CompareConfig)
+    own = {key: option for key, option in own.items() if not key.startswith("fit.")}
+    values = recipe_options(name, section=None, known=fit_options, ignored=[])
+
+    def nested(flat: dict[str, Any]) -> dict[str, Any]:
+        tree: dict[str, Any] = {key: value for key, value in flat.items() if "." not in key}
+        tree["guidance"] = {key.removeprefix("guidance."): v for key, v in flat.items() if "." in key}
+        return tree
+
+    config = build_config(FitConfig, nested(values))
+    section = recipe_options(name, section="compare", known=own | fit_options, ignored=[])
+    comparison = build_config(
+        CompareConfig,
+        {key: value for key, value in section.items() if key in own}
+        | {"fit": nested({key: value for key, value in section.items() if key in fit_options})},
+    )
+    assert set(comparison.methods) == {"end-to-end", "checkpointing", "local", "pgl"}
+    assert comparison.out != config.out
+
+    num_classes, channels, height, width = cli._SHAPES[config.data.removeprefix("pairs:")]
+    width *= 2 if config.data.startswith("pairs:") else 1
+    images = torch.randn(4, channels, height, width, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([0, 1, 2, 3])
+    key = (config.model, config.modules, images.shape)
+    if key not in _NETWORKS:
+        torch.manual_seed(0)
+        model = build_model(config.model, num_classes=num_classes, in_channels=channels, image_size=(height, width))
+        _NETWORKS[key] = decouple(model, config.modules, sample=tuple(images.shape), rule=build_rule(config))
+    net = _NETWORKS[key]
+    assert net.num_modules == config.modules
+    for step in (
+        net.local_step,
+        lambda x, y: net.guided_step(x, y, auxiliary=config.guidance.auxiliary, recompute=config.recompute),
+    ):
+        net.zero_grad(set_to_none=True)
+        losses = step(images, targets)
+        assert len(losses) == config.modules and all(torch.isfinite(loss) for loss in losses)
+        parameters = [p for p in net.parameters() if p.requires_grad]
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in parameters)
+        assert sum(bool(p.grad.any()) for p in parameters if p.grad is not None) > 0.9 * len(parameters)
+
+
+# --- wrong input ---
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that tells what is wrong with a command line."""
+    capsys.readouterr()
+    code = main(argv)
+    out, err = capsys.readouterr()
+    print(f"{' '.join(argv)}\n    {err}", end="")
+    assert code == 2, err
+    assert not out
+    lines = err.splitlines()
+    assert len(lines) == 1 and err.endswith("\n"), err
+    assert lines[0].startswith("torchlocal: ") and lines[0].endswith(".") and "Traceback" not in err
+    return lines[0].removeprefix("torchlocal: ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("bogus", "unknown command 'bogus'"),
+        ("comprae", "did you mean compare?"),
+        ("--bogus", "unknown option '--bogus'"),
+        ("fit --bogus 1", "unknown option --bogus"),
+        ("fit --epoch 1", "unknown option --epoch (did you mean --epochs?)"),
+        ("fit stray", "unexpected argument 'stray'"),
+        ("fit --lr", "--lr needs a value"),
+        ("fit --config", "--config needs a value"),
+        ("fit --lr fast", "--lr expects a number, got 'fast'"),
+        ("fit --batch-size 2.5", "--batch-size expects a whole number, got '2.5'"),
+        ("fit --augment maybe", "--augment expects true or false, got 'maybe'"),
+        ("fit TINY --lr -0.1", "lr=-0.1 must be a number above 0"),
+        ("fit TINY --lr nan", "--lr expects a number, got 'nan'"),
+        ("fit TINY --lr 0", "lr=0.0 must be a number above 0"),
+        ("fit TINY --modules 0", "modules=0 must be a whole number of at least 1"),
+        ("fit TINY --modules some", "modules='some' must be a whole number of at least 1 or \"all\""),
+        ("fit TINY --modules 99", "99"),
+        ("compare TINY --modules 99", "99"),
+        ("fit TINY --cuts 5 nowhere", "nowhere"),
+        ("fit TINY --model resnet21", "model 'resnet21' is unknown (did you mean"),
+        ("compare TINY --model resnet21", "model 'resnet21' is unknown (did you mean"),
+        ("partition --model resnet21", "model 'resnet21' is unknown (did you mean"),
+        ("fit TINY --data digit", "data 'digit' is unknown (did you mean digits"),
+        ("compare TINY --data pairs:digit", "data 'pairs:digit' is unknown (did you mean pairs:digits"),
+        ("partition --data digit", "data 'digit' is unknown (did you mean digits"),
+        ("fit TINY --rule bogus", "rule='bogus' is unknown"),
+        ("fit TINY --auxiliary bogus", "bogus"),
+        ("fit TINY --optimizer sdg", "optimizer='sdg' cannot be used"),
+        ("fit TINY --schedule linear", "schedule='linear' is unknown"),
+        ("fit TINY --guidance.name sometimes", "sometimes"),
+        ("fit TINY --guidance.period 0", "period: must be a whole number of at least 1, not 0"),
+        ("fit TINY --recompute 99", "99"),
+        ("compare TINY --recompute 99", "99"),
+        ("compare TINY --optimizer sdg", "optimizer='sdg' cannot be used"),
+        ("fit TINY --batch-size 500", "batch_size=500 is more than the 128 training images"),
+        ("fit TINY --num-train 9999", "num_train=9999 is more than the"),
+        ("fit TINY --warmup-epochs 2", "warmup_epochs=2.0 leaves nothing of epochs=2"),
+        ("fit TINY --device tpu", "device='tpu' is not available here"),
+        ("compare TINY --methods local bogus", "methods: 'bogus' is unknown"),
+        ("compare TINY --seeds 1 1", "holds an element twice"),
+        ("compare TINY --seeds one", "--seeds expects a whole number, got 'one'"),
+        ("compare TINY --guidance.name never", "leaves method pgl nothing to do"),
+        ("compare TINY --seed 3", "unknown option --seed (did you mean --seeds?)"),
+        ("fit --config demos", "recipe demos is neither a file nor shipped (did you mean demo?)"),
+        ("recipes demos", "recipe demos is neither a file nor shipped (did you mean demo?)"),
+        ("fit --config TMP", "is a folder"),
+        ("evaluate", "RUN is missing"),
+        ("evaluate TMP/absent", "absent"),
+        ("evaluate TMP", "there is no checkpoint"),
+        ("export TMP", "--to is missing"),
+        ("export TMP/absent --to TMP/x.pt", "absent"),
+        ("partition --shape 3 32", "--shape 3 32 must be channels, height and width"),
+        ("partition --modules 999", "999"),
+        ("plan --input 3x32", "--input 3x32 must be"),
+        ("plan --budget much", "much"),
+        ("fit TINY --data folder", "data='folder' needs a root"),
+        ("fit TINY --data folder --data-root TMP", "does not exist: root must hold"),
+    ],
+)
+def test_wrong_input(argv: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = argv.replace("TMP", str(tmp_path)).split()
+    full = [word for given in words for word in (TINY if given == "TINY" else [given])]
+    out = [f"--out={tmp_path / 'out'}"] if words[0] in ("fit", "compare") and "--help" not in words else []
+    told = refused([*full[:1], *out, *full[1:]], capsys)
+    assert message in told
+    assert not (tmp_path / "out" / "last.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr: [1\nepochs: 2\n", "is not valid YAML (line 2)"),
+        ("\tlr: 1\n", "is not valid YAML"),
+        ("- lr\n", "must hold options as `name: value` lines, not a list"),
+        ("learning_rate: 1\n", "unknown option learning_rate"),
+        ("epoch: 1\n", "unknown option epoch (did you mean epochs?)"),
+        ("guidance: periodic\n", "guidance must hold `name: value` lines"),
+        ("guidance: {periods: 1}\n", "unknown option guidance.periods (did you mean guidance.period?)"),
+        ("lr: quick\n", "--lr expects a number, got"),
+        ("compare: 3\n", "compare must be a section"),
+    ],
+)
+def test_wrong_recipes(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(text)
+    assert message in refused(["fit", "--config", str(recipe)], capsys)
+    assert message in refused(["compare", f"--config={recipe}", "--quiet"], capsys)
+
+
+def test_unknown_key_of_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("compare: {method: [pgl]}\n")
+    assert "unknown option method (did you mean methods?)" in refused(["compare", f"--config={recipe}"], capsys)
+
+
+def test_binary_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_bytes(b"\xff\xfe\x00lr")
+    assert "is not valid YAML" in refused(["fit", "--config", str(recipe)], capsys)
+
+
+def test_damaged_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "best.pt").write_bytes((run / "best.pt").read_bytes()[:-2000])
+    assert "best.pt is damaged or not a checkpoint" in refused(["evaluate", str(copy)], capsys)
+    to = tmp_path / "x.pt"
+    assert "best.pt is damaged or not a checkpoint" in refused(["export", str(copy), "--to", str(to)], capsys)
+    assert not to.exists()
+    (copy / "result.json").unlink()
+    (copy / "last.pt").write_bytes(b"nothing of use")
+    message = refused(["fit", *TINY, f"--out={copy}", "--resume"], capsys)
+    assert "last.pt is damaged or not a checkpoint" in message
+    torch.save({"weights": torch.zeros(2)}, copy / "best.pt")
+    assert "is not a checkpoint of torchlocal" in refused(["evaluate", str(copy)], capsys)
+
+
+def test_another_configuration_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(["fit", *TINY, f"--out={run}", "--resume", "--lr=0.5"], capsys)
+    assert "is of another configuration: lr (0.1 there, 0.5 now)" in message
+
+
+def test_wrong_exports(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for to, message in (
+        (tmp_path / "m.onnx", "has an unknown ending: give .safetensors, .pt, .pt2"),
+        (tmp_path / "nowhere" / "m.pt", "in a folder that does not exist"),
+    ):
+        assert message in refused(["export", str(run), "--to", str(to)], capsys)
+    folder = tmp_path / "m.pt"
+    folder.mkdir()
+    assert "is a folder" in refused(["export", str(run), "--to", str(folder), "--overwrite"], capsys)
+    message = refused(["export", str(run), "--to", str(tmp_path / "a.pt"), "--weights=worst"], capsys)
+    assert "weights='worst' is unknown" in message
+
+
+def test_wrong_split(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--split tset is unknown" in refused(["evaluate", str(run), "--split=tset"], capsys)
+
+
+def test_a_file_in_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    for command in ("fit", "compare"):
+        for out in (tmp_path / "file", tmp_path / "file" / "inside"):
+            message = refused([command, *TINY, f"--out={out}"], capsys)
+            assert "cannot be made a folder" in message
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_empty_data_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
+    argv = ["fit", *TINY, "--data=folder", f"--data-root={tmp_path}", f"--out={tmp_path / 'out'}"]
+    assert "train holds no class folders with images" in refused(argv, capsys)
+
+
+def test_truncated_idx_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, shape in (("train-images-idx3", (20, 28, 28)), ("t10k-images-idx3", (4, 28, 28))):
+        content = struct.pack(">4BI", 0, 0, 8, 3, shape[0]) + struct.pack(">2I", *shape[1:]) + bytes(shape[0] * 784)
+        (tmp_path / f"{name}-ubyte").write_bytes(content)
+    for name, size in (("train-labels-idx1", 20), ("t10k-labels-idx1", 4)):
+        (tmp_path / f"{name}-ubyte").write_bytes(struct.pack(">4BI", 0, 0, 8, 1, size) + bytes(size))
+    path = tmp_path / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-10])
+    argv = ["compare", *TINY, "--data=fashion-mnist", f"--data-root={tmp_path}", f"--out={tmp_path / 'out'}"]
+    assert "train-images-idx3-ubyte is truncated" in refused(argv, capsys)
+
+
+def test_diverging_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(["fit", *TINY, "--lr=1e30", f"--out={tmp_path / 'out'}", "--quiet"], capsys)
+    assert "is NaN or infinite at step" in message and "lower lr=1e+30" in message
+
+
+def test_an_error_of_ours_is_one_line_with_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(argv: Any) -> int:
+        raise KeyError("a\nb")
+
+    monkeypatch.setitem(cli._RUNNERS, "recipes", broken)
+    assert main(["recipes"]) == 1
+    assert capsys.readouterr().err == "torchlocal: KeyError: 'a\\nb' (--debug shows the traceback).\n"
+    assert main(["recipes", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_warnings_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [sys.executable, "-m", "torchlocal", "fit", *TINY, "--model=mlp", "--modules=2", "--guidance.period=99"]
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    told = subprocess.run(
+        [*argv, f"--out={tmp_path}", "--steps=2", "--quiet"], capture_output=True, text=True, env=environment
+    )
+    assert told.returncode == 0, told.stderr
+    assert re.fullmatch(r"torchlocal: warning: PeriodicGuidance\(.*\) guides none of the 2 steps\n", told.stderr)
+
+
+# --- signals ---
+
+
+def after_steps(monkeypatch: pytest.MonkeyPatch, num_steps: int, signum: int) -> None:
+    count = 0
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal count
+        losses = train_step(*arguments, **options)
+        count += 1
+        if count == num_steps:
+            os.kill(os.getpid(), signum)
+        return losses
+
+    monkeypatch.setattr(trainer, "train_step", counted)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_tell_how_to_go_on(
+    signum: signal.Signals,
+    code: int,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        after_steps(patch, 3, signum)
+        assert main(["fit", *TINY, f"--out={out}", "--quiet"]) == code
+    stdout, stderr = capsys.readouterr()
+    assert not stdout and len(stderr.splitlines()) == 1
+    assert f"stopped by {signum.name} after step 3 of 8" in stderr
+    command = re.search(r"Continue with `torchlocal (.*?)`", stderr)
+    assert command is not None
+    assert main([*command[1].split(), "--quiet"]) == 0
+    results = [json.loads((folder / "result.json").read_text()) for folder in (out, run)]
+    for result in results:
+        for name in ("seconds", "images_per_second"):
+            del result[name]
+        del result["config"]["out"]
+    assert results[0] == results[1]
+
+
+def test_an_interrupted_comparison_tells_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["compare", *TINY, "--methods", "local", "--timing-rounds=0", "--epochs=1", f"--out={tmp_path}", "--quiet"]
+    with monkeypatch.context() as patch:
+        after_steps(patch, 2, signal.SIGTERM)
+        assert main(argv) == 143
+    command = re.search(r"Continue with `torchlocal (.*?)`", capsys.readouterr().err)
+    assert command is not None
+    assert main([*command[1].split(), "--quiet"]) == 0
+    assert (tmp_path / "report.html").is_file()
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_where_there_is_no_run(
+    signum: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def waiting(argv: Any) -> int:
+        os.kill(os.getpid(), signum)
+        signal.pause()
+        return 0
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setitem(cli._RUNNERS, "recipes", waiting)
+    assert main(["recipes"]) == code
+    assert capsys.readouterr().err in ("torchlocal: Interrupted.\n", "torchlocal: Terminated.\n")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_process_ends_with_the_code_of_the_signal(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "torchlocal", "fit", *TINY, "--model=mlp", "--modules=2", "--epochs=100000"]
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    with subprocess.Popen(
+        [*argv, f"--out={tmp_path / 'out'}"], stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("epoch 1/")
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+        assert process.wait(timeout=60) == 143
+    assert "Traceback" not in rest
+    assert "stopped by SIGTERM" in rest.splitlines()[-1] and "--resume`" in rest.splitlines()[-1]
+    assert (tmp_path / "out" / "last.pt").is_file()

@@ -1,0 +1,484 @@
+"""The comparison: every number of its report recomputed from the runs, and interruptions that change nothing."""
+
+import base64
+import csv
+import json
+import math
+import os
+import re
+import signal
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from torchlocal import models, trainer
+from torchlocal.compare import METHODS, CompareConfig, compare, method_configs
+from torchlocal.config import FitConfig, GuidanceConfig, config_from_dict
+from torchlocal.costs import StepCosts
+from torchlocal.report import Comparison, MethodResult, Row, format_bytes, format_count, markdown_table, write_report
+from torchlocal.trainer import Interrupted, train_step
+
+SEEDS = (0, 1)
+TIMED = ("step_ms", "step_ratio")
+
+
+def small_net(num_classes: int, in_channels: int, size: tuple[int, int]) -> nn.Module:
+    """Three convolutions with BatchNorm, and dropout."""
+    layers: list[nn.Module] = []
+    for before, after in ((in_channels, 8), (8, 16), (16, 16)):
+        layers += [nn.Conv2d(before, after, 3, 1, 1), nn.BatchNorm2d(after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Dropout(0.1), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, num_classes))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small() -> Iterator[None]:
+    """One thread, and the small network under a name of its own."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models._OWN, "small", small_net)
+        yield
+    torch.set_num_threads(num_threads)
+
+
+def small_config(out: Path, **changes: Any) -> CompareConfig:
+    """All four methods, two seeds; 3 epochs of 8 steps on digits."""
+    fit = FitConfig(
+        model="small",
+        modules=3,
+        guidance=GuidanceConfig(period=3),
+        data="digits",
+        num_train=256,
+        num_validation=64,
+        epochs=3,
+        batch_size=32,
+        lr=0.05,
+        precision="fp32",
+        num_threads=1,
+        tensorboard=False,
+    )
+    options = {name: changes.pop(name) for name in ("methods", "seeds", "variants", "timing_rounds") if name in changes}
+    values: dict[str, Any] = {"out": str(out), "seeds": SEEDS, "timing_rounds": 2, "fit": replace(fit, **changes)}
+    return CompareConfig(**(values | options))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
+    """One finished comparison."""
+    out = tmp_path_factory.mktemp("compare") / "done"
+    return out, compare(small_config(out), progress=False)
+
+
+def read_results(out: Path) -> dict[str, list[dict[str, Any]]]:
+    return {
+        method: [json.loads((out / method / f"seed{seed}" / "result.json").read_text()) for seed in SEEDS]
+        for method in METHODS
+    }
+
+
+def read_rows(out: Path) -> list[dict[str, str]]:
+    with (out / "report.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def without_times(value: Any) -> Any:
+    """A result without what the clock and the place decide."""
+    if isinstance(value, dict):
+        times = ("seconds", "images_per_second", "out")
+        return {key: without_times(item) for key, item in value.items() if key not in times}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def run_files(out: Path) -> dict[Path, int]:
+    """When every file of the runs, and of the costs, was last written."""
+    paths = [*out.glob("*/seed*/*"), out / "costs.json"]
+    return {path: path.stat().st_mtime_ns for path in paths if path.is_file()}
+
+
+# --- numbers ---
+
+
+def expected_rows(out: Path) -> dict[str, dict[str, float | None]]:
+    """The table, from result.json and costs.json with arithmetic written out."""
+    results, costs = read_results(out), json.loads((out / "costs.json").read_text())["costs"]
+    mean = {method: sum(r["test_accuracy"] for r in runs) / len(runs) for method, runs in results.items()}
+    gap = mean["end-to-end"] - mean["local"]
+    rows: dict[str, dict[str, float | None]] = {}
+    for method, runs in results.items():
+        share = sum(r["guided_steps"] / r["steps"] for r in runs) / len(runs)
+        seconds, cost = costs[method]["seconds"], costs[method]
+        rows[method] = {
+            "modules": 1 if method in ("end-to-end", "checkpointing") else 3,
+            "guided_share": share,
+            "accuracy_mean": mean[method],
+            "accuracy_std": math.sqrt(sum((r["test_accuracy"] - mean[method]) ** 2 for r in runs) / (len(runs) - 1)),
+            "n": len(runs),
+            "gap_closed": (mean[method] - mean["local"]) / gap if gap > 0 else None,
+            "peak_bytes": cost["resident_bytes"] + max(cost["peak_bytes"].values()),
+            "step_ms": 1000 * ((1 - share) * seconds.get("local", 0.0) + share * seconds.get("guided", 0.0)),
+        }
+    for row in rows.values():
+        row["peak_ratio"] = row["peak_bytes"] / rows["end-to-end"]["peak_bytes"]  # type: ignore[operator]
+        row["step_ratio"] = row["step_ms"] / rows["end-to-end"]["step_ms"]  # type: ignore[operator]
+    return rows
+
+
+def test_csv_holds_what_the_runs_give(done: tuple[Path, Comparison]) -> None:
+    out, _ = done
+    rows, expected = read_rows(out), expected_rows(out)
+    assert [row["method"] for row in rows] == list(METHODS)
+    for row in rows:
+        for name, value in expected[row["method"]].items():
+            if value is None:
+                assert row[name] == "", (row["method"], name)
+            else:
+                assert float(row[name]) == pytest.approx(value, rel=1e-9), (row["method"], name)
+    backbone = sum(p.numel() for p in small_net(10, 1, (8, 8)).parameters())
+    assert all(int(row["parameters_backbone"]) == backbone for row in rows)
+    assert [int(row["parameters_auxiliary"]) > 0 for row in rows] == [False, False, True, True]
+    assert {row["method"]: float(row["guided_share"]) for row in rows} == pytest.approx(
+        {"end-to-end": 1, "checkpointing": 1, "local": 0, "pgl": 1 / 3}
+    )
+    # The training worked, and accuracies differ between seeds: else the mean and the deviation would prove little.
+    assert float(rows[0]["accuracy_mean"]) > 0.3
+    assert any(float(row["accuracy_std"]) > 0 for row in rows)
+    assert float(rows[1]["peak_bytes"]) < float(rows[0]["peak_bytes"])  # checkpointing saves memory
+
+
+def test_markdown_holds_the_same_rounded(done: tuple[Path, Comparison]) -> None:
+    out, _ = done
+    lines = (out / "report.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| Method"))
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start + 2 : start + 6]]
+    for row, (method, values) in zip(cells, expected_rows(out).items(), strict=True):
+        gap, milliseconds = values["gap_closed"], values["step_ms"]
+        assert milliseconds is not None
+        assert row[:9] == [
+            method,
+            f"{values['modules']}",
+            f"{100 * values['guided_share']:.0f} %",  # type: ignore[operator]
+            f"{100 * values['accuracy_mean']:.1f} ± {100 * values['accuracy_std']:.1f} (2)",  # type: ignore[operator]
+            "-" if gap is None else f"{100 * gap:.0f} %",
+            f"{values['peak_bytes'] / 2**10:.0f} KiB"  # type: ignore[operator]
+            if values["peak_bytes"] < 1000 * 2**10  # type: ignore[operator]
+            else f"{values['peak_bytes'] / 2**20:.1f} MiB",  # type: ignore[operator]
+            f"{values['peak_ratio']:.2f}",
+            f"{milliseconds:.{0 if milliseconds >= 100 else 1}f} ms",
+            f"{values['step_ratio']:.2f}",
+        ]
+    text = "\n".join(lines)
+    for path in re.findall(r"\]\((.*?)\)", text):
+        assert (out / path).is_file()
+    assert "256 training, 64 validation" in text and "Seeds: 0, 1" in text
+
+
+def test_checkpointing_trains_the_same_network_as_end_to_end(done: tuple[Path, Comparison]) -> None:
+    out, _ = done
+    for seed in SEEDS:
+        a, b = (
+            torch.load(out / method / f"seed{seed}" / "best.pt", weights_only=True)["net"]
+            for method in ("end-to-end", "checkpointing")
+        )
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    weights = [torch.load(out / m / "seed0" / "best.pt", weights_only=True)["net"] for m in ("end-to-end", "local")]
+    key = next(iter(weights[0]))
+    assert not torch.equal(weights[0][key], weights[1][key])
+
+
+def method_result(method: str, *accuracies: float, **changes: Any) -> MethodResult:
+    return MethodResult(method=method, num_modules=2, guided_share=0.5, accuracies=accuracies, **changes)
+
+
+def test_gap_closed_by_hand() -> None:
+    results = (
+        method_result("end-to-end", 0.9, 0.8, peak_bytes=400, step_seconds=0.1),
+        method_result("local", 0.5, 0.4, peak_bytes=100, step_seconds=0.15),
+        method_result("pgl", 0.8, 0.7, peak_bytes=200),
+    )
+    rows = Comparison(title="t", results=results).rows()
+    assert [row.gap_closed for row in rows] == pytest.approx([1.0, 0.0, 0.75])
+    assert [row.accuracy_mean for row in rows] == pytest.approx([0.85, 0.45, 0.75])
+    assert [row.accuracy_std for row in rows] == pytest.approx([0.1 / math.sqrt(2)] * 3)
+    assert [row.peak_ratio for row in rows] == pytest.approx([1.0, 0.25, 0.5])
+    assert (rows[1].step_ms, rows[1].step_ratio, rows[2].step_ms) == (pytest.approx(150), pytest.approx(1.5), None)
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        (method_result("end-to-end", 0.5), method_result("local", 0.6), method_result("pgl", 0.7)),
+        (method_result("end-to-end", 0.5), method_result("local", 0.5)),
+        (method_result("local", 0.5), method_result("pgl", 0.7)),
+        (method_result("end-to-end", 0.5), method_result("pgl", 0.7)),
+    ],
+)
+def test_no_gap_no_share_of_it(results: tuple[MethodResult, ...]) -> None:
+    comparison = Comparison(title="t", results=results)
+    assert all(row.gap_closed is None for row in comparison.rows())
+    assert all(row.accuracy_std is None for row in comparison.rows())  # one seed
+    assert "±" not in markdown_table(comparison)
+    assert "n = 1" in comparison.notes()[0]
+
+
+def test_costs_are_weighted_by_the_guided_share() -> None:
+    cost = StepCosts(
+        num_modules=2,
+        guided_share=0.25,
+        resident_bytes=10,
+        peak_bytes={"local": 5, "guided": 7},
+        seconds={"local": 1.0, "guided": 3.0},
+    )
+    assert cost.total_peak_bytes == 17
+    assert cost.mean_seconds == pytest.approx(1.5)
+    assert replace(cost, guided_share=1.0, seconds={"guided": 3.0}).mean_seconds == 3.0
+
+
+def test_numbers_for_people() -> None:
+    assert [format_bytes(n) for n in (0, 999, 1024, 3 * 2**20, 150 * 2**20, 2**40)] == [
+        "0 B", "999 B", "1.0 KiB", "3.0 MiB", "150 MiB", "1024 GiB",
+    ]  # fmt: skip
+    assert [format_count(n) for n in (0, 999, 1000, 272_474, 7_330_000)] == ["0", "999", "1.00 k", "272 k", "7.33 M"]
+
+
+# --- report ---
+
+
+class Links(HTMLParser):
+    """Everything a browser would fetch, and the text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset", "data")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_html_needs_no_network_and_holds_the_figures(done: tuple[Path, Comparison]) -> None:
+    out, comparison = done
+    page = (out / "report.html").read_text()
+    parsed = Links(page)
+    assert not re.search(r"""(?:src|href)\s*=\s*["']?\s*(?:https?:)?//""", page)
+    assert not re.search(r"@import|url\s*\(", page)
+    assert not {"script", "link", "iframe", "object"} & set(parsed.tags)
+    prefix = "data:image/svg+xml;base64,"
+    assert len(parsed.links) == 3 and all(link.startswith(prefix) for link in parsed.links)
+    for link in parsed.links:
+        drawing = base64.b64decode(link.removeprefix(prefix)).decode()
+        assert "</svg>" in drawing
+        assert all(target.startswith("#") for target in Links(drawing).links)
+    for row in comparison.rows():
+        assert row.method in parsed.text
+        assert f"{100 * row.accuracy_mean:.1f} ± " in parsed.text
+
+
+def test_figures_are_pictures(done: tuple[Path, Comparison]) -> None:
+    out, _ = done
+    paths = sorted((out / "figures").iterdir())
+    assert [path.name for path in paths] == ["accuracy.png", "depth.png", "memory.png"]
+    for path in paths:
+        content = path.read_bytes()
+        assert content[:8] == b"\x89PNG\r\n\x1a\n"
+        width, height = struct.unpack(">II", content[16:24])
+        assert width > 300 and height > 200 and len(content) > 5000
+
+
+def test_report_of_little_and_with_awkward_names(tmp_path: Path) -> None:
+    awkward = method_result("<b>|x</b>", 0.5)
+    write_report(Comparison(title="<script>alert(1)</script>", results=(awkward,)), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "<script>" not in page and "<b>" not in page
+    table = next(line for line in (tmp_path / "report.md").read_text().splitlines() if "0.5" in line or "50.0" in line)
+    assert "\\|x" in table
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+# --- again, interrupted, with another configuration ---
+
+
+def test_finished_runs_are_not_repeated(done: tuple[Path, Comparison], monkeypatch: pytest.MonkeyPatch) -> None:
+    out, comparison = done
+    before, report = run_files(out), (out / "report.csv").read_bytes()
+    assert len([path for path in before if path.name == "result.json"]) == 8
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a step was trained or measured again")
+
+    monkeypatch.setattr(trainer, "train_step", never)
+    monkeypatch.setattr("torchlocal.costs.train_step", never)
+    again = compare(small_config(out), progress=False)
+    assert run_files(out) == before
+    assert (out / "report.csv").read_bytes() == report
+    assert again.rows() == comparison.rows()
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, num_steps: int, action: Callable[[], None]) -> None:
+    count = 0
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal count
+        losses = train_step(*arguments, **options)
+        count += 1
+        if count == num_steps:
+            action()
+        return losses
+
+    monkeypatch.setattr(trainer, "train_step", counted)
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(
+    done: tuple[Path, Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = done
+    # In the middle of the second epoch of the third run (local), by a real signal.
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2 * 24 + 13, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted) as caught:
+            compare(small_config(tmp_path / "a"), progress=False)
+    assert caught.value.signum == signal.SIGINT
+    assert "step 13 of 24" in str(caught.value)
+    finished = {path.parent.parent.name for path in tmp_path.glob("a/*/seed0/result.json")}
+    assert finished == {"end-to-end", "checkpointing"}
+    assert not (tmp_path / "a" / "report.csv").exists()
+    before = {path: time for path, time in run_files(tmp_path / "a").items() if path.parent.parent.name in finished}
+    costs = (tmp_path / "a" / "costs.json").read_bytes()
+
+    compare(small_config(tmp_path / "a"), progress=False)
+
+    after = run_files(tmp_path / "a")
+    assert all(after[path] == time for path, time in before.items())
+    assert (tmp_path / "a" / "costs.json").read_bytes() == costs
+    assert without_times(read_results(tmp_path / "a")["local"][0]) == without_times(read_results(whole)["local"][0])
+    assert without_times(read_results(tmp_path / "a")) == without_times(read_results(whole))
+    rows = [{k: v for k, v in row.items() if k not in TIMED} for row in read_rows(tmp_path / "a")]
+    assert rows == [{k: v for k, v in row.items() if k not in TIMED} for row in read_rows(whole)]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"lr": 0.01}, "lr (0.05 there, 0.01 now)"), ({"num_train": 128}, "num_train"), ({"model": "mlp"}, "model")],
+)
+def test_another_configuration_in_the_folder_is_refused(
+    done: tuple[Path, Comparison], change: dict[str, Any], named: str
+) -> None:
+    out, _ = done
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with pytest.raises(ValueError, match=re.escape(named)) as caught:
+        compare(small_config(out, **change), progress=False)
+    assert "\n" not in str(caught.value) and "choose another out" in str(caught.value)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_a_damaged_run_is_named(done: tuple[Path, Comparison], tmp_path: Path) -> None:
+    out = tmp_path / "damaged"
+    folder = out / "end-to-end" / "seed0"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text("{")
+    with pytest.raises(ValueError, match=r"end-to-end, seed 0: .*result\.json is damaged"):
+        compare(small_config(out, methods=("end-to-end",), seeds=(0,), timing_rounds=0), progress=False)
+    (folder / "config.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match=r"config\.yaml is damaged"):
+        compare(small_config(out, methods=("end-to-end",), seeds=(0,), timing_rounds=0), progress=False)
+
+
+def test_compare_yaml_repeats_the_comparison(done: tuple[Path, Comparison]) -> None:
+    out, comparison = done
+    for text in ((out / "compare.yaml").read_text(), comparison.configuration):
+        values = yaml.safe_load(text)
+        section = values.pop("compare")
+        assert CompareConfig(
+            **{**section, "methods": tuple(section["methods"]), "seeds": tuple(section["seeds"])},
+            fit=config_from_dict(values),
+        ) == small_config(out)
+
+
+# --- methods and variants ---
+
+
+def test_methods_differ_in_their_guidance_only(tmp_path: Path) -> None:
+    config = small_config(tmp_path, recompute=2)
+    configs = method_configs(config, num_units=9)
+    common = config.fit
+    assert configs["pgl"] == common
+    assert configs["local"] == replace(common, recompute=None, guidance=replace(common.guidance, name="never"))
+    end_to_end = replace(common, modules=1, recompute=None, guidance=replace(common.guidance, name="always"))
+    assert configs["end-to-end"] == end_to_end
+    assert configs["checkpointing"] == replace(end_to_end, recompute=3)  # the root of 9 units
+
+
+def test_a_variant_is_a_row_of_its_own(tmp_path: Path) -> None:
+    config = small_config(
+        tmp_path / "v",
+        methods=("local", "often"),
+        seeds=(0,),
+        variants={"often": {"method": "pgl", "guidance": {"period": 2}, "lr": 0.02}},
+        timing_rounds=0,
+        num_train=64,
+        epochs=1,
+    )
+    rows = compare(config, progress=False).rows()
+    assert [(row.method, row.guided_share) for row in rows] == [("local", 0.0), ("often", 0.5)]
+    assert all(row.peak_bytes is None and row.step_ms is None and row.gap_closed is None for row in rows)
+    saved = yaml.safe_load((tmp_path / "v" / "often" / "seed0" / "config.yaml").read_text())
+    assert (saved["lr"], saved["guidance"]["period"]) == (0.02, 2)
+    assert {row["peak_bytes"] for row in read_rows(tmp_path / "v")} == {""}
+    assert not (tmp_path / "v" / "figures" / "memory.png").exists()
+    assert not (tmp_path / "v" / "costs.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ("bogus",)}, "methods: 'bogus' is unknown"),
+        ({"methods": ()}, "methods=() must be a list with at least one"),
+        ({"methods": ("local", "local")}, "holds an element twice"),
+        ({"seeds": (0, 0)}, "holds an element twice"),
+        ({"seeds": (-1,)}, "must be whole numbers of at least 0"),
+        ({"seeds": (True,)}, "must be whole numbers of at least 0"),
+        ({"seeds": (2**32,)}, "below 2**32"),
+        ({"timing_rounds": -1}, "timing_rounds=-1 must be"),
+        ({"variants": {"pgl": {"method": "local"}}}, "must be a new name"),
+        ({"variants": {"../x": {"method": "local"}}}, "must be a new name"),
+        ({"variants": {"x": {"lr": 1.0}}}, "must name the method"),
+        ({"variants": {"x": {"method": "pgl", "lr": -1}}, "methods": ("x",)}, "variants: x: lr=-1 must be"),
+        ({"variants": {"x": {"method": "pgl", "learning": 1}}, "methods": ("x",)}, "unknown fields: learning"),
+        ({"variants": {"x": {"method": "pgl", "data": "svhn"}}, "methods": ("x",)}, "data is common to all methods"),
+        ({"variants": {"x": {"method": "pgl", "guidance": "never"}}, "methods": ("x",)}, "guidance must hold options"),
+        ({"guidance": GuidanceConfig(name="never")}, "leaves method pgl nothing to do"),
+    ],
+)
+def test_wrong_comparisons_are_refused_before_anything_runs(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        small_config(tmp_path / "x", **changes)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be made a folder"):
+        compare(small_config(tmp_path / "file" / "x", timing_rounds=0), progress=False)
+
+
+def test_every_column_of_the_csv_is_a_field_of_the_row(done: tuple[Path, Comparison]) -> None:
+    out, comparison = done
+    assert list(read_rows(out)[0]) == list(Row.__dataclass_fields__)
+    assert [row.method for row in comparison.rows()] == [row["method"] for row in read_rows(out)]
