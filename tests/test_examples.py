@@ -1,0 +1,147 @@
+"""The examples and the README's first listing run as they are printed."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.models import resnet50
+
+from torchlocal.models import build_model
+
+ROOT = Path(__file__).resolve().parents[1]
+SRC = str(ROOT / "src")
+
+
+@pytest.fixture(autouse=True)
+def _inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an example write where nothing is lost."""
+    monkeypatch.chdir(tmp_path)
+
+
+def run_example(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, *arguments: object) -> str:
+    """The last line that an example writes when it refuses its arguments."""
+    with pytest.raises(SystemExit) as left:
+        run_example(monkeypatch, name, *arguments)
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.splitlines()[-1]
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = torch.load(path, weights_only=True)
+    assert all(w.isfinite().all() for w in weights.values())
+    return weights
+
+
+def make_folder(root: Path, *, size: int = 40, num_images: int = 5) -> Path:
+    """Two classes of noise in ImageNet's layout."""
+    generator = torch.Generator().manual_seed(0)
+    for part in ("train", "val"):
+        for label in ("bright", "dark"):
+            folder = root / part / label
+            folder.mkdir(parents=True)
+            for i in range(num_images):
+                image = torch.randint(128, (size, size, 3), generator=generator) + 127 * (label == "bright")
+                Image.fromarray(image.to(torch.uint8).numpy()).save(folder / f"{i}.png")
+    return root
+
+
+def test_own_loop(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "own_loop.py"), "--steps", "3"]
+    path = os.pathsep.join(filter(None, [SRC, os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert re.search(r"step 3/3 .*\ntest accuracy 0\.\d{3}\n$", done.stdout), done.stdout
+    plain = build_model("resnet20", num_classes=10, in_channels=1, image_size=(14, 14))
+    plain.load_state_dict(load_weights(tmp_path / "resnet20.pt"))
+
+
+def test_own_loop_refuses_no_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "must be at least 1, not 0" in refused(monkeypatch, capsys, "own_loop.py", "--steps", 0)
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's own, about workers and short epochs
+def test_lightning_module_trains_and_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lightning")
+    options = ["--modules", 3, "--period", 2, "--epochs", 2]
+    name = "lightning_module.py"
+    run_example(monkeypatch, name, *options, "--max-steps", 3, "--out", "first")
+    (checkpoint,) = Path("first").rglob("*.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 3  # one per batch, which guidance relies on
+    before = load_weights(Path("first/resnet20.pt"))
+    resumed = ["--max-steps", 5, "--resume", checkpoint, "--out", "second"]
+    run_example(monkeypatch, name, *options, *resumed)
+    (checkpoint,) = Path("second").rglob("*.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 5
+    after = load_weights(Path("second/resnet20.pt"))
+    plain = build_model("resnet20", num_classes=10, in_channels=1, image_size=(14, 14))
+    plain.load_state_dict(after)
+    assert all(not torch.equal(before[key], after[key]) for key, _ in plain.named_parameters())
+
+
+def test_lightning_module_says_that_lightning_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    with pytest.raises(SystemExit, match=r"pip install 'torchlocal\[lightning\]'"):
+        run_example(monkeypatch, "lightning_module.py")
+
+
+def test_lightning_module_refuses_wrong_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lightning")
+    name = "lightning_module.py"
+    assert "there is no file nowhere.ckpt" in refused(monkeypatch, capsys, name, "--resume", "nowhere.ckpt")
+    assert "10 units at most" in refused(monkeypatch, capsys, name, "--modules", 11)
+    assert "period: must be a whole number" in refused(monkeypatch, capsys, name, "--period", 0)
+
+
+@pytest.mark.parametrize("options", [[], ["--bf16", "--recompute"]], ids=["plain", "bf16-recompute"])
+def test_imagefolder_resnet50(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    folder = make_folder(tmp_path / "images")
+    budget = ["--image-size", 32, "--batch-size", 4, "--epochs", 1, "--period", 2]
+    run_example(monkeypatch, "imagefolder_resnet50.py", folder, *budget, *options)
+    printed = capsys.readouterr().out
+    assert "9 training images, 2 classes, 2 steps an epoch" in printed  # one of ten was kept for validation
+    assert re.search(r"epoch 1: loss \d+\.\d{3}, validation accuracy [01]\.\d{3}", printed), printed
+    resnet50(num_classes=2).load_state_dict(load_weights(tmp_path / "resnet50.pt"))
+
+
+def test_imagefolder_resnet50_refuses_what_cannot_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_folder(tmp_path / "images", num_images=2)
+
+    def answer(*arguments: object) -> str:
+        return refused(monkeypatch, capsys, "imagefolder_resnet50.py", *arguments)
+
+    assert "nowhere" in answer("nowhere")
+    assert "--image-size: must be at least 32, not 8" in answer(folder, "--image-size", 8)
+    assert "--out: nowhere/resnet50.pt cannot be written" in answer(folder, "--out", "nowhere/resnet50.pt")
+    assert "batch_size" in answer(folder, "--batch-size", 64)
+    small = [folder, "--image-size", 32, "--batch-size", 2]
+    assert "ask for fewer" in answer(*small, "--modules", 99)
+    (folder / "train" / "dark" / "0.png").write_bytes(b"no image")
+    (folder / "train" / "dark" / "1.png").write_bytes(b"no image")
+    assert "cannot be read" in answer(*small, "--epochs", 1)
+
+
+def test_readme_listing_runs(tmp_path: Path) -> None:
+    listings = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    chosen = [listing for listing in listings if "tl.decouple(" in listing]
+    assert chosen, "README.md has no python block with tl.decouple("
+    exec(compile(chosen[0], "README.md", "exec"), {"__name__": "__main__"})
