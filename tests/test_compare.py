@@ -23,6 +23,7 @@ from torchlocal import models, trainer
 from torchlocal.compare import METHODS, CompareConfig, compare, method_configs
 from torchlocal.config import FitConfig, GuidanceConfig, config_from_dict
 from torchlocal.costs import StepCosts
+from torchlocal.figures import draw_figures
 from torchlocal.report import Comparison, MethodResult, Row, format_bytes, format_count, markdown_table, write_report
 from torchlocal.trainer import Interrupted, train_step
 
@@ -297,6 +298,18 @@ def test_figures_are_pictures(done: tuple[Path, Comparison]) -> None:
         assert content[:8] == b"\x89PNG\r\n\x1a\n"
         width, height = struct.unpack(">II", content[16:24])
         assert width > 300 and height > 200 and len(content) > 5000
+
+
+@pytest.mark.parametrize("variants", [(), ("pgl-every-10-steps-frozen", "pgl-every-20-steps-frozen")])
+def test_no_legend_is_cut_off(variants: tuple[str, ...]) -> None:
+    curves: dict[str, Any] = {"validation": ((0.1, 0.2),), "depth_accuracies": ((0.1, 0.2),), "peak_bytes": 2**20}
+    results = tuple(method_result(method, 0.5, **curves) for method in (*METHODS, *variants))
+    figures = draw_figures(Comparison(title="t", results=results))
+    assert list(figures) == ["accuracy", "memory", "depth"]
+    for figure in figures.values():
+        figure.canvas.draw()
+        legend, whole = figure.legends[0].get_window_extent(), figure.bbox
+        assert whole.x0 <= legend.x0 and legend.x1 <= whole.x1 and legend.y0 >= whole.y0
 
 
 def test_report_of_little_and_with_awkward_names(tmp_path: Path) -> None:

@@ -152,9 +152,9 @@ def draw_figures(comparison: Comparison) -> dict[str, Figure]:
         if draw(figure, comparison):
             axes = figure.axes[0]
             axes.set_title(title, loc="left", fontsize="medium")
-            # Below the axes, where it can hide nothing.
-            figure.legend(
-                loc="outside lower center", ncols=min(4, len(axes.get_legend_handles_labels()[1])), frameon=False
-            )
+            labels = axes.get_legend_handles_labels()[1]
+            # The figure is about 80 characters wide, and a handle with its gaps takes 6 of them.
+            num_columns = max(1, min(4, len(labels), 80 // (max(map(len, labels)) + 6)))
+            figure.legend(loc="outside lower center", ncols=num_columns, frameon=False)  # where it can hide nothing
             figures[name] = figure
     return figures

@@ -260,7 +260,7 @@ def csv_table(comparison: Comparison) -> str:
 
 def markdown_report(comparison: Comparison, figures: Sequence[str]) -> str:
     """The whole report as Markdown; `figures` are paths relative to it."""
-    parts = [f"# {comparison.title}", markdown_table(comparison), *(f"- {note}" for note in comparison.notes()), ""]
+    parts = [f"# {comparison.title}", "", markdown_table(comparison), *(f"- {note}" for note in comparison.notes()), ""]
     parts += [f"![{FIGURES[Path(figure).stem][2]}]({figure})\n" for figure in figures]
     parts += ["## What was run", "", *(f"- {name}: {value}" for name, value in comparison.facts), ""]
     parts += [comparison_command_text(comparison), "", "```yaml", comparison.configuration.strip(), "```", ""]
