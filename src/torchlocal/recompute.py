@@ -41,10 +41,10 @@ class Inner:
 
 
 @dataclass(frozen=True)
-class Keep:
-    """``left`` runs forward with its graph, which is kept while ``right`` runs forward and backward."""
+class _Pair:
+    """Two plans, one after the other."""
 
-    left: Tape
+    left: Plan
     right: Plan
 
     @property
@@ -59,21 +59,15 @@ class Keep:
 
 
 @dataclass(frozen=True)
-class Again:
+class Keep(_Pair):
+    """``left`` runs forward with its graph, which is kept while ``right`` runs forward and backward."""
+
+    left: Tape
+
+
+@dataclass(frozen=True)
+class Again(_Pair):
     """``left`` runs forward without a graph; then ``right``, forward and backward; then ``left`` again by its plan."""
-
-    left: Plan
-    right: Plan
-
-    @property
-    def first(self) -> int:
-        """First stage."""
-        return self.left.first
-
-    @property
-    def last(self) -> int:
-        """Stage after the last."""
-        return self.right.last
 
 
 Plan: TypeAlias = Tape | Inner | Keep | Again
