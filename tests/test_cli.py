@@ -21,7 +21,7 @@ from torch import nn
 from torchlocal import cli, models, trainer
 from torchlocal.cli import main
 from torchlocal.compare import CompareConfig
-from torchlocal.config import FitConfig, build_rule
+from torchlocal.config import FitConfig, build_rule, guided_memory
 from torchlocal.models import build_model
 from torchlocal.network import DecoupledNetwork, decouple
 from torchlocal.options import build_config, config_options, recipe_names, recipe_options
@@ -178,7 +178,7 @@ def test_export(suffix: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     path, expected = tmp_path / f"model{suffix}", backbone(run)
     assert main(["export", str(run), "--to", str(path)]) == 0
     out = capsys.readouterr().out
-    assert out == f"Wrote {path} ({path.stat().st_size:,} bytes); loaded back, its outputs equal the backbone's.\n"
+    assert out == f"Wrote {path} ({path.stat().st_size:,} bytes); loaded back, its outputs are the backbone's.\n"
     assert [file.name for file in tmp_path.iterdir()] == [path.name]  # no temporary file
     if suffix == ".pt2":
         model: Callable[..., Any] = torch.export.load(path).module()
@@ -245,7 +245,7 @@ def test_a_recipe_trains(name: str) -> None:
     assert net.num_modules == config.modules
     for step in (
         net.local_step,
-        lambda x, y: net.guided_step(x, y, auxiliary=config.guidance.auxiliary, recompute=config.recompute),
+        lambda x, y: net.guided_step(x, y, auxiliary=config.guidance.auxiliary, **guided_memory(config)),
     ):
         net.zero_grad(set_to_none=True)
         losses = step(images, targets)
@@ -305,8 +305,10 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("fit TINY --optimizer sdg", "optimizer='sdg' cannot be used"),
         ("fit TINY --schedule linear", "schedule='linear' is unknown"),
         ("fit TINY --guidance.name sometimes", "sometimes"),
-        ("fit TINY --guidance.period 0", "period: must be a whole number of at least 1, not 0"),
+        ("fit TINY --guidance.period 0", "guidance.period: must be a whole number of at least 1, not 0"),
         ("fit TINY --recompute 99", "99"),
+        ("fit TINY --memory lots", "memory='lots' is unknown: give"),
+        ("fit TINY --memory 1GiB --recompute 2", "memory='1GiB' and recompute=2: give one of them, not both"),
         ("compare TINY --recompute 99", "99"),
         ("compare TINY --optimizer sdg", "optimizer='sdg' cannot be used"),
         ("fit TINY --batch-size 500", "batch_size=500 is more than the 128 training images"),
@@ -323,7 +325,7 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("fit --config TMP", "is a folder"),
         ("evaluate", "RUN is missing"),
         ("evaluate TMP/absent", "absent"),
-        ("evaluate TMP", "there is no checkpoint"),
+        ("evaluate TMP", "holds no checkpoint (best.pt, last.pt): give the folder of a run"),
         ("export TMP", "--to is missing"),
         ("export TMP/absent --to TMP/x.pt", "absent"),
         ("partition --shape 3 32", "--shape 3 32 must be channels, height and width"),

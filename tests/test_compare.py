@@ -410,6 +410,25 @@ def test_a_damaged_run_is_named(done: tuple[Path, Comparison], tmp_path: Path) -
         compare(small_config(out, methods=("end-to-end",), seeds=(0,), timing_rounds=0), progress=False)
 
 
+def test_a_method_that_diverges_does_not_stop_the_others(tmp_path: Path) -> None:
+    config = small_config(
+        tmp_path / "c",
+        methods=("wild", "local"),
+        seeds=(0,),
+        timing_rounds=0,
+        variants={"wild": {"method": "local", "lr": 1e30}},
+    )
+    with pytest.warns(UserWarning, match=r"wild, seed 0: .* is NaN or infinite .*; it is left out of the table"):
+        comparison = compare(config, progress=False)
+    assert [result.method for result in comparison.results] == ["local"]
+    assert dict(comparison.facts)["Diverged"] == "wild, seed 0"
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(ValueError, match=r"every run diverged \(wild, seed 0\)"),
+    ):
+        compare(replace(config, out=str(tmp_path / "d"), methods=("wild",)), progress=False)
+
+
 def test_compare_yaml_repeats_the_comparison(done: tuple[Path, Comparison]) -> None:
     out, comparison = done
     for text in ((out / "compare.yaml").read_text(), comparison.configuration):
@@ -425,12 +444,12 @@ def test_compare_yaml_repeats_the_comparison(done: tuple[Path, Comparison]) -> N
 
 
 def test_methods_differ_in_their_guidance_only(tmp_path: Path) -> None:
-    config = small_config(tmp_path, recompute=2)
+    config = small_config(tmp_path, memory="exact")
     configs = method_configs(config, num_units=9)
     common = config.fit
     assert configs["pgl"] == common
-    assert configs["local"] == replace(common, recompute=None, guidance=replace(common.guidance, name="never"))
-    end_to_end = replace(common, modules=1, recompute=None, guidance=replace(common.guidance, name="always"))
+    assert configs["local"] == replace(common, memory=None, guidance=replace(common.guidance, name="never"))
+    end_to_end = replace(common, modules=1, memory=None, guidance=replace(common.guidance, name="always"))
     assert configs["end-to-end"] == end_to_end
     assert configs["checkpointing"] == replace(end_to_end, recompute=3)  # the root of 9 units
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchlocal import assembly, checkpoint, trainer
-from torchlocal.config import FitConfig, GuidanceConfig, config_from_dict, config_to_dict
+from torchlocal.config import FitConfig, GuidanceConfig, config_from_dict, config_to_dict, guided_memory
 from torchlocal.progress import Reporter, compact
 from torchlocal.trainer import (
     Diverged,
@@ -176,6 +176,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "schedule": "step",
         "milestones": [0.5, 1.2],
     },
+    "memory": {"guidance": GuidanceConfig(period=2), "memory": "1.5MB", "batch_size": 32},
     "fp16": {"precision": "fp16", "label_smoothing": 0.1, "optimizer": "RMSprop", "lr": 0.001},
     "bf16": {"precision": "bf16", "guidance": GuidanceConfig(name="random", share=0.5), "schedule": "constant"},
     "steps": {
@@ -527,6 +528,10 @@ def sentence(error: pytest.ExceptionInfo[BaseException]) -> str:
             r"^recompute='all' must be a whole number of at least 1 \(segments\), \"modules\" or None$",
         ),
         ({"recompute": 0}, r"^recompute=0 must"),
+        ({"memory": "most"}, r"^memory='most' is unknown: give \"local\", \"exact\", \"full\" or a size such as"),
+        ({"memory": 0}, r"^memory=0 is unknown"),
+        ({"memory": True}, r"^memory=True is unknown"),
+        ({"memory": "exact", "recompute": 3}, r"^memory='exact' and recompute=3: give one of them, not both$"),
         ({"num_train": 0}, r"^num_train=0 must"),
         ({"num_validation": -1}, r"^num_validation=-1 must"),
         ({"augment": "yes"}, r"^augment='yes' is unknown: give True or False$"),
@@ -562,11 +567,12 @@ def test_refused_configurations(tmp_path: Path, changes: dict[str, Any], told: s
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"name": "sometimes"}, r"no schedule named 'sometimes'"),
-        ({"period": 0}, r"^period: must"),
-        ({"length": 6}, r"^length: must"),
-        ({"unit": "days"}, r"^unit: must"),
-        ({"name": "random", "share": 1.5}, r"share: must"),
+        ({"name": "annealed", "share": -1}, r"^guidance.share: must"),
+        ({"name": "sometimes"}, r"^guidance.name: no schedule named 'sometimes'"),
+        ({"period": 0}, r"^guidance.period: must"),
+        ({"length": 6}, r"^guidance.length: must"),
+        ({"unit": "days"}, r"^guidance.unit: must"),
+        ({"name": "random", "share": 1.5}, r"^guidance.share: must"),
         ({"auxiliary": "ignore"}, r"^guidance.auxiliary='ignore' is unknown: give 'follow' or 'frozen'$"),
     ],
     ids=str,
@@ -575,6 +581,15 @@ def test_refused_guidance(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told) as error:
         GuidanceConfig(**changes)
     sentence(error)
+
+
+def test_memory_of_guided_steps() -> None:
+    always = GuidanceConfig(name="always")
+    assert guided_memory(FitConfig()) == {"memory": "local"}
+    assert guided_memory(FitConfig(guidance=always)) == {"memory": "full"}
+    assert guided_memory(FitConfig(guidance=always, memory="exact")) == {"memory": "exact"}
+    assert guided_memory(FitConfig(memory="2KiB")) == {"memory": 2048}
+    assert guided_memory(FitConfig(recompute="modules")) == {"recompute": "modules"}
 
 
 @pytest.mark.parametrize(
@@ -770,7 +785,7 @@ def test_refused_evaluations(tmp_path: Path, stopped_run: Path) -> None:
     with pytest.raises(ValueError, match=r"^split='holdout' is unknown") as error:
         evaluate(stopped_run, "holdout")
     sentence(error)
-    with pytest.raises(FileNotFoundError, match=r"^there is no checkpoint .*last.pt"):
+    with pytest.raises(FileNotFoundError, match=r"holds no checkpoint \(best.pt, last.pt\)"):
         evaluate(tmp_path)
     with pytest.raises(ValueError, match=r"unknown fields: guidance.phase"):
         config_from_dict({"guidance": {"phase": 1}})

@@ -56,7 +56,7 @@ _COMMANDS = {
 # The options of a run by topic, in the order of the help; one that is in no topic joins the last.
 _TOPICS: dict[str, tuple[str, ...]] = {
     "network and local modules": ("model", "modules", "cuts", "rule", "auxiliary", "label_smoothing"),
-    "guidance (which steps train on the global loss through all modules)": ("guidance", "recompute"),
+    "guidance (which steps train on the global loss through all modules)": ("guidance", "memory", "recompute"),
     "data": ("data", "data_root", "num_train", "num_validation", "augment", "image_size", "num_workers"),
     "training": (
         "epochs", "steps", "batch_size", "accumulate", "optimizer", "lr", "momentum", "weight_decay", "schedule",
@@ -320,7 +320,7 @@ def _export(argv: Sequence[str]) -> int:
     from torchlocal.export import export
 
     path = export(values.run, to=values.to, weights=values.weights, overwrite=values.overwrite)
-    print(f"Wrote {path} ({path.stat().st_size:,} bytes); loaded back, its outputs equal the backbone's.")
+    print(f"Wrote {path} ({path.stat().st_size:,} bytes); loaded back, its outputs are the backbone's.")
     return 0
 
 

@@ -8,6 +8,7 @@ import math
 import platform
 import statistics
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,20 +20,20 @@ import yaml
 from torchlocal import __version__ as torchlocal_version
 from torchlocal.assembly import build_network, build_optimizer, count_steps, load_run_data, resolve_execution
 from torchlocal.checkpoint import check_same_config, write_config, write_json
-from torchlocal.config import FitConfig, build_guidance, config_from_dict, config_to_dict
+from torchlocal.config import FitConfig, build_guidance, config_from_dict, config_to_dict, guided_memory
 from torchlocal.costs import StepCosts, measure_costs
 from torchlocal.data import DataBundle
 from torchlocal.models import build_model
 from torchlocal.network import decouple
 from torchlocal.report import Comparison, MethodResult, write_report
-from torchlocal.trainer import fit
+from torchlocal.trainer import Diverged, fit
 
 __all__ = ["METHODS", "CompareConfig", "compare", "method_configs"]
 
 
 def _end_to_end(config: FitConfig, num_units: int) -> FitConfig:
     guidance = replace(config.guidance, name="always", auxiliary="follow")
-    return replace(config, modules=1, cuts=None, recompute=None, guidance=guidance)
+    return replace(config, modules=1, cuts=None, memory=None, recompute=None, guidance=guidance)
 
 
 def _checkpointing(config: FitConfig, num_units: int) -> FitConfig:
@@ -42,7 +43,7 @@ def _checkpointing(config: FitConfig, num_units: int) -> FitConfig:
 
 
 def _local(config: FitConfig, num_units: int) -> FitConfig:
-    return replace(config, recompute=None, guidance=replace(config.guidance, name="never"))
+    return replace(config, memory=None, recompute=None, guidance=replace(config.guidance, name="never"))
 
 
 def _pgl(config: FitConfig, num_units: int) -> FitConfig:
@@ -171,23 +172,27 @@ def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
     _say(progress, f"comparing {', '.join(config.methods)} in {out}")
     write_config(out / "compare.yaml", _plain(config), [f"torchlocal compare --config {out / 'compare.yaml'}"])
     costs = _costs(out / "costs.json", configs, data, config, progress) if config.timing_rounds else {}
-    results: dict[str, list[dict[str, Any]]] = {method: [] for method in config.methods}
+    results: dict[str, dict[int, dict[str, Any]]] = {}
+    diverged: list[str] = []
     for number, ((method, seed), run) in enumerate(runs.items(), start=1):
         finished = (Path(run.out) / "result.json").exists()
         _say(progress, f"run {number} of {len(runs)}: {method}, seed {seed}{' (finished before)' if finished else ''}")
         try:
-            results[method].append(fit(run, resume=True, progress=progress))
+            results.setdefault(method, {})[seed] = fit(run, resume=True, progress=progress)
+        except Diverged as error:  # a result too, and no reason to lose the other runs
+            diverged.append(f"{method}, seed {seed}")
+            warnings.warn(f"{method}, seed {seed}: {error}; it is left out of the table", stacklevel=2)
         except ValueError as error:
             raise ValueError(f"{method}, seed {seed}: {error}") from error
+    results = {method: found for method, found in results.items() if found}
+    if not results:
+        raise Diverged(f"every run diverged ({'; '.join(diverged)}): lower lr={config.fit.lr:g}, or train in fp32")
     comparison = Comparison(
         title=f"{config.fit.model} on {data.name}, {_modules_text(config.fit)}",
         results=tuple(
-            _method_result(
-                method, results[method], [Path(runs[method, seed].out) for seed in config.seeds], costs.get(method)
-            )
-            for method in config.methods
+            _method_result(method, found, out / method, costs.get(method)) for method, found in results.items()
         ),
-        facts=tuple(_facts(config, data, results).items()),
+        facts=tuple(_facts(config, data, results, diverged).items()),
         configuration=yaml.safe_dump(_plain(config, public=True), sort_keys=False),
         command="torchlocal compare --config compare.yaml --out NEW_FOLDER",
         rounds=config.timing_rounds,
@@ -290,15 +295,16 @@ def _versions() -> str:
 
 
 def _method_result(
-    method: str, results: Sequence[Mapping[str, Any]], folders: Sequence[Path], cost: StepCosts | None
+    method: str, by_seed: Mapping[int, Mapping[str, Any]], folder: Path, cost: StepCosts | None
 ) -> MethodResult:
+    results = list(by_seed.values())
     parameters = results[0]["num_parameters"]
     return MethodResult(
         method=method,
         num_modules=len(results[0]["depth_accuracy"]),
         guided_share=statistics.fmean(result["guided_share"] for result in results),
         accuracies=tuple(result["test_accuracy"] for result in results),
-        validation=tuple(_validation_curve(folder / "metrics.csv") for folder in folders),
+        validation=tuple(_validation_curve(folder / f"seed{seed}" / "metrics.csv") for seed in by_seed),
         depth_accuracies=tuple(tuple(result["depth_accuracy"]) for result in results),
         peak_bytes=None if cost is None else cost.total_peak_bytes,
         step_seconds=None if cost is None else cost.mean_seconds,
@@ -317,14 +323,17 @@ def _validation_curve(path: Path) -> tuple[float, ...]:
 
 
 def _facts(
-    config: CompareConfig, data: DataBundle, results: Mapping[str, Sequence[Mapping[str, Any]]]
+    config: CompareConfig,
+    data: DataBundle,
+    results: Mapping[str, Mapping[int, Mapping[str, Any]]],
+    diverged: Sequence[str],
 ) -> dict[str, str]:
-    fit_config, first = config.fit, next(iter(results.values()))[0]
+    fit_config, first = config.fit, next(iter(next(iter(results.values())).values()))
     shape = " x ".join(map(str, data.shape))
     length = (
         f"{first['epochs']} epochs, {first['steps']} steps of {fit_config.batch_size * fit_config.accumulate} images"
     )
-    seconds = sum(result["seconds"] for runs in results.values() for result in runs)
+    seconds = sum(result["seconds"] for found in results.values() for result in found.values())
     device = first["device"]
     if device == "cpu":
         device += f" ({fit_config.num_threads or torch.get_num_threads()} threads, {platform.machine()})"
@@ -333,11 +342,12 @@ def _facts(
         f"{len(data.test):,} test images of {shape}, {data.num_classes} classes",
         "Network": f"{fit_config.model}, {_modules_text(fit_config)}, local rule {fit_config.rule}, auxiliary networks "
         f"{fit_config.auxiliary}",
-        "Guidance": f"{build_guidance(fit_config)!r}, auxiliary networks {fit_config.guidance.auxiliary}"
-        + (f", recompute {fit_config.recompute}" if fit_config.recompute else ""),
+        "Guidance": f"{build_guidance(fit_config)!r}, auxiliary networks {fit_config.guidance.auxiliary}, "
+        + ", ".join(f"{name} {value}" for name, value in guided_memory(fit_config).items()),
         "Training": f"{length}; {fit_config.optimizer}, lr {fit_config.lr:g}, "
         f"weight decay {fit_config.weight_decay:g}, schedule {fit_config.schedule}",
         "Seeds": ", ".join(map(str, config.seeds)),
+        **({"Diverged": "; ".join(diverged)} if diverged else {}),
         "Device": f"{device}, {first['precision']}",
         "Versions": _versions(),
         "Time of all runs": f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.0f} seconds",

@@ -1,5 +1,6 @@
 """The configuration of a training run: frozen dataclasses that refuse, in one sentence, a value that cannot work."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -7,9 +8,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torchlocal.guidance import Guidance, make_guidance
+from torchlocal.plan import parse_size
 from torchlocal.rules import RULES, Rule
 
-__all__ = ["FitConfig", "GuidanceConfig", "build_guidance", "build_rule", "config_from_dict", "config_to_dict"]
+__all__ = [
+    "FitConfig",
+    "GuidanceConfig",
+    "build_guidance",
+    "build_rule",
+    "config_from_dict",
+    "config_to_dict",
+    "guided_memory",
+]
 
 _SCHEDULES = ("cosine", "step", "constant")
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -41,7 +51,11 @@ class GuidanceConfig:
 
     def __post_init__(self) -> None:
         _check_choice("guidance.auxiliary", self.auxiliary, ("follow", "frozen"))
-        _make_guidance(self, seed=0)
+        try:
+            _make_guidance(self, seed=0)
+        except ValueError as error:
+            told = str(error).replace("guidance: ", "name: ", 1).replace("start_share: ", "share: ", 1)
+            raise ValueError(f"guidance.{told}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +71,10 @@ class FitConfig:
         auxiliary: auxiliary network of the local rule: "linear", "conv" or "mlp_sr".
         label_smoothing: label smoothing of every loss, in [0, 1).
         guidance: which steps are guided.
-        recompute: guided steps keep only the inputs of segments: None, "modules", or a number of segments.
+        memory: what a guided step may take: "local": no more than a local step (recomputes, and cuts the batch into
+            micro-batches where it takes that); "exact": the least without micro-batches; "full": whatever it takes; or
+            a size such as "8GiB". None: "local", but "full" if every step is guided.
+        recompute: instead of memory: guided steps keep only the inputs of segments: "modules", or a number of segments.
         data: name of the data set.
         data_root: folder of the data set's files.
         num_train: use only the first so many training images.
@@ -97,6 +114,7 @@ class FitConfig:
     auxiliary: str = "conv"
     label_smoothing: float = 0.0
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    memory: int | str | None = None
     recompute: int | str | None = None
     data: str = "fashion-mnist-small"
     data_root: str | None = None
@@ -149,6 +167,10 @@ class FitConfig:
             _check_whole("modules", self.modules, 1, other=' or "all"')
         if self.recompute not in (None, "modules"):
             _check_whole("recompute", self.recompute, 1, other=' (segments), "modules" or None')
+        if self.memory is not None:
+            if self.recompute is not None:
+                raise ValueError(f"memory={self.memory!r} and recompute={self.recompute!r}: give one of them, not both")
+            _memory(self.memory)
         if self.cuts is not None and (
             not isinstance(self.cuts, list | tuple) or not all(isinstance(cut, str) for cut in self.cuts)
         ):
@@ -188,6 +210,15 @@ class FitConfig:
 def build_guidance(config: FitConfig) -> Guidance:
     """Make the guidance of a run, not yet bound to its number of steps."""
     return _make_guidance(config.guidance, seed=config.seed)
+
+
+def guided_memory(config: FitConfig) -> dict[str, int | str | None]:
+    """The options `memory` and `recompute` of the guided steps of a run."""
+    if config.recompute is not None:
+        return {"recompute": config.recompute}
+    if config.memory is None:
+        return {"memory": "full" if config.guidance.name == "always" else "local"}
+    return {"memory": _memory(config.memory)}
 
 
 def build_rule(config: FitConfig) -> Rule:
@@ -231,6 +262,16 @@ def _make_guidance(config: GuidanceConfig, *, seed: int) -> Guidance:
         "annealed": {"start_share": config.share, "end_share": config.end_share},
     }
     return make_guidance(config.name, **options.get(config.name, {}))
+
+
+def _memory(value: object) -> int | str:
+    """A memory mode, or the bytes of a size."""
+    if value in ("local", "exact", "full"):
+        return str(value)
+    with contextlib.suppress(ValueError):
+        if isinstance(value, int | str) and not isinstance(value, bool):
+            return parse_size(str(value))
+    raise ValueError(f'memory={value!r} is unknown: give "local", "exact", "full" or a size such as "8GiB"')
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -42,7 +42,10 @@ def evaluate(
         raise ValueError(f'split={split!r} is unknown: give "train", "validation" or "test"')
     path = Path(run).expanduser()
     if path.is_dir():
-        path = path / ("best.pt" if (path / "best.pt").exists() else "last.pt")
+        found = [path / name for name in ("best.pt", "last.pt") if (path / name).exists()]
+        if not found:
+            raise FileNotFoundError(f"{path} holds no checkpoint (best.pt, last.pt): give the folder of a run")
+        path = found[0]
     saved = checkpoint.load_checkpoint(path)
     config = dataclasses.replace(config_from_dict(saved["config"]), device=device)
     config = config if data_root is None else dataclasses.replace(config, data_root=data_root)

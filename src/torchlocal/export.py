@@ -22,7 +22,7 @@ def export(run: str | Path, *, to: str | Path, weights: str = "best", overwrite:
     """Write the backbone of a run, without auxiliary networks or any trace of how it was trained.
 
     The file is written beside its destination, loaded back, and takes its name only when the outputs for random images
-    equal the backbone's.
+    are the backbone's up to rounding.
 
     Args:
         run: Folder of a run, or one of its checkpoints.
