@@ -66,7 +66,9 @@ def small_config(out: Path, **changes: Any) -> CompareConfig:
         num_threads=1,
         tensorboard=False,
     )
-    options = {name: changes.pop(name) for name in ("methods", "seeds", "variants", "timing_rounds") if name in changes}
+    options = {
+        name: changes.pop(name) for name in ("methods", "seeds", "variants", "timing_rounds", "grid") if name in changes
+    }
     values: dict[str, Any] = {"out": str(out), "seeds": SEEDS, "timing_rounds": 2, "fit": replace(fit, **changes)}
     return CompareConfig(**(values | options))
 
@@ -445,11 +447,11 @@ def test_compare_yaml_repeats_the_comparison(done: tuple[Path, Comparison]) -> N
 
 def test_methods_differ_in_their_guidance_only(tmp_path: Path) -> None:
     config = small_config(tmp_path, memory="exact")
-    configs = method_configs(config, num_units=9)
+    configs = {name: subject.config for name, subject in method_configs(config, num_units=9).items()}
     common = config.fit
     assert configs["pgl"] == common
-    assert configs["local"] == replace(common, memory=None, guidance=replace(common.guidance, name="never"))
-    end_to_end = replace(common, modules=1, memory=None, guidance=replace(common.guidance, name="always"))
+    assert configs["local"] == replace(common, memory=None, guidance=GuidanceConfig(name="never"))
+    end_to_end = replace(common, modules=1, memory=None, guidance=GuidanceConfig(name="always"))
     assert configs["end-to-end"] == end_to_end
     assert configs["checkpointing"] == replace(end_to_end, recompute=3)  # the root of 9 units
 
@@ -474,9 +476,50 @@ def test_a_variant_is_a_row_of_its_own(tmp_path: Path) -> None:
     assert not (tmp_path / "v" / "costs.json").exists()
 
 
+def test_a_grid_varies_what_matters(tmp_path: Path) -> None:
+    config = small_config(
+        tmp_path / "g",
+        methods=("end-to-end", "local", "pgl"),
+        seeds=(0,),
+        grid={"modules": [2, 3], "guidance.period": [2, 4]},
+        num_train=128,
+        epochs=1,
+    )
+    subjects = method_configs(config, num_units=9)
+    combinations = [(2, 2), (2, 4), (3, 2), (3, 4)]
+    guided = [f"pgl,modules={modules},period={period}" for modules, period in combinations]
+    assert list(subjects) == ["end-to-end", "local,modules=2", "local,modules=3", *guided]
+    assert [(subjects[n].config.modules, subjects[n].config.guidance.period) for n in guided] == combinations
+    assert [subjects[name].baseline for name in guided] == ["local,modules=2"] * 2 + ["local,modules=3"] * 2
+    comparison = compare(config, progress=False)
+    rows = {row.method: row for row in comparison.rows()}
+    accuracy = {name: row.accuracy_mean for name, row in rows.items()}
+    assert [rows[name].guided_share for name in guided] == [0.5, 0.25, 0.5, 0.25]
+    for name in guided:
+        gap = accuracy["end-to-end"] - accuracy[subjects[name].baseline]
+        expected = (accuracy[name] - accuracy[subjects[name].baseline]) / gap if gap > 0 else None
+        assert rows[name].gap_closed == expected
+    with (tmp_path / "g" / "runs.csv").open(newline="") as file:
+        runs = list(csv.DictReader(file))
+    assert [run["method"] for run in runs] == list(subjects)
+    for run in runs:
+        result = json.loads((tmp_path / "g" / run["method"] / "seed0" / "result.json").read_text())
+        assert float(run["test_accuracy"]) == result["test_accuracy"]
+        assert float(run["validation_accuracy"]) == result["validation_accuracy"]
+        assert int(run["steps"]) == result["steps"] == 4
+        assert int(run["peak_bytes"]) == rows[run["method"]].peak_bytes
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"grid": {"modules": 3}}, "grid: modules must be a list of at least one value, not 3"),
+        ({"grid": {"modules": []}}, "grid: modules must be a list"),
+        ({"grid": {"modules": [[1, 2]]}}, "grid: the values of modules must be numbers"),
+        ({"grid": {"modules": [0]}}, "grid: modules=0 must be"),
+        ({"grid": {"depth": [1]}}, "grid: the configuration has unknown fields: depth"),
+        ({"grid": {"guidance.period": [0]}}, "grid: guidance.period: must be"),
+        ({"grid": {"seed": [0, 1]}}, "grid: seed is common to all methods"),
         ({"methods": ("bogus",)}, "methods: 'bogus' is unknown"),
         ({"methods": ()}, "methods=() must be a list with at least one"),
         ({"methods": ("local", "local")}, "holds an element twice"),

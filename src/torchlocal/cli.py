@@ -187,7 +187,7 @@ def _evaluate(argv: Sequence[str]) -> int:
     if values.split not in ("test", "validation", "train"):
         raise ValueError(f"--split {values.split} is unknown: choose test, validation or train")
 
-    from torchlocal.report import depth_table
+    from torchlocal.tables import depth_table
     from torchlocal.trainer import evaluate
 
     result = evaluate(values.run, split=values.split)
@@ -214,7 +214,7 @@ def _partition(argv: Sequence[str]) -> int:
     if shape is not None and (len(shape) != 3 or min(shape) < 1):
         raise ValueError(f"--shape {' '.join(map(str, shape))} must be channels, height and width, such as 3 32 32")
 
-    from torchlocal.report import partition_tables
+    from torchlocal.tables import partition_tables
 
     config = build_config(FitConfig, {name: value for name, value in values.items() if name in options})
     net = _decouple(config, shape, values["num_classes"])

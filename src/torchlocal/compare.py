@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
+import itertools
 import json
 import math
 import platform
+import re
 import statistics
 import sys
 import warnings
@@ -20,20 +23,29 @@ import yaml
 from torchlocal import __version__ as torchlocal_version
 from torchlocal.assembly import build_network, build_optimizer, count_steps, load_run_data, resolve_execution
 from torchlocal.checkpoint import check_same_config, write_config, write_json
-from torchlocal.config import FitConfig, build_guidance, config_from_dict, config_to_dict, guided_memory
+from torchlocal.config import FitConfig, GuidanceConfig, build_guidance, config_from_dict, config_to_dict, guided_memory
 from torchlocal.costs import StepCosts, measure_costs
 from torchlocal.data import DataBundle
 from torchlocal.models import build_model
 from torchlocal.network import decouple
-from torchlocal.report import Comparison, MethodResult, write_report
+from torchlocal.report import Comparison, MethodResult, write_report, write_text
 from torchlocal.trainer import Diverged, fit
 
-__all__ = ["METHODS", "CompareConfig", "compare", "method_configs"]
+__all__ = ["METHODS", "CompareConfig", "Subject", "compare", "method_configs"]
 
 
 def _end_to_end(config: FitConfig, num_units: int) -> FitConfig:
-    guidance = replace(config.guidance, name="always", auxiliary="follow")
-    return replace(config, modules=1, cuts=None, memory=None, recompute=None, guidance=guidance)
+    plain = FitConfig()  # what says nothing about one module is the same in every comparison
+    return replace(
+        config,
+        modules=1,
+        cuts=None,
+        rule=plain.rule,
+        auxiliary=plain.auxiliary,
+        memory=None,
+        recompute=None,
+        guidance=GuidanceConfig(name="always"),
+    )
 
 
 def _checkpointing(config: FitConfig, num_units: int) -> FitConfig:
@@ -43,7 +55,7 @@ def _checkpointing(config: FitConfig, num_units: int) -> FitConfig:
 
 
 def _local(config: FitConfig, num_units: int) -> FitConfig:
-    return replace(config, memory=None, recompute=None, guidance=replace(config.guidance, name="never"))
+    return replace(config, memory=None, recompute=None, guidance=GuidanceConfig(name="never"))
 
 
 def _pgl(config: FitConfig, num_units: int) -> FitConfig:
@@ -74,6 +86,8 @@ class CompareConfig:
         variants: Further methods, as NAME: {method: pgl, OPTION: VALUE, ...}: a method with other options of the run.
         timing_rounds: Rounds in which the steps of all methods take turns for time per step; 0 measures neither time
             nor memory.
+        grid: Options to vary, as OPTION: [VALUE, ...]: every method is trained with every combination of them that
+            makes a difference to it, and measured against local and end-to-end training with the same.
         fit: The common configuration of the runs; its `out` and `seed` are not used.
     """
 
@@ -82,6 +96,7 @@ class CompareConfig:
     seeds: tuple[int, ...] = (0,)
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     timing_rounds: int = 10
+    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     fit: FitConfig = field(default_factory=FitConfig)
 
     def __post_init__(self) -> None:
@@ -105,39 +120,90 @@ class CompareConfig:
                 raise ValueError(f"variants: {name!r} must be a new name that can be the name of a folder")
             if not isinstance(options, Mapping) or options.get("method") not in METHODS:
                 raise ValueError(f"variants: {name} must name the method that it changes, one of {', '.join(METHODS)}")
+        for name, values in self.grid.items():
+            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+                raise ValueError(f"grid: {name} must be a list of at least one value, not {values!r}")
+            if any(isinstance(value, Mapping | list | tuple) for value in values):
+                raise ValueError(f"grid: the values of {name} must be numbers, words or null, not {list(values)!r}")
         method_configs(self, num_units=4)  # refuses what cannot work now, not after hours
 
 
-def _variant(config: FitConfig, name: str, options: Mapping[str, Any]) -> FitConfig:
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """One row of a comparison: what is trained, and the names of the rows that it is measured against."""
+
+    config: FitConfig
+    reference: str
+    baseline: str
+
+
+def _changed(config: FitConfig, changes: Mapping[str, Any], told: str) -> FitConfig:
+    """The configuration with other options, those of guidance in a mapping or with a dot; ``told`` begins an error."""
     values = config_to_dict(config)
-    given = {key: value for key, value in options.items() if key != "method"}
+    changes = dict(changes)
+    guidance = changes.pop("guidance", {})
+    if not isinstance(guidance, Mapping):
+        raise ValueError(f"{told}: guidance must hold options such as {{period: 10}}, not one value")
+    dotted = {key.removeprefix("guidance."): changes.pop(key) for key in list(changes) if key.startswith("guidance.")}
     for key in ("out", "seed", "data"):
-        if key in given:
-            raise ValueError(f"variants: {name}: {key} is common to all methods: leave it out of the variant")
-    if not isinstance(given.get("guidance", {}), Mapping):
-        raise ValueError(f"variants: {name}: guidance must hold options such as {{period: 10}}, not one value")
+        if key in changes:
+            raise ValueError(f"{told}: {key} is common to all methods: leave it out")
     try:
-        guidance = {**values["guidance"], **given.pop("guidance", {})}
-        return config_from_dict({**values, **given, "guidance": guidance})
+        return config_from_dict({**values, **changes, "guidance": {**values["guidance"], **guidance, **dotted}})
     except (ValueError, TypeError) as error:
-        raise ValueError(f"variants: {name}: {error}") from error
+        raise ValueError(f"{told}: {error}") from error
 
 
-def method_configs(config: CompareConfig, num_units: int) -> dict[str, FitConfig]:
-    """The configuration of every method, still without `out` and `seed`.
+def _points(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def _method_config(config: CompareConfig, method: str, point: Mapping[str, Any], num_units: int) -> FitConfig:
+    common = _changed(config.fit, point, "grid")
+    if method in METHODS:
+        return METHODS[method](common, num_units)
+    changes = {key: value for key, value in config.variants[method].items() if key != "method"}
+    return METHODS[config.variants[method]["method"]](_changed(common, changes, f"variants: {method}"), num_units)
+
+
+def method_configs(config: CompareConfig, num_units: int) -> dict[str, Subject]:
+    """What is trained, by the name of its row, still without `out` and `seed`.
+
+    A row's name is its method's, followed by the options of the grid that make a difference to it.
 
     Args:
         config: What to compare.
         num_units: Number of units of the backbone, from which checkpointing takes its number of segments.
     """
-    configs = {}
+    points = _points(config.grid)
+    names: dict[str, list[str]] = {}
+    found: dict[str, list[FitConfig]] = {}
+    for method in dict.fromkeys([*config.methods, *METHODS]):
+        if method not in config.methods and config.fit.guidance.name in ("never", "always") and method == "pgl":
+            continue
+        found[method] = [_method_config(config, method, point, num_units) for point in points]
+        matters = [key for key in config.grid if _matters(key, points, found[method])]
+        names[method] = [",".join([method, *(_label(key, point[key]) for key in matters)]) for point in points]
+    subjects: dict[str, Subject] = {}
     for method in config.methods:
-        if method in METHODS:
-            configs[method] = METHODS[method](config.fit, num_units)
-        else:
-            options = config.variants[method]
-            configs[method] = METHODS[options["method"]](_variant(config.fit, method, options), num_units)
-    return configs
+        for index, name in enumerate(names[method]):
+            peers = {"reference": names["end-to-end"][index], "baseline": names["local"][index]}
+            subjects.setdefault(name, Subject(config=found[method][index], **peers))
+    return subjects
+
+
+def _matters(key: str, points: Sequence[Mapping[str, Any]], configs: Sequence[FitConfig]) -> bool:
+    """Whether two points that differ in this option alone have different configurations."""
+    first: dict[str, FitConfig] = {}
+    for point, config in zip(points, configs, strict=True):
+        others = repr([value for name, value in point.items() if name != key])
+        if first.setdefault(others, config) != config:
+            return True
+    return False
+
+
+def _label(key: str, value: object) -> str:
+    return re.sub(r'[/\\:*?"<>|]', "-", f"{key.removeprefix('guidance.')}={value}")
 
 
 def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
@@ -158,18 +224,19 @@ def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
     """
     out = Path(config.out).expanduser()
     data = load_run_data(config.fit)
-    configs = method_configs(config, _count_units(config.fit, data))
+    subjects = method_configs(config, _count_units(config.fit, data))
+    configs = {method: subject.config for method, subject in subjects.items()}
     runs = {
         (method, seed): replace(configs[method], out=str(out / method / f"seed{seed}"), seed=seed)
         for seed in config.seeds
-        for method in config.methods
+        for method in configs
     }
     for run in runs.values():  # before anything is written or takes time
         _check_run_folder(run)
     if not all((Path(run.out) / "result.json").exists() for run in runs.values()):
         _check_parts(configs, data)
     _make_folder(out)
-    _say(progress, f"comparing {', '.join(config.methods)} in {out}")
+    _say(progress, f"comparing {', '.join(configs)} in {out}")
     write_config(out / "compare.yaml", _plain(config), [f"torchlocal compare --config {out / 'compare.yaml'}"])
     costs = _costs(out / "costs.json", configs, data, config, progress) if config.timing_rounds else {}
     results: dict[str, dict[int, dict[str, Any]]] = {}
@@ -190,7 +257,8 @@ def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
     comparison = Comparison(
         title=f"{config.fit.model} on {data.name}, {_modules_text(config.fit)}",
         results=tuple(
-            _method_result(method, found, out / method, costs.get(method)) for method, found in results.items()
+            _method_result(method, subjects[method], found, out / method, costs.get(method))
+            for method, found in results.items()
         ),
         facts=tuple(_facts(config, data, results, diverged).items()),
         configuration=yaml.safe_dump(_plain(config, public=True), sort_keys=False),
@@ -199,6 +267,7 @@ def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
         device=resolve_execution(config.fit).device.type,
     )
     write_report(comparison, out)
+    write_text(out / "runs.csv", _runs_table(results, costs))
     return comparison
 
 
@@ -261,6 +330,8 @@ def _plain(config: CompareConfig, *, public: bool = False) -> dict[str, Any]:
         "seeds": list(config.seeds),
         "timing_rounds": config.timing_rounds,
     }
+    if config.grid:
+        section["grid"] = {name: list(values) for name, values in config.grid.items()}
     if config.variants:
         section["variants"] = json.loads(json.dumps({name: dict(value) for name, value in config.variants.items()}))
     return {**run, "compare": section}
@@ -295,7 +366,7 @@ def _versions() -> str:
 
 
 def _method_result(
-    method: str, by_seed: Mapping[int, Mapping[str, Any]], folder: Path, cost: StepCosts | None
+    method: str, subject: Subject, by_seed: Mapping[int, Mapping[str, Any]], folder: Path, cost: StepCosts | None
 ) -> MethodResult:
     results = list(by_seed.values())
     parameters = results[0]["num_parameters"]
@@ -310,7 +381,22 @@ def _method_result(
         step_seconds=None if cost is None else cost.mean_seconds,
         num_parameters=parameters["backbone"],
         num_auxiliary_parameters=parameters["auxiliary"],
+        reference=subject.reference,
+        baseline=subject.baseline,
     )
+
+
+def _runs_table(results: Mapping[str, Mapping[int, Mapping[str, Any]]], costs: Mapping[str, StepCosts]) -> str:
+    """Every run as a line of CSV; the peak is empty where it was not measured."""
+    columns = ("validation_accuracy", "test_accuracy", "guided_share", "steps", "seconds")
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["method", "seed", *columns, "peak_bytes"])
+    for method, by_seed in results.items():
+        peak = costs[method].total_peak_bytes if method in costs else ""
+        for seed, result in by_seed.items():
+            writer.writerow([method, seed, *(result[column] for column in columns), peak])
+    return buffer.getvalue()
 
 
 def _validation_curve(path: Path) -> tuple[float, ...]:

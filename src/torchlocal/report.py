@@ -7,21 +7,17 @@ import csv
 import html
 import io
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torchlocal.figures import FIGURES, draw_figures
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from torchlocal.network import DecoupledNetwork
-
-__all__ = ["Comparison", "MethodResult", "Row", "write_report"]
-
-_REFERENCE, _BASELINE = "end-to-end", "local"
+__all__ = ["Comparison", "MethodResult", "Row", "write_report", "write_text"]
 
 MEMORY_NOTE = (
     "Peak memory is what one optimizer step needs: parameters, buffers and optimizer state, plus the highest sum of "
@@ -50,6 +46,8 @@ class MethodResult:
         step_seconds: Time per step in seconds, None if not measured.
         num_parameters: Parameters of the backbone.
         num_auxiliary_parameters: Parameters of the auxiliary networks.
+        reference: Name of the method that its memory and time are relative to.
+        baseline: Name of the method from which on the share of the gap closed is counted.
     """
 
     method: str
@@ -62,6 +60,8 @@ class MethodResult:
     step_seconds: float | None = None
     num_parameters: int = 0
     num_auxiliary_parameters: int = 0
+    reference: str = "end-to-end"
+    baseline: str = "local"
 
     @property
     def accuracy(self) -> float:
@@ -117,11 +117,11 @@ class Comparison:
 
     def rows(self) -> list[Row]:
         """The lines of the table, with the ratios to end-to-end and the share of the gap closed."""
-        reference = next((result for result in self.results if result.method == _REFERENCE), None)
-        baseline = next((result for result in self.results if result.method == _BASELINE), None)
-        gap = reference.accuracy - baseline.accuracy if reference and baseline else 0.0
+        by_name = {result.method: result for result in self.results}
         rows = []
         for result in self.results:
+            reference, baseline = by_name.get(result.reference), by_name.get(result.baseline)
+            gap = reference.accuracy - baseline.accuracy if reference and baseline else 0.0
             rows.append(
                 Row(
                     method=result.method,
@@ -272,86 +272,6 @@ def comparison_command_text(comparison: Comparison) -> str:
     return f"To repeat it, run `{comparison.command}` with this configuration, saved beside this report:"
 
 
-def depth_table(result: Mapping[str, Any], *, split: str) -> Table:
-    """What `evaluate` found, as a rich table: accuracy through every auxiliary network."""
-    from rich import box
-    from rich.table import Table
-
-    title = (
-        f"{result['checkpoint']}: {split} accuracy {100 * result['accuracy']:.2f} %, loss {result['loss']:.4f} "
-        f"({result['num_images']:,} images)"
-    )
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
-    table.add_column("Local module", justify="right")
-    table.add_column("Accuracy, %", justify="right")
-    table.add_column("Predicted by")
-    depths = result["depth_accuracy"]
-    for k, accuracy in enumerate(depths, start=1):
-        by = "the backbone" if k == len(depths) else "its auxiliary network"
-        table.add_row(f"{k} of {len(depths)}", f"{100 * accuracy:.2f}", by)
-    return table
-
-
-def partition_tables(net: DecoupledNetwork, *, batch_size: int, title: str) -> list[Table]:
-    """Where a network is cut, as rich tables: its units with the cuts drawn between, and its local modules.
-
-    Args:
-        net: Decoupled with a sample of `batch_size` inputs.
-        batch_size: Number of inputs that the activation bytes are of.
-        title: Name of the network.
-    """
-    from rich import box
-    from rich.table import Table
-
-    partition = net.partition
-    units = Table(
-        title=f"{title}: {len(partition.units)} units, {net.num_modules} local modules",
-        caption=f"Activations kept for backward: of a batch of {batch_size}. FLOPs: forward, of one image.",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        title_style="bold",
-        pad_edge=False,
-    )
-    for header in ("k", "Unit", "Output", "Activations", "FLOPs", "Parameters"):
-        units.add_column(header, justify="left" if header in ("Unit", "Output") else "right", no_wrap=True)
-    for k, group in enumerate(partition.groups, start=1):
-        for index in group:
-            unit = partition.units[index]
-            units.add_row(
-                str(k) if index == group.start else "",
-                unit.name,
-                " x ".join(map(str, unit.output_shape[1:])),
-                format_bytes(unit.activation_bytes),
-                format_count(unit.flops / batch_size),
-                format_count(unit.num_parameters),
-            )
-        if k < net.num_modules:
-            units.add_row("", "- - - cut - - -", *[""] * 4, style="red")
-    modules = Table(
-        title="Local modules, with their auxiliary networks",
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        title_style="bold",
-        pad_edge=False,
-    )
-    for header in ("k", "Units", "Activations", "FLOPs", "Parameters", "Auxiliary parameters"):
-        modules.add_column(header, justify="left" if header == "Units" else "right")
-    largest = max(partition.costs)
-    for k, (group, name, cost) in enumerate(zip(partition.groups, partition.names, partition.costs, strict=True)):
-        chosen = [partition.units[index] for index in group]
-        auxiliary = net.auxiliary[k] if k < len(net.auxiliary) else None
-        modules.add_row(
-            str(k + 1),
-            name,
-            format_bytes(cost) + (" (largest)" if cost == largest and net.num_modules > 1 else ""),
-            format_count(sum(unit.flops for unit in chosen) / batch_size),
-            format_count(sum(unit.num_parameters for unit in chosen)),
-            "-" if auxiliary is None else format_count(sum(p.numel() for p in auxiliary.parameters())),
-        )
-    return [units, modules]
-
-
 # --- HTML ---
 
 _STYLE_SHEET = """
@@ -449,10 +369,15 @@ def write_report(comparison: Comparison, folder: str | Path) -> Path:
             figure.savefig(png, format="png", dpi=150)
             images[name] = svg.getvalue()
             _write(folder / "figures" / f"{name}.png", png.getvalue())
-    _write(folder / "report.csv", csv_table(comparison).encode())
-    _write(folder / "report.md", markdown_report(comparison, [f"figures/{name}.png" for name in images]).encode())
-    _write(folder / "report.html", html_report(comparison, images).encode())
+    write_text(folder / "report.csv", csv_table(comparison))
+    write_text(folder / "report.md", markdown_report(comparison, [f"figures/{name}.png" for name in images]))
+    write_text(folder / "report.html", html_report(comparison, images))
     return folder / "report.html"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    _write(path, text.encode())
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -1,0 +1,95 @@
+"""Tables of the terminal: accuracy by depth, and where a network is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torchlocal.report import format_bytes, format_count
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from torchlocal.network import DecoupledNetwork
+
+__all__ = ["depth_table", "partition_tables"]
+
+
+def depth_table(result: Mapping[str, Any], *, split: str) -> Table:
+    """What `evaluate` found, as a rich table: accuracy through every auxiliary network."""
+    from rich import box
+    from rich.table import Table
+
+    title = (
+        f"{result['checkpoint']}: {split} accuracy {100 * result['accuracy']:.2f} %, loss {result['loss']:.4f} "
+        f"({result['num_images']:,} images)"
+    )
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    table.add_column("Local module", justify="right")
+    table.add_column("Accuracy, %", justify="right")
+    table.add_column("Predicted by")
+    depths = result["depth_accuracy"]
+    for k, accuracy in enumerate(depths, start=1):
+        by = "the backbone" if k == len(depths) else "its auxiliary network"
+        table.add_row(f"{k} of {len(depths)}", f"{100 * accuracy:.2f}", by)
+    return table
+
+
+def partition_tables(net: DecoupledNetwork, *, batch_size: int, title: str) -> list[Table]:
+    """Where a network is cut, as rich tables: its units with the cuts drawn between, and its local modules.
+
+    Args:
+        net: Decoupled with a sample of `batch_size` inputs.
+        batch_size: Number of inputs that the activation bytes are of.
+        title: Name of the network.
+    """
+    from rich import box
+    from rich.table import Table
+
+    partition = net.partition
+    units = Table(
+        title=f"{title}: {len(partition.units)} units, {net.num_modules} local modules",
+        caption=f"Activations kept for backward: of a batch of {batch_size}. FLOPs: forward, of one image.",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+    )
+    for header in ("k", "Unit", "Output", "Activations", "FLOPs", "Parameters"):
+        units.add_column(header, justify="left" if header in ("Unit", "Output") else "right", no_wrap=True)
+    for k, group in enumerate(partition.groups, start=1):
+        for index in group:
+            unit = partition.units[index]
+            units.add_row(
+                str(k) if index == group.start else "",
+                unit.name,
+                " x ".join(map(str, unit.output_shape[1:])),
+                format_bytes(unit.activation_bytes),
+                format_count(unit.flops / batch_size),
+                format_count(unit.num_parameters),
+            )
+        if k < net.num_modules:
+            units.add_row("", "- - - cut - - -", *[""] * 4, style="red")
+    modules = Table(
+        title="Local modules, with their auxiliary networks",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+    )
+    for header in ("k", "Units", "Activations", "FLOPs", "Parameters", "Auxiliary parameters"):
+        modules.add_column(header, justify="left" if header == "Units" else "right")
+    largest = max(partition.costs)
+    for k, (group, name, cost) in enumerate(zip(partition.groups, partition.names, partition.costs, strict=True)):
+        chosen = [partition.units[index] for index in group]
+        auxiliary = net.auxiliary[k] if k < len(net.auxiliary) else None
+        modules.add_row(
+            str(k + 1),
+            name,
+            format_bytes(cost) + (" (largest)" if cost == largest and net.num_modules > 1 else ""),
+            format_count(sum(unit.flops for unit in chosen) / batch_size),
+            format_count(sum(unit.num_parameters for unit in chosen)),
+            "-" if auxiliary is None else format_count(sum(p.numel() for p in auxiliary.parameters())),
+        )
+    return [units, modules]
