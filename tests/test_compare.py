@@ -499,6 +499,11 @@ def test_a_grid_varies_what_matters(tmp_path: Path) -> None:
         gap = accuracy["end-to-end"] - accuracy[subjects[name].baseline]
         expected = (accuracy[name] - accuracy[subjects[name].baseline]) / gap if gap > 0 else None
         assert rows[name].gap_closed == expected
+    (axes,) = draw_figures(comparison)["guidance"].axes
+    shown = {line.get_label(): line for line in axes.containers}
+    points = shown["from local,modules=2"].lines[0].get_xydata()
+    names = ["local,modules=2", "pgl,modules=2,period=4", "pgl,modules=2,period=2"]
+    assert points.tolist() == [[100 * rows[name].guided_share, 100 * accuracy[name]] for name in names]
     with (tmp_path / "g" / "runs.csv").open(newline="") as file:
         runs = list(csv.DictReader(file))
     assert [run["method"] for run in runs] == list(subjects)

@@ -1,4 +1,4 @@
-"""Figures of a comparison: accuracy over epochs, memory against accuracy, accuracy by depth."""
+"""Figures of a comparison: accuracy over epochs, against memory, against guided share, and by depth."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from torchlocal.report import Comparison
+    from torchlocal.report import Comparison, MethodResult
 
 __all__ = ["FIGURES", "draw_figures"]
 
@@ -112,6 +112,37 @@ def _draw_depth(figure: Figure, comparison: Comparison) -> bool:
     return drawn
 
 
+def _draw_guidance(figure: Figure, comparison: Comparison) -> bool:
+    axes = _axes(figure, xlabel="Guided steps (% of all steps)", ylabel="Test accuracy (%)")
+    lines: dict[str, dict[str, MethodResult]] = {}
+    levels: dict[str, MethodResult] = {}
+    by_name = {result.method: result for result in comparison.results}
+    for result in comparison.results:
+        if result.guided_share < 1:
+            line = lines.setdefault(result.baseline, {})
+            line |= {name: by_name[name] for name in (result.baseline, result.method) if name in by_name}
+            levels |= {name: by_name[name] for name in (result.reference,) if name in by_name}
+    drawn = False
+    for index, (name, line) in enumerate(lines.items()):
+        results = sorted(line.values(), key=lambda result: result.guided_share)
+        drawn = drawn or len({result.guided_share for result in results}) > 2
+        colour, marker = _style(index)
+        axes.errorbar(
+            [100 * result.guided_share for result in results],
+            [100 * result.accuracy for result in results],
+            yerr=[100 * (result.accuracy_std or 0) for result in results],
+            color=colour,
+            marker=marker,
+            markersize=7,
+            capsize=4,
+            lw=1.8,
+            label=f"from {name}",
+        )
+    for index, (name, result) in enumerate(levels.items(), start=len(lines)):
+        axes.axhline(100 * result.accuracy, color=_style(index)[0], linestyle=(0, (5, 3)), lw=1.4, label=name)
+    return drawn
+
+
 def _integer_axis(axes: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
@@ -130,6 +161,12 @@ FIGURES: dict[str, tuple[Callable[[Figure, Comparison], bool], str, str]] = {
         "Test accuracy against peak memory",
         "Test accuracy (mean over seeds, bars: one standard deviation) against the peak memory of one step: up and "
         "left is better.",
+    ),
+    "guidance": (
+        _draw_guidance,
+        "Test accuracy against guided share",
+        "Test accuracy (mean over seeds, bars: one standard deviation) against the share of guided steps: each line from "
+        "local training on; dashed: end-to-end.",
     ),
     "depth": (
         _draw_depth,
