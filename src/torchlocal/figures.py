@@ -165,8 +165,8 @@ FIGURES: dict[str, tuple[Callable[[Figure, Comparison], bool], str, str]] = {
     "guidance": (
         _draw_guidance,
         "Test accuracy against guided share",
-        "Test accuracy (mean over seeds, bars: one standard deviation) against the share of guided steps: each line from "
-        "local training on; dashed: end-to-end.",
+        "Test accuracy (mean over seeds, bars: one standard deviation) against the share of guided steps: each line "
+        "starts at local training; dashed: end-to-end.",
     ),
     "depth": (
         _draw_depth,
