@@ -4,7 +4,7 @@ Bytes are those of a step on top of parameters, optimizer state and batch, gradi
 the steps' own code on fake tensors; measurements from a counter at the dispatcher while the step really runs.
 
     python benchmarks/memory.py                           # predictions only, some minutes on one core
-    python benchmarks/memory.py --only resnet110 --measure --rounds 3   # on a quiet machine: also run and time
+    python benchmarks/memory.py --only "resnet110 K=55" vgg11b --measure --rounds 3   # on a quiet machine: run and time
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NETWORKS: list[tuple[str, int | str, tuple[int, ...]]] = [
 def methods(net: tl.DecoupledNetwork) -> dict[str, tuple[str, dict[str, Any]]]:
     """Every step by name: which one, and its options."""
     units = len(net.partition.units)
-    segments = sorted({s for s in (*range(2, 2 * int(units**0.5) + 3), units) if s <= units})
+    segments = sorted({s for s in (*range(2, 3 * int(units**0.5) + 3), units) if s <= units})
     frozen = {s: {"auxiliary": "frozen", "recompute": s} for s in segments}
     best = min(segments, key=lambda s: predict(net, step="guided", **frozen[s]).peak_bytes)
     largest = predict(net, step="local", recompute="largest").peak_bytes
@@ -69,12 +69,50 @@ def stepper(model: nn.Module, net: tl.DecoupledNetwork, step: str, options: dict
     return run
 
 
+def predicted_rows(net: tl.DecoupledNetwork, name: str) -> list[dict[str, Any]]:
+    """What every method takes, by prediction."""
+    rows: list[dict[str, Any]] = []
+    for label, (step, arguments) in methods(net).items():
+        prediction = predict(net, step=step, **arguments)
+        row: dict[str, Any] = {"network": name, "modules": net.num_modules, "batch": net.input_shape, "method": label}
+        row |= {"predicted": prediction.peak_bytes, "flops": prediction.flops}
+        if isinstance(arguments.get("memory"), str | int) and arguments["memory"] != "full":
+            plan = net.guided_plan(torch.empty(1).expand(net.input_shape), **arguments)
+            row |= {"micro_batches": plan.micro_batches, "recomputed": plan.recomputed}
+        rows.append(row)
+    return rows
+
+
+def add_measurements(
+    rows: list[dict[str, Any]], model: nn.Module, net: tl.DecoupledNetwork, options: argparse.Namespace
+) -> None:
+    """Run every step that fits, count its bytes, and time all in turns."""
+    runs: dict[int, Callable[[], None]] = {}
+    for i, (step, arguments) in enumerate(methods(net).values()):
+        predicted = predict(net, step=step, **arguments).peak_bytes
+        if predicted <= options.largest * 1e9:
+            runs[i] = stepper(model, net, step, arguments)
+            measured = measure(runs[i]).peak_bytes  # the first run of all, so none is timed that fills a cache
+            rows[i] |= {"run_batch": net.input_shape[0], "measured": measured, "predicted_run": predicted}
+    times: dict[int, list[float]] = {i: [] for i in runs}
+    for _ in range(options.rounds):
+        for i, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[i].append(time.perf_counter() - start)
+    for i, taken in times.items():
+        rows[i]["seconds"] = statistics.median(taken) if taken else None
+
+
 def main() -> None:
     """Predict, measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="only networks whose name contains this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help='only networks whose name ("resnet110 K=55") has one in it'
+    )
     parser.add_argument("--batch-size", type=int, default=None, help="another batch size than the table's")
     parser.add_argument("--measure", action="store_true", help="also run every step, count its bytes and time it")
+    parser.add_argument("--run-batch-size", type=int, default=None, help="batch size of the steps that are run")
     parser.add_argument(
         "--largest", type=float, default=12.0, help="run only steps of at most so many GB (default: 12)"
     )
@@ -86,52 +124,38 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     results: list[dict[str, Any]] = []
     for name, modules, shape in NETWORKS:
-        if options.only not in name:
+        if not any(part in f"{name} K={modules}" for part in options.only):
             continue
         shape = (options.batch_size or shape[0], *shape[1:])
         torch.manual_seed(0)
         model = build_model(name, num_classes=10, in_channels=3, image_size=(shape[2], shape[3]))
         net = tl.decouple(model, modules, sample=shape)
-        print(f"\n{name} K={net.num_modules}, batch {'×'.join(map(str, shape))}\n", flush=True)
-        rows: list[dict[str, Any]] = []
-        runs: dict[str, Callable[[], None]] = {}
-        for label, (step, arguments) in methods(net).items():
-            prediction = predict(net, step=step, **arguments)
-            row: dict[str, Any] = {"network": name, "modules": net.num_modules, "batch": shape, "method": label}
-            row |= {"predicted": prediction.peak_bytes, "flops": prediction.flops}
-            if isinstance(arguments.get("memory"), str | int) and arguments["memory"] != "full":
-                plan = net.guided_plan(torch.empty(1).expand(shape), **arguments)
-                row |= {"micro_batches": plan.micro_batches, "recomputed": plan.recomputed}
-            if options.measure and prediction.peak_bytes <= options.largest * 1e9:
-                runs[label] = stepper(model, net, step, arguments)
-                runs[label]()  # the first run searches and fills caches
-                row["measured"] = measure(runs[label]).peak_bytes
-            rows.append(row)
-        times: dict[str, list[float]] = {label: [] for label in runs}
-        for _ in range(options.rounds if options.measure else 0):
-            for label, run in runs.items():
-                start = time.perf_counter()
-                run()
-                times[label].append(time.perf_counter() - start)
-        for row in rows:
-            row["seconds"] = (
-                statistics.median(times[row["method"]]) if row["method"] in times and options.rounds else None
-            )
-        print_table(rows)
+        rows = predicted_rows(net, name)
+        if options.measure:
+            run_shape = (options.run_batch_size or shape[0], *shape[1:])
+            add_measurements(rows, model, tl.decouple(model, modules, sample=run_shape), options)
+        print_table(f"{name} K={net.num_modules}, batch {'×'.join(map(str, shape))}", rows)
         results += rows
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=2))
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def print_table(title: str, rows: list[dict[str, Any]]) -> None:
     """One network's rows as a Markdown table."""
     plain = rows[0]
     local = next(row for row in rows if row["method"] == "local")
-    print("| method | predicted MB | × end-to-end | × local | FLOPs | measured MB | s per step | micro-batches |")
+    batch = next((row["run_batch"] for row in rows if "measured" in row), plain["batch"][0])
+    note = "" if batch == plain["batch"][0] else f" (of predicted) at batch {batch}"
+    print(f"\n**{title}**\n")
+    print(
+        f"| method | predicted MB | × end-to-end | × local | FLOPs | measured MB{note} | s per step | micro-batches |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         measured = f"{row['measured'] / 1e6:.1f}" if "measured" in row else "–"
-        seconds = "–" if row["seconds"] is None else f"{row['seconds']:.2f}"
+        if note and "measured" in row:
+            measured += f" ({row['predicted_run'] / 1e6:.1f})"
+        seconds = f"{row['seconds']:.2f}" if row.get("seconds") else "–"
         print(
             f"| {row['method']} | {row['predicted'] / 1e6:.1f} | {row['predicted'] / plain['predicted']:.4f} "
             f"| {row['predicted'] / local['predicted']:.2f} | ×{row['flops'] / plain['flops']:.2f} | {measured} "

@@ -67,14 +67,14 @@ def assert_same(first: list[Tensor | None], second: list[Tensor | None]) -> None
 
 
 @pytest.mark.parametrize("auxiliary", ["follow", "frozen"])
-@pytest.mark.parametrize("memory", ["exact", "full", 200_000])
+@pytest.mark.parametrize("memory", ["exact", "full", 800_000])
 @pytest.mark.parametrize("modules", [3, "all"])
 def test_exact_memory_modes_equal_the_plain_guided_step(modules: Any, memory: Any, auxiliary: str) -> None:
     torch.manual_seed(0)
     net = tl.decouple(make_network(), "all" if modules == "all" else modules, sample=make_batch()[0])
     state = copy.deepcopy(net.state_dict())
     plan = net.guided_plan(make_batch()[0], memory=memory, auxiliary=auxiliary)
-    if memory == 200_000:  # a budget may cut the batch: keep what it recomputes, without that
+    if memory == 800_000:  # a budget may cut the batch: keep what it recomputes, without that
         plan = tl.memory.replace(plan, micro_batches=1)
     plain = outcome(net, state, "guided", auxiliary=auxiliary)
     assert_same(plain, outcome(net, state, "guided", auxiliary=auxiliary, memory=plan))
@@ -228,12 +228,7 @@ def test_the_local_peak_falls_as_modules_rise() -> None:
         ("resnet110", 16, (1024, 3, 32, 32)),
         ("resnet110", 55, (1024, 3, 32, 32)),
         ("vgg11b", 6, (256, 3, 32, 32)),
-        pytest.param(
-            "torchvision:resnet50",
-            16,
-            (64, 3, 224, 224),
-            marks=pytest.mark.xfail(reason="the search finds no plan below 1.36 times the local peak", strict=True),
-        ),
+        ("torchvision:resnet50", 16, (64, 3, 224, 224)),
         ("torchvision:vit_b_16", "all", (64, 3, 224, 224)),
     ],
 )
@@ -242,18 +237,58 @@ def test_a_guided_step_takes_no_more_than_a_local_step(name: str, modules: Any, 
         model = build_model(name, num_classes=10, image_size=shape[2:])  # type: ignore[arg-type]
     net = tl.decouple(model.to_empty(device="cpu"), modules, sample=shape)
     local = predict(net, step="local")
-    assert predict(net, step="guided", memory="local").peak_bytes <= local.peak_bytes
+    guided = predict(net, step="guided", memory="local")
+    assert guided.peak_bytes <= local.peak_bytes
     if (name, modules) == ("resnet110", 55):
         plain = predict(net, step="plain").peak_bytes
         assert local.peak_bytes <= 0.0545 * plain
         assert predict(net, step="local", recompute="largest").peak_bytes <= 0.04 * plain
-        # Twelve segments are the best number of them, as benchmarks/memory.py finds.
-        checkpointed = predict(net, step="guided", auxiliary="frozen", recompute=12).peak_bytes
+        # Nineteen segments are the best number of them, as benchmarks/memory.py finds.
+        checkpointed = predict(net, step="guided", auxiliary="frozen", recompute=19).peak_bytes
         budget = predict(net, step="local", recompute="largest").peak_bytes
-        assert predict(net, step="guided", memory=budget).peak_bytes <= budget <= 0.35 * checkpointed
+        assert max(local.peak_bytes, guided.peak_bytes) <= 0.37 * checkpointed
+        assert predict(net, step="guided", memory=budget).peak_bytes <= budget <= 0.27 * checkpointed
+
+
+def test_where_nothing_fits_the_smallest_plan_is_used_with_a_warning() -> None:
+    x, _ = make_batch()
+    net = tl.decouple(make_network(), 4, sample=x)
+    with pytest.warns(UserWarning, match="^memory=1000: no guided step .* within the budget") as caught:
+        plan = net.guided_plan(x, memory=1000)
+        net.guided_plan(x, memory=1000)
+    assert len(caught) == 1
+    whole = predict(net, step="guided", memory="exact").peak_bytes
+    assert plan.micro_batches == 2 and predict(net, step="guided", memory=plan).peak_bytes < 0.7 * whole
+
+
+@pytest.mark.parametrize("optimizers", [False, True])
+def test_micro_batches_are_predicted_as_they_are_measured(optimizers: bool) -> None:
+    x, y = make_batch(64)
+    net = tl.decouple(make_network(4), 4, sample=x)
+    plan = tl.memory.replace(net.guided_plan(x, recompute=2), micro_batches=4)
+    options = {"optimizers": [SGD(p) for p in net.module_parameters()]} if optimizers else {}
+    net.guided_step(x, y, memory=plan, **options)  # makes the optimizers' state
+    net.zero_grad()
+    measured = measure(lambda: net.guided_step(x, y, memory=plan, **options)).peak_bytes
+    counted = {"optimizer": SGD} if optimizers else {}
+    predicted = predict(net, x, y, step="guided", memory=plan, **options, **counted)  # type: ignore[arg-type]
+    assert predicted.peak_bytes == pytest.approx(measured, rel=0.01)
 
 
 # --- the planner ---
+
+
+def _total(model: nn.Module, row: Any, batch: int, checkpointing: str) -> int:
+    """Predicted bytes of a planner's row at another batch size."""
+    shape = (batch, 3, 12, 12)
+    net = tl.decouple(model, row.modules, sample=(2, 3, 12, 12))
+    steps: list[dict[str, Any]] = {
+        "end-to-end": [{"step": "plain"}],
+        "checkpointing": [{"step": "guided", "auxiliary": "frozen", "recompute": int(checkpointing.split()[0])}],
+        "local": [{"step": "local"}],
+        "pgl": [{"step": "local"}, {"step": "guided", "memory": "local"}],
+    }[row.method]
+    return max(predict(net, shape, optimizer=SGD, **step).total_bytes for step in steps)
 
 
 def test_plan_recommends_the_cheapest_that_fits() -> None:
@@ -270,7 +305,11 @@ def test_plan_recommends_the_cheapest_that_fits() -> None:
 
     ample = tl.plan(model, shape, modules=("all",), budget=2 * end_to_end.total_bytes)
     assert ample.method == "end-to-end" and "end-to-end" in ample.recommendation
-    assert ample.rows[0].largest_batch in range(480, 540)
+    for row in ample.rows:  # the budget is used, and it is kept
+        assert row.largest_batch is not None
+        larger = row.largest_batch + row.largest_batch // 20
+        sizes = [_total(model, row, size, ample.rows[1].note) for size in (row.largest_batch, larger)]
+        assert sizes[0] <= 2 * end_to_end.total_bytes < sizes[1]
     tight = tl.plan(model, shape, modules=("all",), budget=checkpointing.total_bytes)
     assert tight.method == "checkpointing" and "gradient checkpointing" in tight.recommendation
     least = tl.plan(model, shape, modules=("all",), budget=pgl.total_bytes)
@@ -278,6 +317,7 @@ def test_plan_recommends_the_cheapest_that_fits() -> None:
     assert tl.decouple(model, least, sample=shape).num_modules == 5
     nothing = tl.plan(model, shape, modules=("all",), budget=50_000)
     assert nothing.recommendation.startswith("Nothing fits into") and not any(row.fits for row in nothing.rows)
+    assert all(row.largest_batch == 0 for row in nothing.rows) and "no batch size would fit" in nothing.recommendation
     assert json.loads(least.to_json())["method"] == "pgl"
     assert len(least.figure().axes[0].patches) == 6 * len(least.rows)
 

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode  # the documented home of fake tensors; there is no public alias
-from torch.utils._python_dispatch import TorchDispatchMode  # the documented home; there is no public alias
 from torch.utils._pytree import tree_iter, tree_map_only
-from torch.utils.flop_counter import flop_registry
 
+from .counting import LABELS, FlopTotal, PeakCounter
 from .rules import Batch, Rule, Site
 
 if TYPE_CHECKING:
@@ -28,98 +26,6 @@ if TYPE_CHECKING:
     from .schedule import GuidedPlan
 
 __all__ = ["LABELS", "Measurement", "PeakCounter", "Prediction", "measure", "predict"]
-
-LABELS = ("parameters", "gradients", "optimizer", "activations", "boundaries", "auxiliary")
-
-
-class PeakCounter(TorchDispatchMode):
-    """Counts the bytes of tensors that are made inside the context, from their birth to their death.
-
-    Args:
-        resident: tensors that exist before, by label; they belong to the breakdown alone.
-
-    Attributes:
-        current: bytes alive now.
-        peak: bytes alive when most were.
-        label: what is being made now, one of ``LABELS``.
-        breakdown: bytes by label when most were alive, those of the resident tensors included.
-    """
-
-    def __init__(self, resident: Mapping[str, Iterable[Tensor]] | None = None) -> None:
-        super().__init__()
-        self.current = 0
-        self.peak = 0
-        self.label = "activations"
-        self.resident = 0
-        self._known: dict[int, tuple[int, str]] = {}
-        self._bytes = dict.fromkeys(LABELS, 0)
-        for label, tensors in (resident or {}).items():
-            self.label = label
-            for tensor in tensors:
-                if tensor.untyped_storage()._cdata not in self._known:
-                    self._note(tensor, new=True)
-        self.label = "activations"
-        self.resident, self.current = self.current, 0
-        self.breakdown = dict(self._bytes)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in tree_iter((args, kwargs)):  # what an operation is given existed before it
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._known:
-                self._note(tensor, new=False)
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._known:
-                self._note(tensor, new=True)
-        if self.current > self.peak:
-            self.peak = self.current
-            self.breakdown = dict(self._bytes)
-        return result
-
-    def relabel(self, tensor: Tensor, label: str) -> None:
-        """Count ``tensor``, if it was made inside the context, under ``label`` from now on."""
-        key = tensor.untyped_storage()._cdata
-        if key in self._known:
-            size, old = self._known[key]
-            self._known[key] = size, label
-            self._bytes[old] -= size
-            self._bytes[label] += size
-
-    @contextlib.contextmanager
-    def labelling(self, label: str) -> Iterator[None]:
-        """Count what is made inside under ``label``."""
-        before, self.label = self.label, label
-        try:
-            yield
-        finally:
-            self.label = before
-
-    def _note(self, tensor: Tensor, *, new: bool) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes() if new else 0
-        self._known[key] = size, self.label
-        self.current += size
-        self._bytes[self.label] += size
-        weakref.finalize(storage, self._release, key).atexit = False
-
-    def _release(self, key: int) -> None:
-        size, label = self._known.pop(key)
-        self.current -= size
-        self._bytes[label] -= size
-
-
-class FlopTotal(TorchDispatchMode):
-    """Counts floating-point operations like torch's FlopCounterMode, but without its hooks on modules."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=result)
-        return result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,8 +204,11 @@ class FakeStep:
                     x, target = self.x, self.target
                     if step == "guided":
                         chosen = {name: options.pop(name, None) for name in ("memory", "recompute")}
-                        options["memory"], x, target = self._first_parts(net.guided_plan(x, target, **chosen))
+                        plan = net.guided_plan(x, target, **chosen)
+                        options["memory"], x, target = self._fewer_parts(plan, 1 if optimizers is None else 3)
                         parts = self.x.shape[0] / x.shape[0]
+                        if plan.micro_batches > options["memory"].micro_batches == 1:
+                            self._add_gradients(counter, auxiliary=options.get("auxiliary") != "frozen")
                     if optimizers is not None:
                         options["optimizers"] = states or [_Free(group) for group in groups]
                     run(x, target, autocast=autocast, **options)
@@ -313,17 +222,32 @@ class FakeStep:
             flops=round(flops.total * parts),
         )
 
-    def _first_parts(self, plan: GuidedPlan) -> tuple[GuidedPlan, Tensor, Any]:
-        """Two micro-batches do for a plan that has more: the second meets the gradients of the first, as all others."""
+    def _fewer_parts(self, plan: GuidedPlan, most: int) -> tuple[GuidedPlan, Tensor, Any]:
+        """The plan with at most so many micro-batches, and the part of the batch that these are.
+
+        One does for all where the gradients of those before are there already; with an optimizer per module there are
+        a first, some in the middle and a last one, after which gradients are freed.
+        """
         num_examples = self.x.shape[0]
-        rows = 2 * -(-num_examples // plan.micro_batches)
-        if plan.micro_batches <= 2 or rows > num_examples:
+        rows = most * -(-num_examples // plan.micro_batches)
+        if plan.micro_batches <= most or rows > num_examples:
             return plan, self.x, self.target
 
         def first(tensor: Tensor) -> Tensor:
             return tensor[:rows] if tensor.ndim and tensor.shape[0] == num_examples else tensor
 
-        return replace(plan, micro_batches=2), first(self.x), tree_map_only(Tensor, first, self.target)
+        return replace(plan, micro_batches=most), first(self.x), tree_map_only(Tensor, first, self.target)
+
+    def _add_gradients(self, counter: PeakCounter, *, auxiliary: bool) -> None:
+        """Gradients as an earlier micro-batch leaves them."""
+        chain = self.net.chain
+        chain.refresh(self.x.device)
+        used = chain.segment(0, chain.num_units).parameters()
+        for label, parameters in (("gradients", used), ("auxiliary", self.net.auxiliary.parameters())):
+            with counter.labelling(label):
+                for parameter in parameters:
+                    if parameter.requires_grad and (auxiliary or label == "gradients"):
+                        parameter.grad = torch.empty_like(parameter)
 
     def _plain(self, autocast: torch.dtype | None) -> None:
         with contextlib.nullcontext() if autocast is None else torch.autocast(self.x.device.type, dtype=autocast):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .memory import LABELS, Prediction, predict
 from .network import DecoupledNetwork, decouple
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MemoryPlan", "PlanRow", "parse_size", "plan", "plan_table"]
 
+_MOST_TRIALS = 6  # predictions per row, to find its largest batch
 _SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
 
@@ -36,7 +38,8 @@ class PlanRow:
         breakdown: that, by what it is; workspace inside kernels is not included.
         flops_ratio: FLOPs of a step relative to end-to-end, auxiliary networks and recomputation included; for pgl the
             mean over guided and local steps.
-        largest_batch: examples that fit into the budget, None where there is no budget.
+        largest_batch: examples that are predicted to fit into the budget, at most a few per cent fewer than really do;
+            None where there is no budget.
         fits: whether the batch of the sample does.
         note: what is recomputed.
     """
@@ -143,49 +146,82 @@ def plan(
     nets = {k: decouple(model, k, sample=sample, **options) for k in wanted if isinstance(k, int) and k <= num_units}
     common: dict[str, Any] = {"optimizer": optimizer, "autocast": autocast}
 
-    def predicted(net: DecoupledNetwork, **step: Any) -> Prediction:
-        return predict(net, shape, target, **common, **step)
+    def predicted(net: DecoupledNetwork, step: dict[str, Any], num_examples: int = shape[0]) -> Prediction:
+        resized = _resized(target, shape[0], num_examples)
+        return predict(net, (num_examples, *shape[1:]), resized, **common, **step)
 
-    def row(method: str, net: DecoupledNetwork, prediction: Prediction, flops: float, note: str = "") -> PlanRow:
-        total = prediction.total_bytes
-        # Parameters and optimizer state stay as they are, the rest grows with the batch.
-        fixed = prediction.breakdown["parameters"] + prediction.breakdown["optimizer"]
-        fixed += prediction.breakdown["gradients"]
-        fixed += sum(p.numel() * p.element_size() for p in net.auxiliary.parameters())
+    def row(
+        method: str, net: DecoupledNetwork, steps: Sequence[dict[str, Any]], found: Sequence[Prediction], **rest: Any
+    ) -> PlanRow:
+        prediction = max(found, key=lambda p: p.total_bytes)
         largest = None
         if budget is not None:
-            largest = max(0, math.floor(shape[0] * (budget - fixed) / max(1, total - fixed)))
-            largest = max(largest, shape[0]) if total <= budget else min(largest, shape[0] - 1)
+            # Parameters and what belongs to them stay as they are, the rest grows with the batch.
+            fixed = sum(prediction.breakdown[label] for label in ("parameters", "optimizer", "gradients"))
+            largest = _largest_batch(
+                lambda num_examples: max(predicted(net, step, num_examples).total_bytes for step in steps),
+                budget,
+                points={0: fixed + sum(p.nbytes for p in net.auxiliary.parameters()), shape[0]: prediction.total_bytes},
+            )
         return PlanRow(
             method=method,
             modules=net.num_modules,
-            total_bytes=total,
+            total_bytes=prediction.total_bytes,
             breakdown=prediction.breakdown,
-            flops_ratio=flops / plain.flops,
             largest_batch=largest,
-            fits=budget is None or total <= budget,
-            note=note,
+            fits=budget is None or prediction.total_bytes <= budget,
+            **rest,
         )
 
-    plain = predicted(whole, step="plain")
-    rows = [row("end-to-end", whole, plain, plain.flops)]
-    best: tuple[Prediction, int] | None = None
-    for segments in sorted({s for s in range(2, num_units + 1) if s <= 2 * math.isqrt(num_units) + 2}):
-        found = predicted(whole, step="guided", auxiliary="frozen", recompute=segments)
-        if best is None or found.total_bytes < best[0].total_bytes:
-            best = found, segments
-    if best is not None:
-        rows.append(row("checkpointing", whole, best[0], best[0].flops, f"{best[1]} segments"))
+    plain_step: dict[str, Any] = {"step": "plain"}
+    plain = predicted(whole, plain_step)
+    rows = [row("end-to-end", whole, [plain_step], [plain], flops_ratio=1.0)]
+    segments = [s for s in range(2, num_units + 1) if s <= 2 * math.isqrt(num_units) + 2]
+    checkpointed: dict[str, Any] = {"step": "guided", "auxiliary": "frozen"}
+    found = {s: predicted(whole, checkpointed | {"recompute": s}) for s in segments}
+    if found:
+        best = min(found, key=lambda s: found[s].total_bytes)
+        steps, flops = [checkpointed | {"recompute": best}], found[best].flops / plain.flops
+        rows.append(row("checkpointing", whole, steps, [found[best]], flops_ratio=flops, note=f"{best} segments"))
     for net in nets.values():
-        local = predicted(net, step="local")
-        rows.append(row("local", net, local, local.flops))
-        guided = predicted(net, step="guided", memory="local")
+        steps = [{"step": "local"}, {"step": "guided", "memory": "local"}]
+        local, guided = (predicted(net, step) for step in steps)
+        rows.append(row("local", net, steps[:1], [local], flops_ratio=local.flops / plain.flops))
         chosen = net.guided_plan(torch.empty(1).expand(shape), target, memory="local", autocast=autocast)
-        larger = max(local, guided, key=lambda p: p.total_bytes)
-        flops = (1 - guided_share) * local.flops + guided_share * guided.flops
+        mean = (1 - guided_share) * local.flops + guided_share * guided.flops
         note = f"{chosen.micro_batches} micro-batches, {chosen.recomputed:.2f} forward passes recomputed"
-        rows.append(row("pgl", net, larger, flops, note))
+        rows.append(row("pgl", net, steps, [local, guided], flops_ratio=mean / plain.flops, note=note))
     return _recommend(rows, budget, shape[0])
+
+
+def _resized(target: Any, before: int, after: int) -> Any:
+    """``target`` for another number of examples; nobody reads what it holds."""
+    return tree_map_only(Tensor, lambda t: t[:1].expand(after, *t.shape[1:]) if t.shape[:1] == (before,) else t, target)
+
+
+def _largest_batch(total_bytes: Callable[[int], int], budget: int, points: dict[int, int]) -> int:
+    """The largest batch that is predicted to fit, 0 where none does.
+
+    Args:
+        total_bytes: predicted peak by batch size.
+        budget: in bytes.
+        points: what is known: an estimate for a batch of 0, and the peak for another.
+    """
+    points = dict(points)
+    if points[0] >= budget:  # an estimate
+        points = {0: 0, 1: total_bytes(1), **{n: size for n, size in points.items() if n}}
+    for _ in range(_MOST_TRIALS):
+        fitting = max((n for n, size in points.items() if size <= budget), default=0)
+        failing = min((n for n, size in points.items() if size > budget), default=None)
+        if (failing is not None and failing <= fitting + 1) or (fitting and points[fitting] >= 0.98 * budget):
+            break
+        # Peaks lie on a straight line, nearly: through the nearest points around the budget, or the last two below.
+        other = failing if failing is not None else max(n for n in points if n != fitting)
+        slope = (points[other] - points[fitting]) / (other - fitting)
+        guess = fitting + math.floor((budget - points[fitting]) / max(slope, 1.0))
+        guess = max(guess, fitting + 1) if failing is None else min(max(guess, fitting + 1), failing - 1)
+        points[guess] = total_bytes(guess)
+    return max((n for n, size in points.items() if n and size <= budget), default=0)
 
 
 def _recommend(rows: Sequence[PlanRow], budget: int | None, batch_size: int) -> MemoryPlan:

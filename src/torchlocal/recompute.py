@@ -86,6 +86,11 @@ def leaves(plan: Plan) -> list[Tape | Inner]:
     return [plan] if isinstance(plan, Tape | Inner) else [*leaves(plan.left), *leaves(plan.right)]
 
 
+def _recomputes(plan: Plan) -> bool:
+    """Whether a plan runs anything twice."""
+    return _recomputes(plan.right) if isinstance(plan, Keep) else not isinstance(plan, Tape)
+
+
 class Stages(Protocol):
     """A chain of stages, each of which maps a tuple of values to the next one's."""
 
@@ -173,7 +178,7 @@ class Recomputation:
         """
         self._stops |= {stop for leaf in leaves(plan) for stop in (leaf.first, leaf.last)}
         self._origin, self._differentiable = plan.first if origin is None else origin, differentiable
-        if isinstance(plan, Tape | Keep):
+        if not _recomputes(plan):
             return self._run(plan, state, then, new=True)
         after: list[RandomState] = []
 

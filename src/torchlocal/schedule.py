@@ -6,9 +6,7 @@ whole on fake tensors, so that its peak is not an estimate.
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-from collections.abc import Iterator, Sequence
+import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
-from .memory import FakeStep, FlopTotal, PeakCounter
-from .recompute import Again, Inner, Keep, Plan, Recomputation, Stages, Tape
-from .rules import Batch
-from .solver import Alternative, Solver, StageCost
-from .steps import Run
+from .bench import Bench, plans_of
+from .memory import FakeStep
+from .recompute import Again, Inner, Keep, Plan, Tape
+from .solver import Solver, StageCost
 
 if TYPE_CHECKING:
     from .network import DecoupledNetwork
@@ -29,8 +26,7 @@ __all__ = ["GuidedPlan", "find_guided_plan", "find_local_plans"]
 
 _LEAST_PART = 16  # examples in the smallest micro-batch that the search considers
 _MOST_PARTS = 16
-_MOST_TRIALS = 3
-_MOST_NODES = 14  # of a unit, up to which every range of its nodes is measured
+_MOST_TRIALS = 5
 _COST_OF_A_PART = 0.02  # of a step: smaller kernels are less efficient
 
 
@@ -50,152 +46,11 @@ class GuidedPlan:
     peak_bytes: int | None = None
     recomputed: float = 0.0
 
-
-class _Bench:
-    """Measures parts of a network without memory; parts of the same build are measured once."""
-
-    def __init__(self, fake: FakeStep, autocast: torch.dtype | None) -> None:
-        self.fake, self.net, self._autocast = fake, fake.net, autocast
-        self.states: list[list[Any]] = [[fake.x]]  # before every unit
-        self.costs: dict[tuple[int, int], StageCost] = {}
-        self._keys: list[tuple[Any, ...]] = []
-        self._known: dict[tuple[Any, ...], Any] = {}
-        self._parameters = list(self.net.parameters())
-        chain = self.net.chain
-        chain.refresh(fake.x.device)
-        for unit in range(chain.num_units):
-            state = self.states[-1]
-            key = (chain.inside(unit).kind(), state[0].shape, state[0].stride(), state[0].dtype)
-            self._keys.append(key)
-            if (key, unit > 0) not in self._known:
-                self._known[key, unit > 0] = self._measure(chain, unit, unit + 1, state, differentiable=unit > 0)
-            self.costs[unit, unit + 1], following = self._known[key, unit > 0]
-            self.states.append(following)
-
-    def alternatives(self, unit: int, *, differentiable: bool, held: bool = False) -> list[Alternative]:
-        """Ways to run a unit that take less than its graph, by falling peak; ``held``: its output stays afterwards."""
-        key = "inside", self._keys[unit], differentiable, held
-        if key not in self._known:
-            self._known[key] = self._alternatives(unit, differentiable, held)
-        found: list[Alternative] = self._known[key]
-        return found
-
-    def _alternatives(self, unit: int, differentiable: bool, held: bool) -> list[Alternative]:
-        stages = self.net.chain.inside(unit)
-        count = stages.num_stages
-        costs: dict[tuple[int, int], StageCost] = {}
-        states = [self.states[unit]]
-        for first in range(count):
-            costs[first, first + 1], following = self._measure(
-                stages, first, first + 1, states[-1], base=states[0], differentiable=differentiable, origin=0
-            )
-            states.append(following)
-        if count <= _MOST_NODES:
-            for first, last in itertools.combinations(range(count + 1), 2):
-                if last > first + 1:
-                    costs[first, last], _ = self._measure(
-                        stages, first, last, states[first], base=states[0], differentiable=differentiable, origin=0
-                    )
-        whole = self._peak(stages, Tape(0, count), states[0], differentiable, held)
-        solver = Solver(costs, whole, held=costs[count - 1, count].output if held else 0)
-        found: list[Alternative] = []
-        for plan, recomputed in _steps(solver):
-            peak = whole if isinstance(plan, Tape) else self._peak(stages, plan, states[0], differentiable, held)
-            if peak < min([whole, *(a.peak for a in found)]):
-                found.append(Alternative(plan=plan, peak=peak, flops=recomputed))
-        return found
-
-    def module_peak(self, k: int, plan: Plan | None) -> tuple[int, int]:
-        """Peak of the local step of module ``k`` by itself, beyond its input, and the bytes of gradients it leaves."""
-        group, fake = self.net.partition.groups[k], self.fake
-        run = Run(self.net, Batch(input=fake.x, target=fake.target, criterion=self.net.criterion), self._autocast)
-        with fake.mode, PeakCounter() as counter:
-            kept = run.local(k, plan, [self.states[group.start][0].detach()])
-            del kept
-            left = counter.current
-        self._clear()
-        return counter.peak, left
-
-    def module_key(self, k: int) -> tuple[Any, ...]:
-        """The same for modules of the same build."""
-        network = str(self.net.auxiliary[k]) if k < self.net.num_modules - 1 else ""
-        return k == 0, network, *(self._keys[unit] for unit in self.net.partition.groups[k])
-
-    def _peak(self, stages: Stages, plan: Plan, state: Sequence[Any], differentiable: bool, held: bool) -> int:
-        kept: list[Any] = []
-
-        def then(outputs: list[Any]) -> list[Tensor | None]:
-            kept.extend(outputs if held else [])
-            return _gradients(outputs)
-
-        with self.fake.mode, PeakCounter() as counter:
-            recomputation = Recomputation(stages, self.fake.x, context=self._context)
-            recomputation.run(plan, list(state), then, differentiable=differentiable)
-        self._clear()
-        return counter.peak
-
-    def _measure(
-        self,
-        stages: Stages,
-        first: int,
-        last: int,
-        state: Sequence[Any],
-        *,
-        differentiable: bool,
-        base: Sequence[Any] = (),
-        origin: int | None = None,
-    ) -> tuple[StageCost, list[Any]]:
-        """Cost of some stages, and their output; what is in ``base`` is there anyway."""
-        flops = FlopTotal()
-        with self.fake.mode, PeakCounter() as counter, torch.no_grad(), self._context(), flops:
-            result = list(stages.run(first, last, list(state)))
-        there = {v.untyped_storage()._cdata for v in base if isinstance(v, Tensor)}
-        storages = [v.untyped_storage() for v in result if isinstance(v, Tensor)]
-        recomputation = Recomputation(stages, self.fake.x, context=self._context)
-        tape = 0
-
-        with self.fake.mode, PeakCounter() as backward:
-            # Between nodes the state is the stages' own, who may free it; a unit's input is kept by its first layer.
-            own = [torch.empty_like(v) if origin is not None and _is_new(v, there) else v for v in state]
-            before = backward.current
-            entry = None if origin is None or differentiable else stages.entry_index(last)
-            gradients = _gradients([None if i == entry else value for i, value in enumerate(result)])
-            incoming = backward.current - before
-
-            def then(outputs: list[Any]) -> list[Tensor | None]:
-                nonlocal tape
-                tape = max(0, backward.current - before - incoming)
-                taken = list(gradients)
-                gradients.clear()
-                return taken
-
-            recomputation.run(Tape(first, last), own, then, differentiable=differentiable, origin=origin)
-        self._clear()
-        cost = StageCost(
-            output=sum({s._cdata: s.nbytes() for s in storages if s._cdata not in there}.values()),
-            tape=tape,
-            forward=counter.peak,
-            backward=backward.peak - before,
-            flops=flops.total + counter.peak / 64,  # of two ways with equal FLOPs the one that moves less
-        )
-        return cost, result
-
-    def _clear(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
-
-    @contextlib.contextmanager
-    def _context(self) -> Iterator[None]:
-        with contextlib.nullcontext() if self._autocast is None else torch.autocast("cpu", dtype=self._autocast):
-            yield
-
-
-def _is_new(value: Any, there: set[int]) -> bool:
-    return isinstance(value, Tensor) and value.untyped_storage()._cdata not in there
-
-
-def _gradients(outputs: list[Any]) -> list[Tensor | None]:
-    return [torch.empty_like(o) if isinstance(o, Tensor) and o.is_floating_point() else None for o in outputs]
+    @property
+    def bytes(self) -> int:
+        """The predicted peak of a plan that a search has found."""
+        assert self.peak_bytes is not None
+        return self.peak_bytes
 
 
 def find_guided_plan(
@@ -210,14 +65,24 @@ def find_guided_plan(
 ) -> GuidedPlan:
     """The plan of a guided step for one of the memory modes of :func:`torchlocal.guided_step`, or for so many bytes.
 
-    Where nothing fits, the plan with the smallest peak that was found.
+    Where nothing fits, the plan with the smallest peak that was found, and a warning.
     """
     search = _GuidedSearch(net, x, target, auxiliary=auxiliary, autocast=autocast, optimizers=optimizers)
     if memory == "exact":
-        return search.smallest()
+        return search.smallest(micro_batches=False)
     budget = search.local_peak() if memory == "local" else int(memory)
     # Looking inside of units takes long, and is dearer than micro-batches where these are possible.
-    return search.cheapest(budget, inside=False) or search.cheapest(budget, inside=True) or search.smallest()
+    plan = search.cheapest(budget, inside=False) or search.cheapest(budget, inside=True)
+    if plan is None:
+        plan = search.smallest(micro_batches=True)
+        if plan.bytes > budget:
+            limit = "the peak of the local step" if memory == "local" else "the budget"
+            warnings.warn(
+                f"memory={memory!r}: no guided step of a batch {tuple(x.shape)} was found within {limit}, "
+                f"{budget / 1e6:.1f} MB; the smallest found takes {plan.bytes / 1e6:.1f} MB and is used",
+                stacklevel=1,
+            )
+    return plan
 
 
 class _GuidedSearch:
@@ -225,35 +90,44 @@ class _GuidedSearch:
 
     def __init__(self, net: DecoupledNetwork, x: Tensor, target: Any, *, auxiliary: str, **options: Any) -> None:
         self._fake = FakeStep(net, x, target)
-        self._bench = _Bench(self._fake, options["autocast"])
+        self._bench = bench = Bench(self._fake, options["autocast"])
         self._auxiliary, self._options = auxiliary, options
-        self._forward = sum(cost.flops for cost in self._bench.costs.values())
+        self._forward = sum(cost.flops for cost in bench.costs.values())
+        self._gradients = [bench.gradients(unit) for unit in range(len(bench.costs))]
+        groups = net.partition.groups[:-1] if auxiliary == "follow" else ()
+        self._aside = {group.stop: bench.auxiliary(k) for k, group in enumerate(groups)}
 
     def local_peak(self) -> int:
         """Peak of the local step of the same batch."""
         return self._fake.run("local", **self._options).peak_bytes
 
-    def smallest(self) -> GuidedPlan:
-        """The cheapest plan with about the smallest peak in which the batch is whole."""
+    def smallest(self, *, micro_batches: bool) -> GuidedPlan:
+        """The cheapest plan with about the smallest peak."""
         costs = self._bench.costs.values()
         largest = 2.0 * max(cost.backward for cost in costs) + max(cost.output for cost in costs)
-        found = []
-        for _ in range(2):  # the second time with finer slots
-            solver = self._solver(1, largest, inside=True)
-            largest = 1.02 * solver.curve()[0][0]  # the very last bytes are the dearest
-            solution = solver.plan(largest)
-            assert solution is not None
-            found.append(self._verified(solution, 1))
-        return min(found, key=_peak_bytes)
+        least: dict[int, float] = {}
+        while not least:
+            for parts in self._parts() if micro_batches else [1]:
+                if curve := self._solver(parts, largest / parts, inside=True).curve():
+                    least[parts] = self._resident(parts) + curve[0][0]
+            largest *= 2  # for what is there beside the units
+        parts = next(parts for parts, size in least.items() if size <= 1.02 * min(least.values()))
+        solver = self._solver(parts, 1.02 * (least[parts] - self._resident(parts)), inside=True)  # with finer slots
+        if not (curve := solver.curve()):  # rounding came out otherwise
+            solver = self._solver(parts, largest / parts, inside=True)
+            curve = solver.curve()
+        solution = solver.plan(1.02 * curve[0][0])  # the very last bytes are the dearest
+        assert solution is not None
+        return self._verified(solution, parts)
 
     def cheapest(self, budget: int, *, inside: bool) -> GuidedPlan | None:
         """The cheapest plan whose predicted peak is at most ``budget``."""
+        allowed: dict[int, float] = {n: rest for n in self._parts() if (rest := budget - self._resident(n)) > 0}
         solvers: dict[int, Solver] = {}
-        parts, num_examples = 1, self._fake.x.shape[0]
-        while parts == 1 or (parts <= _MOST_PARTS and num_examples // parts >= _LEAST_PART and self._can_split()):
-            solvers[parts] = self._solver(parts, 1.1 * budget, inside=inside)
-            parts *= 2
-        allowed = dict.fromkeys(solvers, float(budget))
+        for parts, left in allowed.items():
+            solvers[parts] = self._solver(parts, left, inside=inside)
+            if (solution := solvers[parts].plan(left)) is not None and solution[1] == 0:
+                break  # nothing has to be recomputed, so more parts only cost more
         for _ in range(_MOST_TRIALS):
             found = {parts: solution for parts, s in solvers.items() if (solution := s.plan(allowed[parts]))}
             if not found:
@@ -261,22 +135,52 @@ class _GuidedSearch:
             price = {parts: flops / self._forward / 3 + _COST_OF_A_PART * parts for parts, (_, flops) in found.items()}
             parts = min(found, key=price.__getitem__)
             plan = self._verified(found[parts], parts)
-            if _peak_bytes(plan) <= budget:
+            if plan.bytes <= budget:
                 return plan
-            allowed[parts] -= max(_peak_bytes(plan) - budget, 0.002 * budget)
+            allowed[parts] -= max(plan.bytes - budget, 0.002 * budget)
         return None
 
-    def _can_split(self) -> bool:
+    def _parts(self) -> list[int]:
+        """The numbers of micro-batches that are considered."""
         num_examples = self._fake.x.shape[0]
-        return any(isinstance(t, Tensor) and t.shape[:1] == (num_examples,) for t in tree_iter(self._fake.target))
+        rows = [isinstance(t, Tensor) and t.shape[:1] == (num_examples,) for t in tree_iter(self._fake.target)]
+        powers = (2**i for i in range(1, _MOST_PARTS.bit_length()))
+        return [1, *(parts for parts in powers if any(rows) and num_examples // parts >= _LEAST_PART)]
+
+    def _resident(self, parts: int) -> int:
+        """Gradients that are there from beginning to end."""
+        if parts == 1 and self._options["optimizers"] is not None:
+            return 0
+        # With the batch in one piece those of the auxiliary networks come early on.
+        return sum(left for _, left in self._aside.values()) + (sum(self._gradients) if parts > 1 else 0)
 
     def _solver(self, parts: int, largest: float, *, inside: bool) -> Solver:
-        costs = {stage: _scaled(cost, parts) for stage, cost in self._bench.costs.items()}
+        """A solver for what is left beside the resident gradients."""
+        costs = {
+            (unit, last): _scaled(cost, parts, self._gradients[unit])
+            for (unit, last), cost in self._bench.costs.items()
+        }
         alternatives = {}
-        for unit in range(len(costs)) if inside else ():
+        for unit in self._largest_units() if inside else ():
             found = self._bench.alternatives(unit, differentiable=unit > 0)
-            alternatives[unit] = [replace(a, peak=-(-a.peak // parts)) for a in found]
-        return Solver(costs, largest, alternatives)
+            alternatives[unit] = [replace(a, peak=_share(a.peak, parts, self._gradients[unit])) for a in found]
+        after = [0.0] * (len(costs) + 1)
+        if parts == 1 and self._options["optimizers"] is None:
+            after = [float(sum(self._gradients[unit:])) for unit in range(len(after))]
+        aside = {unit: -(-peak // parts) for unit, (peak, _) in self._aside.items()}
+        return Solver(costs, largest, alternatives, after=after, aside=aside)
+
+    def _largest_units(self) -> list[int]:
+        """The units that determine how small a step can be, even when all larger ones run as small as they can."""
+        chosen: list[int] = []
+        floor = 0
+        for (unit, _), cost in sorted(self._bench.costs.items(), key=lambda item: -item[1].backward):
+            if cost.backward < 0.8 * floor:  # what is stored beside them differs
+                break
+            chosen.append(unit)
+            peaks = [a.peak for a in self._bench.alternatives(unit, differentiable=unit > 0)]
+            floor = max(floor, min([cost.backward, *peaks]))
+        return sorted(chosen)
 
     def _verified(self, solution: tuple[Plan, float], parts: int) -> GuidedPlan:
         tree, flops = solution
@@ -285,26 +189,26 @@ class _GuidedSearch:
         return replace(plan, peak_bytes=prediction.peak_bytes)
 
 
-def _peak_bytes(plan: GuidedPlan) -> int:
-    assert plan.peak_bytes is not None
-    return plan.peak_bytes
-
-
-def _scaled(cost: StageCost, parts: int) -> StageCost:
+def _scaled(cost: StageCost, parts: int, gradients: int) -> StageCost:
     return StageCost(
         output=-(-cost.output // parts),
         tape=-(-cost.tape // parts),
         forward=-(-cost.forward // parts),
-        backward=-(-cost.backward // parts),
+        backward=_share(cost.backward, parts, gradients),
         flops=cost.flops,
     )
+
+
+def _share(peak: int, parts: int, gradients: int) -> int:
+    """Of a peak the part that a micro-batch takes; the gradients of parameters do not shrink, but are there already."""
+    return peak if parts == 1 else -(-max(0, peak - gradients) // parts)
 
 
 def find_local_plans(
     net: DecoupledNetwork, x: Tensor, target: Any, *, autocast: torch.dtype | None = None
 ) -> dict[int, Plan]:
     """For the modules that take most, plans by which the peak of a local step is the smallest."""
-    bench = _Bench(FakeStep(net, x, target), autocast)
+    bench = Bench(FakeStep(net, x, target), autocast)
     peaks: dict[tuple[Any, ...], tuple[int, int]] = {}
 
     def peak_of(k: int, plan: Plan | None) -> tuple[int, int]:
@@ -314,21 +218,26 @@ def find_local_plans(
             peaks[key] = bench.module_peak(k, plan)
         return peaks[key]
 
-    plans: list[list[Plan | None]] = []  # of every module from the cheapest on
     before = [0]  # gradients that the modules before have left
-    for k, group in enumerate(net.partition.groups):
-        plans.append([None, *_module_plans(bench, group)])
+    for k in range(net.num_modules):
         before.append(before[-1] + peak_of(k, None)[1])
-    ends = [min(peak_of(k, found[0])[0], peak_of(k, found[-1])[0]) + before[k] for k, found in enumerate(plans)]
+    plain = [peak_of(k, None)[0] + before[k] for k in range(net.num_modules)]
+    plans: dict[int, list[Plan | None]] = {}  # from the cheapest on
+    floor = 0
+    for k in sorted(range(net.num_modules), key=lambda k: -plain[k]):
+        if plain[k] <= floor:  # a larger one takes more at its least
+            break
+        plans[k] = [None, *_module_plans(bench, net.partition.groups[k])]
+        floor = max(floor, min(plain[k], peak_of(k, plans[k][-1])[0] + before[k]))
     chosen: dict[int, Plan] = {}
-    for k, found in enumerate(plans):
-        plan = next((p for p in found if peak_of(k, p)[0] + before[k] <= max(ends)), None)
+    for k, found in sorted(plans.items()):
+        plan = next((p for p in found if peak_of(k, p)[0] + before[k] <= floor), None)
         if plan is not None:
             chosen[k] = plan
     return chosen
 
 
-def _module_plans(bench: _Bench, group: range) -> list[Plan]:
+def _module_plans(bench: Bench, group: range) -> list[Plan]:
     """Plans for the units of one module, from the cheapest on."""
     alternatives = {
         unit: bench.alternatives(unit, differentiable=unit > group.start, held=unit == group[-1]) for unit in group
@@ -337,21 +246,9 @@ def _module_plans(bench: _Bench, group: range) -> list[Plan]:
         return [Inner(group.start, a.plan) for a in alternatives[group.start]]
     costs = {(i, i + 1): bench.costs[unit, unit + 1] for i, unit in enumerate(group)}
     largest = sum(cost.tape for cost in costs.values()) + max(cost.backward for cost in costs.values())
-    held = costs[len(group) - 1, len(group)].output
-    solver = Solver(costs, largest, {i: alternatives[unit] for i, unit in enumerate(group)}, held)
-    return [_moved(plan, group.start) for plan, _ in _steps(solver)]
-
-
-def _steps(solver: Solver) -> list[tuple[Plan, float]]:
-    """Plans of a solver from the cheapest on, each with clearly less memory than the one before."""
-    chosen: list[tuple[Plan, float]] = []
-    last = float("inf")
-    curve = solver.curve()
-    for budget, _ in reversed(curve):
-        if (budget < 0.95 * last or budget == curve[0][0]) and (solution := solver.plan(budget)) is not None:
-            chosen.append(solution)
-            last = budget
-    return chosen
+    after = [float(costs[len(group) - 1, len(group)].output)] * len(group) + [0.0]
+    solver = Solver(costs, largest, {i: alternatives[unit] for i, unit in enumerate(group)}, after=after)
+    return [_moved(plan, group.start) for plan, _ in plans_of(solver)]
 
 
 def _moved(plan: Plan, by: int) -> Plan:

@@ -56,7 +56,10 @@ class Solver:
             graph may be added, where they take less than one by one.
         largest: the largest number of bytes that is asked for.
         alternatives: by stage, other ways to run it.
-        held: bytes of the output, where that stays after the last stage has run backward.
+        after: by stage, bytes that are there besides when all stages from this one on have run backward (gradients of
+            parameters, or the output where that is kept); the last number belongs to the end of the chain.
+        aside: by stage, bytes that something beside the chain takes for a moment when the first forward pass has come
+            there.
     """
 
     def __init__(
@@ -64,13 +67,16 @@ class Solver:
         costs: Mapping[tuple[int, int], StageCost],
         largest: float,
         alternatives: Mapping[int, Sequence[Alternative]] | None = None,
-        held: int = 0,
+        *,
+        after: Sequence[float] | None = None,
+        aside: Mapping[int, int] | None = None,
     ) -> None:
         self._costs, self._alternatives = costs, alternatives or {}
-        self._held = held
         self._slot = max(1, largest) / _SLOTS
         self._range = torch.arange(_SLOTS + 1)
         self._count = max(last for _, last in costs)
+        self._after = after or [0.0] * (self._count + 1)
+        self._aside = aside or {}
         # table[first, last, m]: FLOPs recomputed for stages first to last - 1 with m slots beyond their input.
         self._table = torch.full((self._count + 1, self._count + 1, _SLOTS + 1), _INFINITE, dtype=torch.float64)
         for length in range(1, self._count + 1):
@@ -93,7 +99,8 @@ class Solver:
         """Ways to run stages ``first`` to ``last - 1``: a row of costs by slots for each, and what it is."""
         costs, middles = self._costs, range(first + 1, last)
         incoming = costs[last - 1, last].output
-        held = self._held if last < self._count else 0
+        before = self._after[last]
+        aside = self._aside if last == self._count else {}  # later passes do without
         ways: list[Plan | tuple[str, int]] = []
         least: list[int] = []
         rows: list[Tensor] = []
@@ -104,21 +111,22 @@ class Solver:
             leaves += [(Inner(first, a.plan), a.peak, a.flops) for a in self._alternatives.get(first, ())]
         for plan, peak, flops in leaves:
             ways.append(plan)
-            least.append(self._slots(peak + held))
+            least.append(self._slots(peak + before))
             rows.append(torch.full((1, _SLOTS + 1), flops, dtype=torch.float64))
-        kept = [middle for middle in middles if (first, middle) in costs]
-        if kept:
-            ways += [("keep", middle) for middle in kept]
-            tapes = [costs[first, middle] for middle in kept]
-            least += [self._slots(max(t.backward + self._held, t.tape + incoming + held)) for t in tapes]
-            rows.append(self._shifted(self._table[kept, last], [self._slots(t.tape) for t in tapes]))
+        for middle in (m for m in middles if (first, m) in costs):
+            tape = costs[first, middle]
+            forward = tape.tape + max(incoming, aside.get(middle, 0)) + before
+            ways.append(("keep", middle))
+            least.append(self._slots(max(tape.backward + self._after[middle], forward)))
+            rows.append(self._shifted(self._table[[middle], last], [self._slots(tape.tape)]))
         if middles:
             peak, flops, price = 0, 0.0, []
             for middle in middles:
                 stage = costs[middle - 1, middle]
-                peak = max(peak, stage.forward + (costs[middle - 2, middle - 1].output if middle > first + 1 else 0))
+                given = costs[middle - 2, middle - 1].output if middle > first + 1 else 0
+                peak = max(peak, given + stage.forward, given + stage.output + aside.get(middle, 0))
                 flops += stage.flops
-                least.append(self._slots(peak + incoming + held))
+                least.append(self._slots(peak + incoming + before))
                 price.append(flops)
                 ways.append(("again", middle))
             stored = [self._slots(costs[middle - 1, middle].output) for middle in middles]

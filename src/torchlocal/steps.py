@@ -67,7 +67,7 @@ def local_step(
     Raises:
         ValueError: the batch is empty or not a tensor, or the number of optimizers is not K.
     """
-    _check(net, x, target, optimizers)
+    check_arguments(net, x, target, optimizers)
     run = Run(net, Batch(input=x, target=target, criterion=net.criterion), autocast, backward, scale)
     net.chain.refresh(x.device)
     plans = net.local_plans(x, target, recompute, autocast=autocast)
@@ -122,7 +122,7 @@ def guided_step(
     Raises:
         ValueError: an option is unknown, the batch is empty, or the number of optimizers is not K.
     """
-    _check(net, x, target, optimizers)
+    check_arguments(net, x, target, optimizers)
     if auxiliary not in ("follow", "frozen"):
         raise ValueError(f"auxiliary: must be 'follow' or 'frozen', not {auxiliary!r}")
     plan = net.guided_plan(
@@ -269,7 +269,8 @@ def _apply(optimizer: SupportsStep) -> None:
     optimizer.zero_grad()
 
 
-def _check(net: DecoupledNetwork, x: Tensor, target: Any, optimizers: Sequence[SupportsStep] | None) -> None:
+def check_arguments(net: DecoupledNetwork, x: Tensor, target: Any, optimizers: Sequence[SupportsStep] | None) -> None:
+    """Refuse a batch that does not fit the network, and a wrong number of optimizers."""
     if not isinstance(x, Tensor):
         raise ValueError(f"x: must be a tensor of shape (N, ...), not {type(x).__name__}")
     expected = net.input_shape
