@@ -6,6 +6,12 @@ of the per-round ratios, so that a slow moment of the machine hits both sides.
 
     python benchmarks/step.py                      # ResNet-32, K = 16, batch 128, 32×32, fp32
     python benchmarks/step.py --model resnet110 --modules 55 --precision bf16
+
+With ``--rules`` the local step of every local rule is timed instead, in fp32 and in bf16 with channels_last, each
+against the end-to-end step in the same precision; its peak is measured, too.
+
+    python benchmarks/step.py --rules                # all rules
+    python benchmarks/step.py --rules dgl predsim
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ from torch import Tensor, nn
 
 import torchlocal as tl
 from torchlocal.models import build_model
+from torchlocal.rules import make_rule
 
 
 def children_in_order(model: nn.Module) -> list[nn.Module]:
@@ -36,6 +43,101 @@ def children_in_order(model: nn.Module) -> list[nn.Module]:
     return [nn.Sequential(*before), *inner, nn.Sequential(last, *after[:-1], *flat, after[-1])]
 
 
+# Published code for comparison: time and activation peak of its step relative to its own end-to-end step, for
+# ResNet-32, K = 16, batch 128, fp32, 2 threads. (That of AugLocal trains the last d + 1 = 3 blocks as one module; here
+# all are apart.)
+RULES: dict[str, tuple[str, dict[str, object], tuple[float, float] | None]] = {
+    "greedy": ("greedy", {}, None),
+    "dgl": ("dgl", {}, (1.22, 0.21)),
+    "predsim": ("predsim", {}, (1.50, 0.26)),
+    "infopro": ("infopro", {"weights": [[5, 0.05], [0.2, 0.5]]}, (4.40, 0.43)),
+    "infopro-contrast": ("infopro", {"task": "contrast", "weights": [[5, 0.05], [0.2, 0.5]]}, None),
+    "auglocal": ("auglocal", {"depth": 2}, (2.47, 0.28)),
+    "man": ("man", {}, None),
+}
+
+
+def compare_rules(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Time the local step of every rule against the end-to-end step, and measure the peaks."""
+    chosen = options.rules or list(RULES)
+    if unknown := [name for name in chosen if name not in RULES]:
+        parser.error(f"--rules: {unknown[0]!r} is unknown; choose {', '.join(RULES)}")
+    y = torch.randint(10, (options.batch_size,))
+    steps: dict[tuple[str, str], Callable[[], None]] = {}
+    peaks: dict[tuple[str, str], int] = {}
+    parameters: dict[str, int] = {}
+    for precision in ("fp32", "bf16"):
+        dtype = torch.bfloat16 if precision == "bf16" else None
+        layout = torch.channels_last if dtype else torch.contiguous_format
+        x = torch.randn(options.batch_size, 3, options.size, options.size).to(memory_format=layout)
+        for name in ("end-to-end", *chosen):
+            torch.manual_seed(0)
+            model = build_model(options.model, num_classes=10, in_channels=3, image_size=(options.size, options.size))
+            if name == "end-to-end":
+                steps[precision, name], peaks[precision, name] = rule_step(model.to(memory_format=layout), x, y, dtype)
+                continue
+            kind, arguments, _ = RULES[name]
+            net = tl.decouple(model, options.modules, sample=x, rule=make_rule(kind, arguments))
+            parameters[name] = sum(p.numel() for p in net.auxiliary.parameters())
+            steps[precision, name], peaks[precision, name] = rule_step(net.to(memory_format=layout), x, y, dtype)
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
+    for index in range(options.rounds + 2):
+        for key in steps if index % 2 == 0 else reversed(steps):
+            begin = time.perf_counter()
+            steps[key]()
+            if index >= 2:  # two rounds to warm up
+                times[key].append(time.perf_counter() - begin)
+    print(
+        f"{options.model}, K = {options.modules}, batch {options.batch_size}, {options.size}×{options.size}, "
+        f"{torch.get_num_threads()} threads, median of {options.rounds} interleaved rounds, torch {torch.__version__}\n"
+    )
+    print("| precision | local step | ms | × end-to-end | peak × end-to-end | published time / peak | auxiliary |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    rows = []
+    for (precision, name), measured in times.items():
+        base = times[precision, "end-to-end"]
+        row = {
+            "precision": precision,
+            "rule": name,
+            "ms": 1000 * statistics.median(measured),
+            "time": statistics.median(a / b for a, b in zip(measured, base, strict=True)),
+            "peak": peaks[precision, name] / peaks[precision, "end-to-end"],
+            "auxiliary_parameters": parameters.get(name, 0),
+        }
+        rows.append(row)
+        published = RULES[name][2] if name in RULES and precision == "fp32" else None
+        told = f"{published[0]:.2f} / {published[1]:.2f}" if published else "–"
+        print(
+            f"| {precision} | {name} | {row['ms']:.0f} | {row['time']:.2f} | {row['peak']:.3f} | {told} "
+            f"| {row['auxiliary_parameters']:,} |"
+        )
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({"options": vars(options), "rows": rows}, file, indent=1)
+
+
+def rule_step(net: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype | None) -> tuple[Callable[[], None], int]:
+    """A training step, local for a decoupled network and ordinary for any other, and the peak of it in bytes."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
+
+    def learn() -> None:
+        if isinstance(net, tl.DecoupledNetwork):
+            net.local_step(x, y, autocast=dtype)
+            return
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is not None):
+            loss = F.cross_entropy(net(x), y)
+        loss.backward()
+
+    def run() -> None:
+        learn()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    peak = tl.memory.measure(learn).peak_bytes
+    optimizer.zero_grad()
+    return run, peak
+
+
 def main() -> None:
     """Time the steps and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -47,10 +149,14 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 also uses channels_last")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default: 15)")
     parser.add_argument("--threads", type=int, default=None, help="torch threads (default: all cores)")
+    parser.add_argument("--rules", nargs="*", default=None, help="compare these local rules; no name: all of them")
     parser.add_argument("--json", default=None, help="also write the numbers to this file")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.rules is not None:
+        compare_rules(parser, options)
+        return
     torch.manual_seed(0)
     dtype = torch.bfloat16 if options.precision == "bf16" else None
     layout = torch.channels_last if dtype else torch.contiguous_format

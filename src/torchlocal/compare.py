@@ -23,7 +23,15 @@ import yaml
 from torchlocal import __version__ as torchlocal_version
 from torchlocal.assembly import build_network, build_optimizer, count_steps, load_run_data, resolve_execution
 from torchlocal.checkpoint import check_same_config, write_config, write_json
-from torchlocal.config import FitConfig, GuidanceConfig, build_guidance, config_from_dict, config_to_dict, guided_memory
+from torchlocal.config import (
+    FitConfig,
+    GuidanceConfig,
+    build_guidance,
+    build_rule,
+    config_from_dict,
+    config_to_dict,
+    guided_memory,
+)
 from torchlocal.costs import StepCosts, measure_costs
 from torchlocal.data import DataBundle
 from torchlocal.models import build_model
@@ -426,8 +434,7 @@ def _facts(
     return {
         "Data": f"{data.name}: {len(data.train):,} training, {len(data.validation):,} validation and "
         f"{len(data.test):,} test images of {shape}, {data.num_classes} classes",
-        "Network": f"{fit_config.model}, {_modules_text(fit_config)}, local rule {fit_config.rule}, auxiliary networks "
-        f"{fit_config.auxiliary}",
+        "Network": f"{fit_config.model}, {_modules_text(fit_config)}, local rule {build_rule(fit_config)!r}",
         "Guidance": f"{build_guidance(fit_config)!r}, auxiliary networks {fit_config.guidance.auxiliary}, "
         + ", ".join(f"{name} {value}" for name, value in guided_memory(fit_config).items()),
         "Training": f"{length}; {fit_config.optimizer}, lr {fit_config.lr:g}, "

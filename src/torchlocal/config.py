@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import math
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any
 
 from torchlocal.guidance import Guidance, make_guidance
 from torchlocal.plan import parse_size
-from torchlocal.rules import RULES, Rule
+from torchlocal.rules import RULES, Rule, make_rule
 
 __all__ = [
     "FitConfig",
@@ -67,8 +68,10 @@ class FitConfig:
         model: name of the backbone: "resnet20", "torchvision:resnet18", "timm:vit_tiny_patch16_224", ...
         modules: number of local modules, or "all" for one per unit.
         cuts: names of the units to cut after, instead of the balanced grouping.
-        rule: local rule.
-        auxiliary: auxiliary network of the local rule: "linear", "conv" or "mlp_sr".
+        rule: local rule: "greedy", "dgl", "predsim", "infopro", "auglocal" or "man".
+        auxiliary: auxiliary network of the greedy rule (and of the task's branch of "infopro"): "linear", "conv" or
+            "mlp_sr".
+        rule_options: options of the local rule by name, such as {"depth": 3} for "auglocal" (see docs/rules.md).
         label_smoothing: label smoothing of every loss, in [0, 1).
         guidance: which steps are guided.
         memory: what a guided step may take: "local": no more than a local step (recomputes, and cuts the batch into
@@ -97,6 +100,7 @@ class FitConfig:
         clip: largest norm of the gradient of each loss; None: not clipped.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         precision: "fp32", "bf16", "fp16", or "auto": bf16 where the device has it in hardware.
+        replicas: data-parallel copies among the ranks that torchrun started; each takes an equal part of every batch.
         channels_last: memory layout of the images; None: where bf16 is used.
         compile: compile the network with torch.compile.
         seed: seed of weights, data order, augmentation, dropout and random guidance.
@@ -112,6 +116,7 @@ class FitConfig:
     cuts: list[str] | None = None
     rule: str = "greedy"
     auxiliary: str = "conv"
+    rule_options: dict[str, Any] = field(default_factory=dict)
     label_smoothing: float = 0.0
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     memory: int | str | None = None
@@ -138,6 +143,7 @@ class FitConfig:
     clip: float | None = None
     device: str = "auto"
     precision: str = "auto"
+    replicas: int = 1
     channels_last: bool | None = None
     compile: bool = False
     seed: int = 0
@@ -151,8 +157,9 @@ class FitConfig:
             value = getattr(self, name)
             if not isinstance(value, str) or not value:
                 raise ValueError(f"{name}={value!r} must be a string that is not empty")
-        for name, least in (("epochs", 1), ("batch_size", 1), ("accumulate", 1), ("log_every", 1), ("seed", 0)):
-            _check_whole(name, getattr(self, name), least)
+        for name in ("epochs", "batch_size", "accumulate", "log_every", "replicas"):
+            _check_whole(name, getattr(self, name), 1)
+        _check_whole("seed", self.seed, 0)
         if self.seed >= 2**32:
             raise ValueError(f"seed={self.seed} must be below 2**32")
         for name in ("steps", "num_train", "num_validation", "checkpoint_every", "num_threads", "image_size"):
@@ -225,8 +232,22 @@ def build_rule(config: FitConfig) -> Rule:
     """Make the local rule of a run, with its auxiliary network."""
     if config.rule not in RULES:
         raise ValueError(f"rule={config.rule!r} is unknown: give one of {', '.join(RULES)}")
-    options: dict[str, Any] = {"auxiliary": config.auxiliary}
-    return RULES[config.rule](**options)
+    given = config.rule_options
+    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
+        raise ValueError(f"rule_options={given!r} must be `name: value` pairs, such as {{'depth': 3}}")
+    options: dict[str, Any] = {}
+    takes = inspect.signature(RULES[config.rule]).parameters
+    if config.rule == "greedy" or config.auxiliary != "conv":
+        if "auxiliary" not in takes:
+            raise ValueError(f"auxiliary={config.auxiliary!r} means nothing to rule={config.rule!r}: leave it out")
+        options["auxiliary"] = config.auxiliary
+    if "published" in takes:
+        options["published"] = [config.data, config.model]
+    try:
+        return make_rule(config.rule, options | given)
+    except ValueError as error:
+        known = str(error).partition(":")[0] in given
+        raise ValueError(f"rule_options.{error}" if known else str(error)) from error
 
 
 def config_to_dict(config: FitConfig) -> dict[str, Any]:

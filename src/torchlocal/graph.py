@@ -279,6 +279,11 @@ class _Probe(nn.Module):
         return found
 
 
+def _sides(shape: torch.Size) -> bool:
+    """Whether more than one dimension beside the batch's has an extent."""
+    return sum(side > 1 for side in shape[1:]) > 1
+
+
 def _storage_key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
@@ -372,6 +377,7 @@ class Chain:
         # By node, since each trace makes its own: the values that it changes in place; those that are no single value.
         self.written = {known[n]: {known.get(w) for w in seen.written[i]} for i, n in enumerate(traced.nodes)}
         self.composite = {known.get(n) for n, value in seen.values.items() if isinstance(value, (tuple, list, dict))}
+        self.shapes = {known.get(n): value.shape for n, value in seen.values.items() if isinstance(value, Tensor)}
         self.compiled: dict[str, Any] | None = None
         self._trace: Trace | None = None
         self._key: object = None
@@ -398,6 +404,7 @@ class Chain:
         """Compile every segment from now on; ``options`` go to :func:`torch.compile`."""
         self.compiled = options
         self._segments.clear()
+        self._key = None
 
     def refresh(self, device: torch.device) -> None:
         """Trace again if a submodule, its training flag, a plain tensor or the device changed since the last call."""
@@ -428,6 +435,38 @@ class Chain:
         if (first, last) not in cache:
             cache[first, last] = self._build(first, last)
         return cache[first, last]
+
+    def body(self, extent: torch.Size) -> tuple[fx.GraphModule, torch.Size]:
+        """What runs the last unit without the network's head, and the shape of the features that it returns.
+
+        The head follows the last value of as many dimensions as the unit's input has (pooled maps apart), or, where
+        there is none, the input of the last linear layer. Call :meth:`refresh` before.
+
+        Args:
+            extent: shape of the unit's input.
+
+        Raises:
+            ValueError: the unit is all head.
+        """
+        assert self._trace is not None
+        unit = self.num_units - 1
+        begin, end = self._span(unit, unit + 1)
+        nodes, identities = self._trace.nodes, self._trace.identities()
+        shapes = [self.shapes.get(identities[i], torch.Size()) for i in range(begin, end)]
+        stops = [i for i, s in enumerate(shapes) if len(s) > 2 and (len(s), _sides(s)) == (len(extent), _sides(extent))]
+        if not stops:
+            linear = [i for i, n in enumerate(nodes[begin:end]) if self._is_linear(n)]
+            stops = [linear[-1] - 1] if linear and linear[-1] > 0 else []
+        if not stops:
+            raise ValueError(
+                f"rule: the last unit of {type(self.backbone).__name__} holds only the head, so nothing of it can "
+                "be copied without; choose other cuts, or another rule"
+            )
+        stop = begin + stops[-1]
+        return self.build(nodes[begin : stop + 1], self._entry(unit), nodes[stop]), shapes[stops[-1]]
+
+    def _is_linear(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and isinstance(self.backbone.get_submodule(str(node.target)), nn.Linear)
 
     def run(self, first: int, last: int, state: list[Any]) -> tuple[Tensor]:
         """Run units ``first`` to ``last - 1`` on the features in ``state``, which are taken out of it."""

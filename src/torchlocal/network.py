@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import steps
-from .graph import Chain
+from .graph import Chain, training_mode
 from .partition import Partition, Unit, Units, balance
 from .recompute import Plan, in_segments
 from .rules import RULES, Rule, Site
+from .rules.downstream import Downstream
 from .schedule import GuidedPlan, find_guided_plan, find_local_plans
 
 if TYPE_CHECKING:
@@ -265,7 +266,11 @@ def decouple(
             f"modules: {num_modules} local modules were asked for, but {type(backbone).__name__} can be cut into "
             f"{len(units)} units at most ({', '.join(u.name for u in units)}); ask for fewer, or pass a list of modules"
         )
-    auxiliary_bytes = _AuxiliaryBytes(found, units, rule, num_modules, shape)
+    chain = found.chain()
+    anchor = next(backbone.parameters(), torch.empty(0))
+    with training_mode(backbone):
+        chain.refresh(anchor.device)  # rules may copy units, here or, for their cost, on fake tensors
+    auxiliary_bytes = _AuxiliaryBytes(found, units, rule, num_modules, shape, chain)
 
     def price(first: int, last: int) -> float:
         if cost != "activation_bytes":
@@ -274,14 +279,14 @@ def decouple(
 
     groups = balance(len(units), num_modules, price)
     partition = Partition(units=units, groups=tuple(groups), costs=tuple(float(price(g.start, g.stop)) for g in groups))
-    sites = [_site(k, num_modules, units[g.stop - 1], shape, found.output_shape) for k, g in enumerate(groups[:-1])]
-    anchor = next(backbone.parameters(), torch.empty(0))
+    stops = [group.stop for group in groups[:-1]]
+    sites = [_site(k, num_modules, units, stop, shape, found.output_shape, chain) for k, stop in enumerate(stops)]
     with torch.device(anchor.device):
         auxiliary = [rule.auxiliary(site).to(device=anchor.device, dtype=anchor.dtype) for site in sites]
     return DecoupledNetwork(
         backbone,
         auxiliary,
-        chain=found.chain(),
+        chain=chain,
         partition=partition,
         rule=rule,
         criterion=criterion,
@@ -293,15 +298,18 @@ def decouple(
 class _AuxiliaryBytes:
     """Bytes that the auxiliary network after a unit keeps for backward, found on fake tensors when first asked for."""
 
-    def __init__(self, found: Units, units: Sequence[Unit], rule: Rule, num_modules: int, sample: Tensor) -> None:
+    def __init__(
+        self, found: Units, units: Sequence[Unit], rule: Rule, num_modules: int, sample: Tensor, chain: Chain
+    ) -> None:
         self._found, self._units, self._rule, self._sample = found, units, rule, sample
-        self._num_modules = num_modules
+        self._num_modules, self._chain = num_modules, chain
         self._known: dict[int, int] = {}
 
     def __call__(self, unit: int) -> int:
         if unit not in self._known:
             index = min(unit, self._num_modules - 2)
-            site = _site(index, self._num_modules, self._units[unit], self._sample, self._found.output_shape)
+            output_shape = self._found.output_shape
+            site = _site(index, self._num_modules, self._units, unit + 1, self._sample, output_shape, self._chain)
             self._known[unit] = self._measure(site, self._found.boundary(unit))
         return self._known[unit]
 
@@ -324,13 +332,22 @@ class _AuxiliaryBytes:
                 torch.set_default_dtype(default)
             features = features.detach().requires_grad_()
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                self._rule.predict(site, network, features)
+                self._rule.rehearse(site, network, features)
         for tensor in [features, *network.parameters(), *network.buffers()]:
             kept.pop(tensor.untyped_storage()._cdata, None)
         return sum(kept.values())
 
 
-def _site(index: int, num_modules: int, unit: Unit, sample: Tensor, output_shape: torch.Size) -> Site:
+def _site(
+    index: int,
+    num_modules: int,
+    units: Sequence[Unit],
+    stop: int,
+    sample: Tensor,
+    output_shape: torch.Size,
+    chain: Chain,
+) -> Site:
+    unit = units[stop - 1]
     return Site(
         index=index,
         num_modules=num_modules,
@@ -338,6 +355,7 @@ def _site(index: int, num_modules: int, unit: Unit, sample: Tensor, output_shape
         channel_dim=unit.channel_dim,
         input_shape=sample.shape,
         output_shape=output_shape,
+        downstream=Downstream(chain, units, stop),
     )
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .downstream import Downstream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +24,7 @@ class Site:
         channel_dim: dimension of the features that holds the channels, 1 or -1.
         input_shape: shape of the network's input, batch included.
         output_shape: shape of the network's output, batch included.
+        downstream: the units of the backbone that come after the module; they can be copied, and their parameters read.
     """
 
     index: int
@@ -29,11 +33,17 @@ class Site:
     channel_dim: int
     input_shape: torch.Size
     output_shape: torch.Size
+    downstream: Downstream | None = field(default=None, repr=False, compare=False)
 
     @property
     def channels(self) -> int:
         """Number of channels of the features."""
         return self.feature_shape[self.channel_dim]
+
+    @property
+    def depth(self) -> float:
+        """Where the module is among those with an auxiliary network: 0 for the first, 1 for the last of them."""
+        return self.index / (self.num_modules - 2) if self.num_modules > 2 else 0.0
 
     @property
     def spatial(self) -> tuple[int, ...]:
@@ -69,7 +79,14 @@ class Rule:
     """How the auxiliary network and the local loss of a module are made. Subclass it to write your own.
 
     ``auxiliary`` is called once per module but the last, ``loss`` in every local step.
+
+    Attributes:
+        reads_input: the loss reads ``batch.input``, so it must be at hand where the module is.
+        reads_next_module: the loss reads the parameters of the module that follows.
     """
+
+    reads_input: ClassVar[bool] = False
+    reads_next_module: ClassVar[bool] = False
 
     def auxiliary(self, site: Site) -> nn.Module:
         """Make the auxiliary network for the features at ``site``."""
@@ -82,3 +99,7 @@ class Rule:
     def predict(self, site: Site, auxiliary: nn.Module, features: Tensor) -> Tensor:
         """What the module predicts by itself, of the shape of the network's output."""
         return auxiliary(features)
+
+    def rehearse(self, site: Site, auxiliary: nn.Module, features: Tensor) -> Any:
+        """Run as much of the auxiliary network as ``loss`` does, to count what it keeps; by default ``predict``."""
+        return self.predict(site, auxiliary, features)

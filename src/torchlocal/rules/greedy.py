@@ -7,46 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import nn
 
 from .base import Rule, Site
+from .layers import ToMap, layers_for, pool_to
 
 _SMALL_MAP = 8  # a map of at most this many rows or columns is not reduced further
 _HIDDEN = 128
 
 
-class _ToMap(nn.Module):
-    """Features of any layout as a channels-first map: (N, C, H, W), (N, C, T), or (N, C, 1) for vectors."""
-
-    def __init__(self, site: Site) -> None:
-        super().__init__()
-        self.channel_dim = site.channel_dim
-        self.vector = not site.spatial
-
-    def forward(self, features: Tensor) -> Tensor:
-        if self.vector:
-            return features.unsqueeze(-1)
-        return features if self.channel_dim == 1 else features.movedim(-1, 1)
-
-
-def _layers(site: Site) -> tuple[type[nn.Module], type[nn.Module], type[nn.Module]]:
-    """Convolution, norm and adaptive average pool for the features at ``site``."""
-    dims = max(1, len(site.spatial))
-    if dims > 3:
-        raise ValueError(
-            f"rule: features of shape {tuple(site.feature_shape)} have {dims} spatial dimensions, and the auxiliary "
-            "networks of the library know at most 3; pass a callable that builds a fitting one"
-        )
-    convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
-    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1]
-    pool = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[dims - 1]
-    return convolution, norm, pool
-
-
 def linear(site: Site) -> nn.Module:
     """Global average pooling and a linear classifier."""
-    _, _, pool = _layers(site)
-    return nn.Sequential(_ToMap(site), pool(1), nn.Flatten(), nn.Linear(site.channels, site.num_outputs))
+    _, _, pool = layers_for(site)
+    return nn.Sequential(ToMap(site), pool(1), nn.Flatten(), nn.Linear(site.channels, site.num_outputs))
 
 
 def conv(site: Site) -> nn.Module:
@@ -55,12 +28,12 @@ def conv(site: Site) -> nn.Module:
     While the map is large (more than 8 rows and columns) the convolution has stride 2 and, up to 128 channels, doubles
     the width. On tokens (N, T, C) the convolution runs along the sequence; on vectors it is a linear layer.
     """
-    convolution, norm, pool = _layers(site)
+    convolution, norm, pool = layers_for(site)
     large = bool(site.spatial) and min(site.spatial) > _SMALL_MAP
     width = max(site.channels, min(2 * site.channels, _HIDDEN)) if large else site.channels
     kernel = 3 if site.spatial else 1
     return nn.Sequential(
-        _ToMap(site),
+        ToMap(site),
         convolution(site.channels, width, kernel, stride=2 if large else 1, padding=kernel // 2, bias=False),
         norm(width),
         nn.ReLU(inplace=True),
@@ -78,15 +51,15 @@ def mlp_sr(site: Site) -> nn.Module:
     Pooled to a quarter of each side, three 1×1 convolutions, pooled to 2×2 (2 tokens of a sequence), two hidden layers
     of as many units as that leaves features, and a classifier.
     """
-    convolution, norm, pool = _layers(site)
+    convolution, norm, _ = layers_for(site)
     small = tuple(-(-side // 4) for side in site.spatial) or (1,)
     channels = site.channels
-    layers: list[nn.Module] = [_ToMap(site), pool(small)]
+    layers: list[nn.Module] = [ToMap(site), pool_to(site.spatial or (1,), small)]
     for _ in range(3):
         layers += [convolution(channels, channels, 1, bias=False), norm(channels), nn.ReLU(inplace=True)]
     side = 2 if site.spatial else 1
     width = channels * side ** len(site.spatial)
-    layers += [pool(side), nn.Flatten()]
+    layers += [pool_to(small, (side,) * len(small)), nn.Flatten()]
     for _ in range(2):
         layers += [nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Linear(width, site.num_outputs))
@@ -118,7 +91,7 @@ class GreedyRule(Rule):
 
     def __repr__(self) -> str:
         name = self._auxiliary if isinstance(self._auxiliary, str) else getattr(self._auxiliary, "__name__", "callable")
-        return f"GreedyRule(auxiliary={name!r})"
+        return f"{type(self).__name__}(auxiliary={name!r})"
 
     def auxiliary(self, site: Site) -> nn.Module:
         build = AUXILIARY_NETWORKS[self._auxiliary] if isinstance(self._auxiliary, str) else self._auxiliary
@@ -126,3 +99,16 @@ class GreedyRule(Rule):
         if not isinstance(network, nn.Module):
             raise ValueError(f"auxiliary: the callable must return an nn.Module, not {type(network).__name__}")
         return network
+
+
+class DGLRule(GreedyRule):
+    """DGL as published: cross-entropy (the criterion of the task) through the "MLP-SR-aux" network.
+
+    Belilovsky, Eickenberg and Oyallon, "Decoupled Greedy Learning of CNNs" (ICML 2020), section 4.2.
+
+    Args:
+        auxiliary: another auxiliary network, see :class:`GreedyRule`.
+    """
+
+    def __init__(self, auxiliary: str | Callable[[Site], nn.Module] = "mlp_sr") -> None:
+        super().__init__(auxiliary)
