@@ -1,8 +1,9 @@
 """Train any network as gradient-isolated local modules, and reinstate the global objective periodically."""
 
-from . import guidance, memory, rules
+from . import guidance, memory, parallel, rules
 from .guidance import AlwaysGuidance, AnnealedGuidance, NeverGuidance, PeriodicGuidance, RandomGuidance
 from .network import DecoupledNetwork, decouple
+from .parallel import ParallelNetwork, distribute
 from .partition import Partition, Unit
 from .plan import MemoryPlan, plan
 from .rules import GreedyRule, Rule
@@ -17,16 +18,19 @@ __all__ = [
     "GreedyRule",
     "MemoryPlan",
     "NeverGuidance",
+    "ParallelNetwork",
     "Partition",
     "PeriodicGuidance",
     "RandomGuidance",
     "Rule",
     "Unit",
     "decouple",
+    "distribute",
     "guidance",
     "guided_step",
     "local_step",
     "memory",
+    "parallel",
     "plan",
     "rules",
 ]

@@ -1,5 +1,6 @@
 """The parts of a run: its device, data, network, optimizer and learning rate, and one training step."""
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Iterable
@@ -15,6 +16,9 @@ from torchlocal.config import FitConfig, build_rule, guided_memory
 from torchlocal.data import DataBundle, load_data
 from torchlocal.models import build_model
 from torchlocal.network import DecoupledNetwork, decouple
+from torchlocal.parallel.network import ParallelNetwork
+from torchlocal.parallel.setup import distribute
+from torchlocal.parallel.team import RemoteSplit, ShareOfSplit, Team
 
 __all__ = [
     "Execution",
@@ -23,7 +27,9 @@ __all__ = [
     "count_steps",
     "learning_rate",
     "load_run_data",
+    "load_shared_data",
     "resolve_execution",
+    "share_out",
     "train_step",
 ]
 
@@ -51,6 +57,12 @@ class Execution:
         """Move a batch of images to the device, in its memory layout."""
         layout = torch.channels_last if self.channels_last else torch.preserve_format
         return images.to(self.device, non_blocking=True, memory_format=layout)
+
+    def place_batch(self, images: Tensor | None, targets: Tensor | None) -> tuple[Any, Any]:
+        """Move a batch to the device; one that another rank reads is None."""
+        if images is None or targets is None:
+            return None, None
+        return self.place(images), targets.to(self.device, non_blocking=True)
 
 
 def resolve_execution(config: FitConfig) -> Execution:
@@ -86,6 +98,48 @@ def load_run_data(config: FitConfig) -> DataBundle:
     )
 
 
+def load_shared_data(config: FitConfig, team: Team) -> DataBundle:
+    """Load the data where they are read; the other ranks only learn how many there are, and of what shape."""
+    if not team.parallel:
+        return load_run_data(config)
+    if config.batch_size % team.replicas:
+        raise ValueError(
+            f"batch_size={config.batch_size} cannot be shared by replicas={config.replicas}: make it a multiple"
+        )
+    own: DataBundle | None = None
+
+    def load() -> dict[str, Any]:
+        nonlocal own
+        own = load_run_data(config)
+        sizes = {name: len(getattr(own, name)) for name in ("train", "validation", "test")}
+        return {"name": own.name, "num_classes": own.num_classes, "shape": own.shape, **sizes}
+
+    told = team.at_reader(load)
+    if own is None and team.reads:  # the first stage of another replica
+        own = load_run_data(config)
+    if own is None:
+        splits = {name: RemoteSplit(told[name]) for name in ("train", "validation", "test")}
+        return DataBundle(**{**told, **splits})
+    share: Any = ShareOfSplit(own.train, team.replica, team.replicas)
+    return dataclasses.replace(own, train=share)
+
+
+def share_out(
+    net: DecoupledNetwork, config: FitConfig, data: DataBundle, execution: Execution, team: Team
+) -> ParallelNetwork:
+    """Share the local modules out to the ranks, balanced by the time that they take on the first batch."""
+    if execution.precision == "fp16":
+        raise ValueError(
+            'precision="fp16" needs one scale for all modules, so not several ranks: give "bf16" or "fp32"'
+        )
+    sample = None
+    if team.rank == 0:
+        sample = execution.place_batch(*next(data.train.batches(config.batch_size, train=True, seed=config.seed)))
+    return distribute(
+        net, replicas=team.replicas, assignment="time", sample=sample, autocast=execution.autocast, timeout=team.timeout
+    )
+
+
 def build_network(config: FitConfig, data: DataBundle, execution: Execution) -> DecoupledNetwork:
     """Build and cut the network of a run, on its device.
 
@@ -108,8 +162,8 @@ def build_network(config: FitConfig, data: DataBundle, execution: Execution) -> 
     return net.to(execution.device, memory_format=layout)  # type: ignore[call-overload]
 
 
-def build_optimizer(config: FitConfig, net: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimizer of a run over all parameters, those of the auxiliary networks among them.
+def build_optimizer(config: FitConfig, net: nn.Module | ParallelNetwork) -> torch.optim.Optimizer:
+    """Build the optimizer of a run over all parameters (of this rank), those of the auxiliary networks among them.
 
     Raises:
         ValueError: if torch.optim has no such optimizer, or it does not take the configuration's values.
@@ -185,9 +239,9 @@ def learning_rate(config: FitConfig, step: int, *, steps_per_epoch: int, num_ste
 
 
 def train_step(
-    net: DecoupledNetwork,
+    net: DecoupledNetwork | ParallelNetwork,
     optimizer: torch.optim.Optimizer,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor | None, Tensor | None]],
     *,
     config: FitConfig,
     execution: Execution,
@@ -218,7 +272,7 @@ def train_step(
     total: list[Tensor] = []
     try:
         for x, y in batches:
-            losses = step(execution.place(x), y.to(execution.device, non_blocking=True), **options)
+            losses = step(*execution.place_batch(x, y), **options)
             total = [a + b for a, b in zip(total, losses, strict=True)] if total else losses
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
@@ -240,8 +294,11 @@ def train_step(
     return [loss / config.accumulate for loss in total] if config.accumulate > 1 else total
 
 
-def _clip(net: DecoupledNetwork, norm: float, guided: bool) -> None:
+def _clip(net: DecoupledNetwork | ParallelNetwork, norm: float, guided: bool) -> None:
     """Clip the gradient of each loss by itself, so that no local module depends on another."""
+    if guided and isinstance(net, ParallelNetwork):
+        net.clip_guided(norm)
+        return
     if guided:
         groups = [list(net.backbone.parameters()), *(list(network.parameters()) for network in net.auxiliary)]
     else:

@@ -17,6 +17,7 @@ from torch import nn
 
 __all__ = [
     "check_same_config",
+    "fixed_fields",
     "load_checkpoint",
     "load_network",
     "save_checkpoint",
@@ -96,6 +97,11 @@ def load_network(net: nn.Module, state: Mapping[str, Any], path: Path) -> None:
                 "use the model, the data and the torchlocal that wrote it"
             )
     net.load_state_dict(saved)
+
+
+def fixed_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration, flat, that may not differ between a checkpoint and the run that resumes it."""
+    return {name: value for name, value in _flatten(config).items() if name not in FREE_FIELDS}
 
 
 def check_same_config(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

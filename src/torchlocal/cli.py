@@ -55,21 +55,24 @@ _COMMANDS = {
 }
 # The options of a run by topic, in the order of the help; one that is in no topic joins the last.
 _TOPICS: dict[str, tuple[str, ...]] = {
-    "network and local modules": ("model", "modules", "cuts", "rule", "auxiliary", "label_smoothing"),
+    "network and local modules": (
+        "model", "modules", "cuts", "rule", "auxiliary", "rule_options", "label_smoothing",
+    ),
     "guidance (which steps train on the global loss through all modules)": ("guidance", "memory", "recompute"),
     "data": ("data", "data_root", "num_train", "num_validation", "augment", "image_size", "num_workers"),
     "training": (
         "epochs", "steps", "batch_size", "accumulate", "optimizer", "lr", "momentum", "weight_decay", "schedule",
         "warmup_epochs", "milestones", "gamma", "clip", "seed",
     ),
-    "machine": ("device", "precision", "channels_last", "compile", "num_threads"),
+    "machine": ("device", "precision", "replicas", "channels_last", "compile", "num_threads"),
     "run folder": ("out", "log_every", "checkpoint_every", "tensorboard"),
 }  # fmt: skip
 
 
 # Where the docstring, which speaks to a programmer, is too short for a reader of --help.
 _HELP = {
-    "rule": "Local rule, which makes auxiliary networks and local losses: greedy.",
+    "rule": "Local rule, which makes auxiliary networks and losses: greedy, dgl, predsim, infopro, auglocal or man.",
+    "rule_options": "Options of the local rule as {name: value}, for example '{depth: 3}' for auglocal.",
     "data": "Data set: fashion-mnist-small (shipped), digits, fashion-mnist, cifar10, cifar100, svhn, stl10, folder "
     "(class folders under --data-root), or pairs:NAME for pairs of images labelled with the sum of their classes.",
     "data_root": "Folder of the data set's files; by default ~/.cache/torchlocal, where absent ones are downloaded to.",
@@ -139,19 +142,49 @@ def _fit(argv: Sequence[str]) -> int:
     add_config_option(parser)
     parser.add_argument("--resume", action="store_true", help="Continue the interrupted run in --out where it stopped.")
     parser.add_argument("--quiet", action="store_true", help="Show no progress.")
+    parser.add_argument("--ranks", type=int, metavar="N", help="Share the local modules out to N processes (torchrun).")
+    parser.add_argument(
+        "--timeout", type=float, default=300.0, metavar="N", help="Seconds that a process waits for a silent one."
+    )
     _add_run_options(parser, options)
     values = _parse_run(parser, argv, options)
     config = build_config(FitConfig, values)
+    if values["ranks"] is not None and "TORCHELASTIC_RUN_ID" not in os.environ:
+        if values["ranks"] < 1 or values["ranks"] % config.replicas:
+            raise ValueError(
+                f"--ranks {values['ranks']} must be a multiple of --replicas {config.replicas}, at least 1"
+            )
+        if values["ranks"] > 1:
+            from torchlocal.parallel.launch import launch
 
+            with _continue_with(_resume_command(config), ChildProcessError):
+                return launch(["fit", *argv], values["ranks"], num_threads=config.num_threads)
+
+    from torchlocal.parallel.team import Team, process_group, restarted
     from torchlocal.trainer import fit
 
-    with _continue_with(f"torchlocal fit --config {Path(config.out).expanduser() / 'config.yaml'} --resume"):
-        result = fit(config, resume=values["resume"], progress=not values["quiet"])
+    with (
+        _continue_with(_resume_command(config)),
+        process_group(values["timeout"]),
+    ):
+        result = fit(
+            config,
+            resume=values["resume"] or restarted(),
+            progress=not values["quiet"],
+            timeout=values["timeout"],
+        )
+        writes = Team(config.replicas).writes
+    if not writes:
+        return 0
     print(
         f"Test accuracy {100 * result['test_accuracy']:.2f} % after {result['steps']} steps, "
         f"{100 * result['guided_share']:.0f} % of them guided, in {result['seconds']:.0f} s. Run folder: {config.out}"
     )
     return 0
+
+
+def _resume_command(config: FitConfig) -> str:
+    return f"torchlocal fit --config {Path(config.out).expanduser() / 'config.yaml'} --resume"
 
 
 def _compare(argv: Sequence[str]) -> int:
@@ -201,7 +234,8 @@ def _evaluate(argv: Sequence[str]) -> int:
 def _partition(argv: Sequence[str]) -> int:
     from torchlocal.config import FitConfig
 
-    stems = ("model", "modules", "cuts", "rule", "auxiliary", "data", "data_root", "image_size", "batch_size")
+    stems = {"model", "modules", "cuts", "rule", "auxiliary", "rule_options"}
+    stems |= {"data", "data_root", "image_size", "batch_size"}
     options = {name: option for name, option in config_options(FitConfig).items() if name in stems}
     parser = make_parser("partition", "[--config RECIPE] [options]", _COMMANDS["partition"])
     add_config_option(parser)
@@ -377,7 +411,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as error:
         if debug:
             traceback.print_exc()
-        return _report_error(error)
+        code = _report_error(error)
+        if _rank() is not None:  # a thread that waits for a rank that is lost would keep the process
+            os._exit(code)
+        return code
+
+
+def _rank() -> str | None:
+    """The number of this process among several that torchrun started."""
+    return os.environ.get("RANK") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -393,6 +435,8 @@ def _run(arguments: Sequence[str]) -> int:
         raise ValueError(
             f"unknown {what} {command!r}{suggestion(command, list(_RUNNERS))}: choose a command, {', '.join(_RUNNERS)}"
         )
+    if _rank() is not None and command != "fit":
+        raise ValueError(f"{command} runs as one process: start it without torchrun")
     return _RUNNERS[command](arguments[1:])
 
 
@@ -456,12 +500,12 @@ def _short_warnings() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _continue_with(command: str) -> Iterator[None]:
-    """Add to an interruption how to go on."""
+def _continue_with(command: str, *others: type[BaseException]) -> Iterator[None]:
+    """Add to an interruption, and to other exceptions, how to go on."""
     try:
         yield
     except BaseException as error:
-        if _interruption(error):
+        if _interruption(error) or isinstance(error, others):
             error.add_note(f"Continue with `{command}`.")
         raise
 
@@ -480,13 +524,16 @@ def _interruption(error: BaseException) -> int | None:
 def _report_error(error: BaseException) -> int:
     """Tell an error in one sentence on the standard error stream, and choose the exit code."""
     code = _interruption(error)
+    rank = _rank()
+    if type(error).__name__ == "Elsewhere":  # of several ranks, the one that made the mistake tells it
+        return 2
     text = " ".join(" ".join([str(error), *getattr(error, "__notes__", [])]).split())
     if code is not None:
         text = text if str(error) else f"{'Terminated' if code == 143 else 'Interrupted'}. {text}"
-    elif isinstance(error, (ValueError, OSError)):
+    elif isinstance(error, (ValueError, OSError)) or type(error).__name__ == "PeerLost":
         code = 2
     else:
         code = 1
         text = f"{type(error).__name__}: {text or 'no message'} (--debug shows the traceback)"
-    print(f"torchlocal: {text.strip().rstrip('.')}.", file=sys.stderr)
+    print(f"torchlocal{f' (rank {rank})' if rank else ''}: {text.strip().rstrip('.')}.", file=sys.stderr, flush=True)
     return code

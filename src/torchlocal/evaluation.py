@@ -14,6 +14,7 @@ from torchlocal.assembly import Execution, build_network, load_run_data, resolve
 from torchlocal.config import FitConfig, config_from_dict
 from torchlocal.data import Split
 from torchlocal.network import DecoupledNetwork
+from torchlocal.parallel.network import ParallelNetwork
 
 __all__ = ["evaluate", "measure_split"]
 
@@ -61,7 +62,7 @@ def evaluate(
 
 @torch.no_grad()
 def measure_split(
-    net: DecoupledNetwork,
+    net: DecoupledNetwork | ParallelNetwork,
     split: Split,
     config: FitConfig,
     execution: Execution,
@@ -71,19 +72,26 @@ def measure_split(
 ) -> dict[str, Any]:
     """Return accuracy and cross-entropy of a split; check is called after every batch."""
     net.eval()
-    depths = net.num_modules if by_depth else 1
-    correct = torch.zeros(depths, dtype=torch.int64, device=execution.device)
+    last = net.num_modules - 1
+    correct = torch.zeros(net.num_modules, dtype=torch.int64, device=execution.device)
     loss = torch.zeros((), device=execution.device)
     autocast = partial(
         torch.autocast, execution.device.type, execution.autocast, enabled=execution.autocast is not None
     )
     for x, y in split.batches(config.batch_size, train=False):
-        x, y = execution.place(x), y.to(execution.device, non_blocking=True)
+        x, y = execution.place_batch(x, y)
         with autocast():
-            outputs = net.depth_outputs(x) if by_depth else [net(x)]
-        correct += torch.stack([(output.argmax(1) == y).sum() for output in outputs])
-        loss += F.cross_entropy(outputs[-1].float(), y, reduction="sum")
+            if isinstance(net, ParallelNetwork):  # the modules of this rank alone
+                outputs, y = net.depth_outputs(x, y, all_depths=by_depth)
+            else:
+                outputs = dict(enumerate(net.depth_outputs(x))) if by_depth else {last: net(x)}
+        for k, output in outputs.items():
+            correct[k] += (output.argmax(1) == y).sum()
+        if last in outputs:
+            loss += F.cross_entropy(outputs[last].float(), y, reduction="sum")
         check()
+    if isinstance(net, ParallelNetwork):
+        correct, loss = net.sum_over_stages(correct), net.sum_over_stages(loss)
     accuracies = [int(number) / len(split) for number in correct.tolist()]
     measured: dict[str, Any] = {"accuracy": accuracies[-1], "loss": loss.item() / len(split)}
     return measured | {"depth_accuracy": accuracies} if by_depth else measured

@@ -15,7 +15,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,11 +28,16 @@ from torchlocal.assembly import (
     count_steps,
     learning_rate,
     load_run_data,
+    load_shared_data,
     resolve_execution,
+    share_out,
     train_step,
 )
 from torchlocal.config import FitConfig, GuidanceConfig, build_guidance, config_to_dict
 from torchlocal.evaluation import evaluate, measure_split
+from torchlocal.network import DecoupledNetwork
+from torchlocal.parallel.network import ParallelNetwork
+from torchlocal.parallel.team import Elsewhere, Team
 from torchlocal.progress import Reporter
 
 __all__ = [
@@ -65,16 +70,20 @@ class Diverged(ValueError):
     """A loss or a parameter became NaN or infinite."""
 
 
-def fit(config: FitConfig, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
+def fit(config: FitConfig, *, resume: bool = False, progress: bool = True, timeout: float = 300.0) -> dict[str, Any]:
     """Train a network and write everything about it into the folder config.out.
 
     The first SIGINT (Ctrl-C) or SIGTERM finishes the current step, saves and leaves; the second one acts at once.
     Sets torch's global random number generators.
 
+    Where torch.distributed is initialised, the local modules are shared out to the ranks, each of which calls this. The
+    result is that of a single process, bit for bit (with as many threads per process), and so are the checkpoints.
+
     Args:
         config: what to do.
         resume: continue the run in config.out, bit for bit; without one there, start it.
         progress: show a progress bar on a terminal, or else one line per epoch.
+        timeout: longest time in seconds that a rank waits for another one in a step.
 
     Returns:
         What result.json holds: test accuracy and loss of the weights that were best on the validation split, the
@@ -87,20 +96,29 @@ def fit(config: FitConfig, *, resume: bool = False, progress: bool = True) -> di
         OSError: if something cannot be written; the checkpoint before stays.
     """
     out = Path(config.out).expanduser()
-    saved = None
-    if resume:
-        if (out / "result.json").exists():
-            return _finished_result(out / "result.json", config)
-        if (out / "last.pt").exists():
-            saved = checkpoint.load_checkpoint(out / "last.pt", resumable=True)
-    elif (out / "last.pt").exists() or (out / "result.json").exists():
-        raise ValueError(f"out={config.out!r} already holds a run: resume it, or choose another folder")
+    team = Team(config.replicas, timeout)
+    team.check_same({"resume": resume, **checkpoint.fixed_fields(config_to_dict(config))})
+    result, saved = team.at_writer(partial(_look, out, config, resume))
+    if result is not None:
+        return cast(dict[str, Any], result)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(config.num_threads or num_threads)
     try:
-        return _Run(config, saved, progress).train()
+        return _Run(config, saved, progress and team.writes, team).train()
     finally:
         torch.set_num_threads(num_threads)
+
+
+def _look(out: Path, config: FitConfig, resume: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The result and the checkpoint that are in the run folder, if the run may go on there."""
+    if resume:
+        if (out / "result.json").exists():
+            return _finished_result(out / "result.json", config), None
+        if (out / "last.pt").exists():
+            return None, checkpoint.load_checkpoint(out / "last.pt", resumable=True)
+    elif (out / "last.pt").exists() or (out / "result.json").exists():
+        raise ValueError(f"out={config.out!r} already holds a run: resume it, or choose another folder")
+    return None, None
 
 
 @dataclass(kw_only=True)
@@ -122,17 +140,19 @@ class _Position:
 class _Run:
     """One training run: its parts, and where it is."""
 
-    def __init__(self, config: FitConfig, saved: dict[str, Any] | None, progress: bool) -> None:
-        self.progress = progress
+    def __init__(self, config: FitConfig, saved: dict[str, Any] | None, progress: bool, team: Team) -> None:
+        self.progress, self.team = progress, team
         self.config, self.out = config, Path(config.out).expanduser()
         self.clock = time.perf_counter()
         self.execution = resolve_execution(config)
         if saved is not None:
             self._check_config(saved)
-        self.data = load_run_data(config)
+        self.data = load_shared_data(config, team)
         self.steps_per_epoch, self.num_steps = count_steps(config, len(self.data.train))
         self.num_epochs = -(-self.num_steps // self.steps_per_epoch)
-        self.net = build_network(config, self.data, self.execution)
+        self.network = build_network(config, self.data, self.execution)
+        self.parallel = share_out(self.network, config, self.data, self.execution, team) if team.parallel else None
+        self.net: DecoupledNetwork | ParallelNetwork = self.network if self.parallel is None else self.parallel
         if config.compile:
             self.net.compile()
         self.optimizer = build_optimizer(config, self.net)
@@ -145,7 +165,7 @@ class _Run:
         self.stopped_by: signal.Signals | None = None
         # Not the seed of the weights, which has been used up to a point that depends on the auxiliary networks:
         # dropout is the same whatever they are.
-        torch.manual_seed(config.seed + 2**32)
+        torch.manual_seed(config.seed + 2**32 * (1 + team.replica))
         if saved is not None:
             self._restore(saved)
         self.logged = (self.position.step, self.position.epoch_full, self.loss_sums.tolist(), time.perf_counter())
@@ -154,7 +174,7 @@ class _Run:
         """Train from where the run is to its end."""
         config, position = self.config, self.position
         self._write_folder()
-        events = self.out / "tensorboard" if config.tensorboard else None
+        events = self.out / "tensorboard" if config.tensorboard and self.team.writes else None
         with (
             Reporter(self.num_steps, position.step, enabled=self.progress, events=events) as self.reporter,
             _Signals(self._stop),
@@ -162,7 +182,10 @@ class _Run:
             for epoch in range(len(self.rows), self.num_epochs):  # an epoch is over once it has its row
                 self._train_epoch(epoch)
                 self._finish_epoch(epoch)
-            return self._finish()
+            result = self._finish()
+        if self.parallel is not None:
+            self.parallel.close()
+        return result
 
     def _train_epoch(self, epoch: int) -> None:
         config, position = self.config, self.position
@@ -192,8 +215,7 @@ class _Run:
                 self._log()
             if config.checkpoint_every and position.step % config.checkpoint_every == 0:
                 self._save()
-            if self.stopped_by is not None:
-                self._leave(save=True)
+            self._leave(save=True)
 
     def _count(self, losses: list[Tensor], guided: bool) -> None:
         """Add up the losses on the device: reading them would wait for it."""
@@ -201,6 +223,8 @@ class _Run:
         position.step += 1
         position.num_guided += guided
         position.epoch_guided += guided
+        if self.parallel is not None and not self.parallel.is_last:
+            return  # the last stage knows the losses of all
         if len(losses) == len(self.loss_sums):
             self.loss_sums += torch.stack(losses)
             position.epoch_full += 1
@@ -261,23 +285,23 @@ class _Run:
         if measured["accuracy"] > position.best_accuracy:
             position.best_epoch, position.best_accuracy = epoch + 1, measured["accuracy"]
             self._check_parameters()
-            checkpoint.save_checkpoint(self.out / "best.pt", self._identity())
+            self._write(checkpoint.save_checkpoint, self.out / "best.pt", self._identity())
         # After best.pt: killed in between, the resumed run comes here again and writes the same best.pt.
         self._save()
-        checkpoint.write_metrics(self.out / "metrics.csv", list(row), self.rows)
+        self._write(checkpoint.write_metrics, self.out / "metrics.csv", list(row), self.rows)
         self.reporter.scalars(position.step, {f"validation/{name}": measured[name] for name in ("loss", "accuracy")})
         self.reporter.epoch(self.num_epochs, row, losses)
 
     def _finish(self) -> dict[str, Any]:
         """Evaluate the test split, this once, with the best weights."""
         config, position = self.config, self.position
-        best = checkpoint.load_checkpoint(self.out / "best.pt")
+        best = self.team.at_writer(partial(checkpoint.load_checkpoint, self.out / "best.pt"))
         if best["step"] != self.rows[position.best_epoch - 1]["step"]:
             raise ValueError(
                 f"{self.out / 'best.pt'} is of step {best['step']}, but the best was epoch {position.best_epoch}: put "
                 "the right one back, or train again"
             )
-        checkpoint.load_network(self.net, best, self.out / "best.pt")
+        checkpoint.load_network(self.network, best, self.out / "best.pt")
         measured = measure_split(
             self.net,
             self.data.test,
@@ -308,7 +332,7 @@ class _Run:
             "device": str(self.execution.device),
             "precision": self.execution.precision,
         }
-        checkpoint.write_json(self.out / "result.json", result)
+        self._write(checkpoint.write_json, self.out / "result.json", result)
         return result
 
     def _identity(self) -> dict[str, Any]:
@@ -333,15 +357,24 @@ class _Run:
         self._check_parameters()
         self._read_clock(training=True)
         state = self._identity() | {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self._optimizer_state(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "guidance": self.guidance.state_dict(),
-            "random": _random_states(self.execution.device),
+            "random": None,
             "position": dataclasses.asdict(self.position),
-            "loss_sums": self.loss_sums,
+            "loss_sums": None,
             "rows": self.rows,
         }
-        checkpoint.save_checkpoint(self.out / "last.pt", state)
+        # The random state of a single process is that of the first stage, and its losses are known to the last one.
+        gathered = self.team.gather((_random_states(self.execution.device), self.loss_sums.cpu()))
+        per_replica = [
+            {"random": gathered[i][0], "loss_sums": gathered[i + self.team.num_stages - 1][1]}
+            for i in range(0, self.team.size, self.team.num_stages)
+        ]
+        state |= per_replica[0]
+        if self.team.replicas > 1:
+            state["replicas"] = per_replica[1:]
+        self._write(checkpoint.save_checkpoint, self.out / "last.pt", state)
         self._read_clock(training=False)
 
     def _check_config(self, saved: dict[str, Any]) -> None:
@@ -351,28 +384,49 @@ class _Run:
         checkpoint.check_same_config(self.out / "last.pt", old, current)
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        path, own = self.out / "last.pt", self._identity()
-        for name, here in own["data"].items():
+        path, identity = self.out / "last.pt", self._identity()
+        for name, here in identity["data"].items():
             if saved["data"][name] != here:
                 raise ValueError(
                     f"{path} was trained on other data: {name} is {saved['data'][name]} there and {here} here; bring "
                     "the same data back, or choose another out"
                 )
-        if saved["modules"] != own["modules"]:
+        if saved["modules"] != identity["modules"]:
             raise ValueError(
                 f"{path} is of a network that is cut elsewhere: use the torchlocal that wrote it, or choose another out"
             )
-        checkpoint.load_network(self.net, saved, path)
-        self.optimizer.load_state_dict(saved["optimizer"])
+        checkpoint.load_network(self.network, saved, path)
+        if self.parallel is None:
+            self.optimizer.load_state_dict(saved["optimizer"])
+        else:
+            self.parallel.load_optimizer_state(self.optimizer, saved["optimizer"])
         if self.scaler is not None:
             self.scaler.load_state_dict(saved["scaler"])
         self.position, self.rows = _Position(**saved["position"]), saved["rows"]
-        self.loss_sums.copy_(saved["loss_sums"])
+        own = [saved, *saved.get("replicas", [])][self.team.replica]
+        self.loss_sums.copy_(own["loss_sums"])
         if self.position.best_epoch:
-            checkpoint.load_checkpoint(self.out / "best.pt")  # refuse a damaged one now and not at the end
-        _set_random_states(saved["random"], self.execution.device)
+            # Refuse a damaged one now and not at the end.
+            self.team.at_writer(partial(_can_be_read, self.out / "best.pt"))
+        _set_random_states(own["random"], self.execution.device)
+
+    def _write(self, write: Callable[..., None], *arguments: Any) -> None:
+        """Write a file of the run folder, on the rank that does so."""
+        if self.team.writes:
+            write(*arguments)
+
+    def _optimizer_state(self) -> dict[str, Any] | None:
+        if self.parallel is None:
+            return self.optimizer.state_dict()
+        return self.parallel.optimizer_state(self.optimizer)
+
+    def _loss_sums(self) -> Tensor:
+        return self.loss_sums if self.parallel is None else self.parallel.average_over_replicas(self.loss_sums)
 
     def _write_folder(self) -> None:
+        self.team.at_writer(self._make_folder)
+
+    def _make_folder(self) -> None:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -388,7 +442,7 @@ class _Run:
             checkpoint.write_metrics(self.out / "metrics.csv", list(self.rows[0]), self.rows)
 
     def _check_losses(self) -> list[float]:
-        sums: list[float] = self.loss_sums.tolist()
+        sums: list[float] = self._loss_sums().tolist()
         for k, value in enumerate(sums, start=1):
             if not math.isfinite(value):
                 self._diverged(f"the loss of local module {k} of {len(sums)}")
@@ -421,22 +475,34 @@ class _Run:
 
     def _stop(self, signum: signal.Signals) -> None:
         self.stopped_by = signum
+        if self.parallel is not None:
+            self.parallel.stop_requested = int(signum)
         if self.progress:  # not by print, which this signal may have interrupted
             told = f"\n{signum.name}: finishing the step, then saving; once more to leave at once\n"
             with contextlib.suppress(OSError):
                 os.write(2, told.encode())
 
     def _leave(self, *, save: bool) -> None:
-        """Leave if a signal asked for it."""
+        """Leave if a signal asked for it; several ranks after the same step, which the first stage decides."""
+        if self.parallel is not None:
+            self.stopped_by = signal.Signals(self.parallel.stopping) if self.parallel.stopping else None
         if self.stopped_by is None:
             return
         if save:
             self._save()
+        if self.parallel is not None:
+            self.parallel.close()
+        if not self.team.writes:
+            raise Elsewhere(f"stopped by {self.stopped_by.name}")
         raise Interrupted(
             f"stopped by {self.stopped_by.name} after step {self.position.step} of {self.num_steps}; saved in "
             f"{self.out / 'last.pt'}, to be resumed.",
             self.stopped_by,
         )
+
+
+def _can_be_read(path: Path) -> None:
+    checkpoint.load_checkpoint(path)
 
 
 class _Signals:

@@ -1,0 +1,59 @@
+"""Starting several ranks on this machine, as torchrun does."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Sequence
+
+__all__ = ["launch"]
+
+
+def launch(arguments: Sequence[str], num_ranks: int, *, num_threads: int | None = None) -> int:
+    """Run ``python -m torchlocal`` on several ranks of this machine, and wait for it.
+
+    Args:
+        arguments: of the command.
+        num_ranks: number of processes.
+        num_threads: CPU threads of each; None: the cores shared out to them.
+
+    Returns:
+        The exit code: 0, or that of the rank that failed first, or 128 and the number of the signal that ended the run.
+
+    Raises:
+        ChildProcessError: a rank was killed.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in ("agent.server.api", "multiprocessing.api"):  # what has to be told is told below
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
+    threads = num_threads or max(1, len(os.sched_getaffinity(0)) // num_ranks)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",  # any free port
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "torchlocal", *arguments)
+    except SignalException as error:  # handed on to the ranks, which have saved
+        return 128 + int(error.sigval)
+    except ChildFailedError as error:
+        failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
+        killed = [(rank, f.exitcode) for rank, f in failures if f.exitcode < 0 and f.exitcode != -signal.SIGTERM]
+        if killed:
+            rank, code = killed[0]
+            raise ChildProcessError(
+                f"rank {rank} of {num_ranks} was killed ({signal.Signals(-code).name}), which ended the run."
+            ) from None
+        return max((f.exitcode for _, f in failures), default=1)  # the rank has told why
+    return 0

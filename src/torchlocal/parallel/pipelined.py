@@ -1,0 +1,117 @@
+"""Guided steps in micro-batches that overlap, by torch.distributed.pipelining."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..steps import Run
+from .rehearsal import Rehearsal
+
+if TYPE_CHECKING:
+    from ..network import DecoupledNetwork
+
+__all__ = ["Schedule"]
+
+
+class Schedule:
+    """What one stage does in a guided step of one shape of micro-batch.
+
+    Args:
+        net: the network.
+        stage: number of this rank's stage.
+        stages: the local modules of every stage.
+        layout: a micro-batch, without memory.
+        rehearsal: of a micro-batch.
+        count: number of micro-batches.
+        schedule: ``"1f1b"`` or ``"gpipe"``.
+        device: of this rank.
+        group: the stages' ranks.
+    """
+
+    def __init__(
+        self,
+        *,
+        net: DecoupledNetwork,
+        stage: int,
+        stages: Sequence[range],
+        layout: Tensor,
+        rehearsal: Rehearsal,
+        count: int,
+        schedule: str,
+        device: torch.device,
+        group: dist.ProcessGroup,
+    ) -> None:
+        from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe  # slow to import
+
+        modules, self._last = stages[stage], stage == len(stages) - 1
+        self._first = stage == 0
+        self._body = _Body(net, modules, device)
+        entry = layout if self._first else rehearsal.outputs[modules.start - 1].clone().requires_grad_()
+        pipeline_stage = PipelineStage(
+            self._body,
+            stage,
+            len(stages),
+            device,
+            input_args=(entry,),
+            output_args=(rehearsal.outputs[modules.stop - 1].clone().requires_grad_(),),
+            group=group,
+        )
+        kind = Schedule1F1B if schedule == "1f1b" else ScheduleGPipe
+        # Every loss is scaled by itself: scaling gradients would scale again what is being accumulated.
+        # The loss is called on the last stage only, but tells all of them that there is a backward pass.
+        self._schedule = kind(pipeline_stage, count, loss_fn=self._body.global_loss, scale_grads=False)
+
+    def step(self, runs: Sequence[Run], rehearsal: Rehearsal, *, follow: bool) -> list[Tensor]:
+        """Run every micro-batch forward and backward; returns the mean losses of this stage's modules."""
+        self._body.begin(runs, rehearsal, follow=follow)
+        inputs = [(run.batch.input,) for run in runs] if self._first else None
+        targets = list(range(len(runs))) if self._last else None
+        self._schedule.step(arg_mbs=inputs, target_mbs=targets, return_outputs=False)
+        return self._body.finish()
+
+
+class _Body(nn.Module):
+    """The local modules of a stage as one module, which trains their auxiliary networks on the way."""
+
+    def __init__(self, net: DecoupledNetwork, modules: range, device: torch.device) -> None:
+        super().__init__()
+        self._held = (net, modules, device)  # in a tuple: the network is no submodule of it
+
+    def begin(self, runs: Sequence[Run], rehearsal: Rehearsal, *, follow: bool) -> None:
+        """Be ready for the micro-batches of ``runs``."""
+        self._runs, self._rehearsal, self._follow, self._number = runs, rehearsal, follow, 0
+        self._losses: dict[int, list[Tensor]] = {}
+
+    def finish(self) -> list[Tensor]:
+        """The mean losses."""
+        share = 1 / len(self._runs)
+        return [
+            sum((loss * share for loss in losses[1:]), losses[0] * share) for _, losses in sorted(self._losses.items())
+        ]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The next micro-batch; as in a single process, its random numbers come after those of the one before."""
+        net, modules, device = self._held
+        run, self._number = self._runs[self._number], self._number + 1
+        self._rehearsal.skip(range(modules.start), device, follow=self._follow)
+        for k in modules:
+            group = net.partition.groups[k]
+            with run.autocast():
+                (features,) = net.chain.run(group.start, group.stop, [features])
+            if self._follow and k < net.num_modules - 1:
+                self._losses.setdefault(k, []).append(run.follow(k, features))
+        self._rehearsal.skip(range(modules.stop, net.num_modules), device, follow=self._follow)
+        return features
+
+    def global_loss(self, output: Tensor, number: int) -> Tensor:
+        """The scaled loss of a micro-batch, on the last stage."""
+        net, run = self._held[0], self._runs[number]
+        with run.autocast():
+            loss = run.loss(net.num_modules - 1, output)
+        self._losses.setdefault(net.num_modules - 1, []).append(loss.detach())
+        return loss * run.scale

@@ -1,0 +1,183 @@
+"""Sharing the local modules out over the ranks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..network import DecoupledNetwork
+from ..partition import balance
+from .network import ParallelNetwork
+from .rehearsal import count_flops, measure_seconds
+
+__all__ = ["assign", "check_same", "distribute"]
+
+
+def assign(costs: Sequence[float], num_stages: int) -> list[range]:
+    """Consecutive local modules for every stage, so that the most expensive stage costs least.
+
+    Args:
+        costs: of each of the K local modules, in any unit: seconds, FLOPs.
+        num_stages: number of stages, at most K.
+
+    Returns:
+        One range of local modules per stage.
+
+    Raises:
+        ValueError: there are more stages than local modules.
+    """
+    if not 1 <= num_stages <= len(costs):
+        raise ValueError(
+            f"ranks: {num_stages} processes cannot share {len(costs)} local modules, of which each needs at least one; "
+            "start fewer, or cut the network into more"
+        )
+    return balance(len(costs), num_stages, lambda first, last: sum(costs[first:last]))
+
+
+def check_same(values: Mapping[str, Any]) -> None:
+    """Refuse to go on, on all ranks, if these values are not the same on all ranks of the default group.
+
+    Args:
+        values: anything that can be pickled and compared, by name.
+
+    Raises:
+        ValueError: naming the first rank and the value that differ from rank 0's.
+    """
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, dict(values))
+    for rank, theirs in enumerate(gathered):
+        for name in dict.fromkeys([*gathered[0], *theirs]):
+            here, there = gathered[0].get(name), theirs.get(name)
+            if here != there:
+                raise ValueError(
+                    f"{name} is {_short(there)} on rank {rank} and {_short(here)} on rank 0: start all ranks with the "
+                    "same configuration, seed and code"
+                )
+
+
+def distribute(
+    net: DecoupledNetwork,
+    *,
+    replicas: int = 1,
+    assignment: str | Sequence[int] = "flops",
+    sample: tuple[Tensor, Any] | None = None,
+    autocast: torch.dtype | None = None,
+    boundary_dtype: torch.dtype | None = None,
+    in_flight: int = 4,
+    timeout: float = 300.0,
+) -> ParallelNetwork:
+    """Give each of the processes that torchrun started some of the local modules.
+
+    Called on every rank, each of which has built the same network with the same weights. The ranks form a mesh of
+    ``replicas`` rows; the ranks of a row are its stages and hold consecutive local modules, those of a column hold the
+    same modules and average their gradients.
+
+    Local steps run as a one-way pipeline: a stage receives the features of the stage before it, trains its modules
+    and hands their features on, so that no stage waits for a later one and the parameters are those of a single
+    process, bit for bit. All ranks call the same steps in the same order; only the first stage is given batches, whose
+    tensors must not be written to afterwards, since they may still be on their way.
+
+    Args:
+        net: the network, on the device of this rank, the same on every rank.
+        replicas: number D of data-parallel rows; the number of ranks must be a multiple of it.
+        assignment: ``"flops"``: local modules are balanced over the stages by FLOPs; ``"time"``: by the measured time
+            of a local step on ``sample``; or how many local modules each stage gets.
+        sample: for ``"time"``, a batch and its target; only rank 0 has to give it.
+        autocast: for ``"time"``, the option that the steps will be given.
+        boundary_dtype: what features and their gradients are sent in, for example ``torch.bfloat16``; None: as they
+            are. The results are then not those of a single process any more.
+        in_flight: batches that may wait on either side of a link between two stages.
+        timeout: longest time in seconds that a rank waits for another one.
+
+    Returns:
+        What to call the steps of.
+
+    Raises:
+        ValueError: the ranks are not of one mind, or an argument is wrong.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise ValueError("distribute: torch.distributed is not initialised; call init_process_group() first")
+    world = dist.get_world_size()
+    if isinstance(replicas, bool) or not isinstance(replicas, int) or replicas < 1 or world % replicas:
+        raise ValueError(
+            f"replicas: {world} ranks cannot be {replicas!r} rows of equal length; give a divisor of {world}"
+        )
+    if isinstance(in_flight, bool) or not isinstance(in_flight, int) or in_flight < 1:
+        raise ValueError(f"in_flight: must be a whole number of at least 1, not {in_flight!r}")
+    if not timeout > 0:
+        raise ValueError(f"timeout: must be a number of seconds above 0, not {timeout!r}")
+    num_stages = world // replicas
+    if net.rule.reads_next_module and num_stages > 1:
+        raise ValueError(
+            f"rule: {net.rule!r} reads the parameters of the module that follows, which may be on another rank; choose "
+            "another rule, or one rank per replica"
+        )
+    check_same(
+        {
+            "torch": torch.__version__,
+            "the network": [(name, tuple(t.shape), str(t.dtype)) for name, t in _tensors(net)],
+            "the list of local modules": [(g.start, g.stop) for g in net.partition.groups],
+            "rule": f"{type(net.rule).__name__} {net.rule!r}"
+            if "0x" not in repr(net.rule)
+            else type(net.rule).__name__,
+            "replicas": replicas,
+            "assignment": assignment if isinstance(assignment, str) else list(assignment),
+            "boundary_dtype": str(boundary_dtype),
+            "in_flight": in_flight,
+            "timeout": timeout,
+            "the checksum of the weights": _checksum(net),
+        }
+    )
+    if isinstance(assignment, str):
+        found: list[Any] = [None]
+        if dist.get_rank() == 0:
+            try:
+                found = [assign(_costs(net, assignment, sample, autocast), num_stages)]
+            except ValueError as error:
+                found = [error]
+        dist.broadcast_object_list(found)
+        if isinstance(found[0], ValueError):
+            raise found[0]
+        stages: list[range] = found[0]
+    else:
+        if len(assignment) != num_stages or sum(assignment) != net.num_modules or min(assignment) < 1:
+            raise ValueError(
+                f"assignment: {list(assignment)} does not give {net.num_modules} local modules to {num_stages} stages; "
+                "give one number of at least 1 per stage that add up to it"
+            )
+        ends = [sum(assignment[: i + 1]) for i in range(num_stages)]
+        stages = [range(end - count, end) for end, count in zip(ends, assignment, strict=True)]
+    return ParallelNetwork(net, stages, replicas, boundary_dtype=boundary_dtype, in_flight=in_flight, timeout=timeout)
+
+
+def _tensors(net: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, tensor) for name, tensor in net.state_dict().items() if isinstance(tensor, Tensor)]
+
+
+def _checksum(net: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for _, tensor in _tensors(net):
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _costs(
+    net: DecoupledNetwork, assignment: str, sample: tuple[Tensor, Any] | None, autocast: torch.dtype | None
+) -> list[float]:
+    if assignment == "flops":
+        return count_flops(net)
+    if assignment != "time":
+        raise ValueError(f"assignment: must be 'flops', 'time' or a list of numbers, not {assignment!r}")
+    if sample is None:
+        raise ValueError("sample: assignment='time' needs a batch and its target on rank 0")
+    return measure_seconds(net, *sample, autocast=autocast)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,450 @@
+"""Training on several processes: the same bits as on one, and no hang when one is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from processes import Pool
+from torch import Tensor, nn
+
+import torchlocal as tl
+from torchlocal import parallel
+from torchlocal.recompute import Tape
+from torchlocal.schedule import GuidedPlan
+
+STEPS = ["local", "guided", "local", "local", "frozen", "local", "guided", "guided", "local"]
+
+
+class Block(nn.Module):
+    """A residual block with dropout, as a module and as a function."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.conv1, self.bn = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.conv2 = nn.utils.parametrizations.spectral_norm(nn.Conv2d(6, 6, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.dropout(torch.relu(self.bn(self.conv1(x))), self.dropout, self.training)
+        return torch.relu(x + self.conv2(y))
+
+
+def convolutions(dropout: float) -> nn.Module:
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(dropout), nn.Linear(24, 5))
+    return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), Block(dropout), Block(dropout), nn.Sequential(Block(0.0), head))
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.position = nn.Linear(12, 16), nn.Parameter(torch.zeros(1, 16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = F.unfold(x, 2, stride=2).transpose(1, 2)
+        return self.project(patches) + self.position
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x).mean(1))
+
+
+def transformer(dropout: float) -> nn.Module:
+    layers = [nn.TransformerEncoderLayer(16, 2, 32, dropout, batch_first=True, norm_first=True) for _ in range(3)]
+    return nn.Sequential(Tokens(), *layers, Classifier())
+
+
+BACKBONES = {"convolutions": convolutions, "transformer": transformer}
+
+
+class ReadsInput(tl.GreedyRule):
+    """A loss that depends on the network's input."""
+
+    reads_input = True
+
+    def loss(self, site: Any, auxiliary: nn.Module, features: Tensor, batch: Any) -> Tensor:
+        return super().loss(site, auxiliary, features, batch) * (1 + batch.input.mean() ** 2)
+
+
+def build(backbone: str, dropout: float = 0.3, rule: Any = "greedy", layout: Any = torch.contiguous_format) -> Any:
+    torch.manual_seed(0)
+    model = BACKBONES[backbone](dropout)
+    net = tl.decouple(model, sample=(8, 3, 8, 8), rule=rule).to(memory_format=layout)
+    torch.manual_seed(5)
+    return net
+
+
+def batches(count: int, size: int = 8) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    return [
+        (torch.randn(size, 3, 8, 8, generator=generator), torch.randint(5, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def run_steps(net: Any, steps: list[str], options: dict[str, Any], guided: dict[str, Any]) -> list[list[float]]:
+    """Train; on a stage without batches, too. Returns the losses."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3)
+    first = getattr(net, "is_first", True)
+    told = []
+    for kind, (x, y) in zip(steps, batches(len(steps)), strict=True):
+        given = (x.to(memory_format=options.get("layout", torch.contiguous_format)), y) if first else (None, None)
+        plain = {name: value for name, value in options.items() if name != "layout"}
+        if kind == "local":
+            losses = net.local_step(*given, **plain)
+        else:
+            auxiliary = "frozen" if kind == "frozen" else "follow"
+            losses = net.guided_step(*given, auxiliary=auxiliary, **plain, **guided)
+        if first:
+            torch.rand(3)  # as a data loader might draw
+        optimizer.step()
+        optimizer.zero_grad()
+        told.append([loss.item() for loss in losses])
+    return told
+
+
+def state_of(net: Any) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in net.state_dict().items()}
+
+
+def assert_same(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert state.keys() == expected.keys()
+    different = [name for name in state if not torch.equal(state[name], expected[name])]
+    assert not different, f"{len(different)} of {len(state)} tensors differ: {different[:5]}"
+
+
+@pytest.fixture(scope="module")
+def pool() -> Any:
+    pool = Pool()
+    yield pool
+    pool.close()
+
+
+def train_in_parallel(
+    build_options: dict[str, Any],
+    steps: list[str],
+    options: dict[str, Any],
+    guided: dict[str, Any],
+    how: dict[str, Any],
+) -> Any:
+    net = parallel.distribute(build(**build_options), timeout=60, **how)
+    losses = run_steps(net, steps, options, guided)
+    state = state_of(net)
+    net.close()
+    return losses, state, torch.get_rng_state(), net.bytes_sent
+
+
+def compare(
+    pool: Pool,
+    folder: Path,
+    world: int,
+    build_options: dict[str, Any],
+    *,
+    steps: list[str] = STEPS,
+    options: dict[str, Any] | None = None,
+    guided: dict[str, Any] | None = None,
+    alone: dict[str, Any] | None = None,
+    **how: Any,
+) -> list[Any]:
+    """Train on several ranks and on one: losses, parameters, buffers and random state must be the same."""
+    options, guided = options or {}, guided or {}
+    net = build(**build_options)
+    losses = run_steps(net, steps, options, guided if alone is None else alone)
+    results = pool.run(world, folder, train_in_parallel, build_options, steps, options, guided, how)
+    for _, state, _, _ in results:
+        assert_same(state, state_of(net))
+    assert results[-1][0] == losses
+    assert torch.equal(results[0][2], torch.get_rng_state())
+    return results
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("backbone", ["convolutions", "transformer"])
+def test_mixed_steps_equal_the_single_process(pool: Pool, tmp_path: Path, backbone: str, world: int) -> None:
+    """Convolutions with BatchNorm and spectral norm, and a transformer, with dropout, local and guided."""
+    compare(pool, tmp_path, world, {"backbone": backbone})
+
+
+def test_options_equal_the_single_process(pool: Pool, tmp_path: Path) -> None:
+    """bf16 autocast, channels last, a factor on the losses, and another assignment of modules."""
+    options = {"autocast": torch.bfloat16, "layout": torch.channels_last, "scale": 0.5}
+    build_options = {"backbone": "convolutions", "layout": torch.channels_last}
+    compare(pool, tmp_path, 2, build_options, options=options, assignment=[1, 3])
+
+
+@pytest.mark.parametrize(
+    "guided", [{"recompute": "modules"}, {"memory": "exact"}, {"memory": "local"}, {"recompute": 3}]
+)
+def test_recomputing_guided_steps_equal_the_single_process(pool: Pool, tmp_path: Path, guided: dict[str, Any]) -> None:
+    compare(pool, tmp_path, 2, {"backbone": "convolutions"}, guided=guided)
+
+
+def test_micro_batches_of_a_plan_equal_the_single_process(pool: Pool, tmp_path: Path) -> None:
+    plan = GuidedPlan(tree=Tape(0, 4), micro_batches=3)
+    compare(pool, tmp_path, 3, {"backbone": "convolutions"}, guided={"memory": plan})
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("backbone", ["convolutions", "transformer"])
+def test_overlapping_micro_batches_equal_the_single_process(
+    pool: Pool, tmp_path: Path, backbone: str, schedule: str
+) -> None:
+    """Both schedules of torch.distributed.pipelining, with dropout, BatchNorm and auxiliary networks."""
+    plan = GuidedPlan(tree=Tape(0, len(BACKBONES[backbone](0.0))), micro_batches=4)
+    guided = {"micro_batches": 4, "schedule": schedule}
+    compare(pool, tmp_path, 3, {"backbone": backbone}, guided=guided, alone={"memory": plan})
+
+
+def test_the_input_travels_along_for_rules_that_read_it(pool: Pool, tmp_path: Path) -> None:
+    compare(pool, tmp_path, 3, {"backbone": "convolutions", "rule": ReadsInput()})
+
+
+def test_targets_of_any_structure_travel_along(pool: Pool, tmp_path: Path) -> None:
+    """Class probabilities beside a number that changes from batch to batch."""
+    pool.run(2, tmp_path, _structured_targets)
+
+
+def _structured_targets() -> None:
+    def criterion(output: Tensor, target: Any) -> Tensor:
+        return F.cross_entropy(output, target["p"]) * target["weight"]
+
+    torch.manual_seed(0)
+    alone = tl.decouple(convolutions(0.0), sample=(8, 3, 8, 8), criterion=criterion)
+    torch.manual_seed(0)
+    net = parallel.distribute(tl.decouple(convolutions(0.0), sample=(8, 3, 8, 8), criterion=criterion))
+    for i, (x, y) in enumerate(batches(70)):
+        target = {"p": F.one_hot(y, 5).float(), "weight": 1.0 + i}
+        expected = alone.local_step(x, target)
+        losses = net.local_step(*((x, target) if net.is_first else ()))
+        assert [float(a) for a in losses] == [float(a) for a in expected[: len(losses)]]
+    net.close()
+
+
+def test_optimizers_of_modules_step_within_the_step(pool: Pool, tmp_path: Path) -> None:
+    for result in pool.run(2, tmp_path, _optimizers_of_modules):
+        assert_same(*result)
+
+
+def _optimizers_of_modules() -> Any:
+    alone, net = build("convolutions"), parallel.distribute(build("convolutions"))
+    for network in (alone, net):
+        torch.manual_seed(1)
+        optimizers = [torch.optim.SGD(parameters, lr=0.05) for parameters in network.module_parameters()]
+        for guided, (x, y) in zip([False, True, False, True], batches(4), strict=True):
+            step = network.guided_step if guided else network.local_step
+            step(*((x, y) if getattr(network, "is_first", True) else ()), optimizers=optimizers)
+    state = net.state_dict(), state_of(alone)
+    net.close()
+    return state
+
+
+def test_bf16_boundaries_halve_the_traffic(pool: Pool, tmp_path: Path) -> None:
+    """And change the result a little."""
+    sent, states = [], []
+    for i, dtype in enumerate([None, torch.bfloat16]):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        arguments = ({"backbone": "transformer"}, ["local"] * 2, {}, {}, {"boundary_dtype": dtype})
+        results = pool.run(2, folder, train_in_parallel, *arguments)
+        sent.append(results[0][3])
+        states.append(results[0][1])
+    features, rest = 8 * 16 * 16, 2 * (8 * 8 + 5056 + 2 * 4 + 4)
+    assert 2 * features * 4 < sent[0] <= 2 * features * 4 + rest
+    assert sent[0] - sent[1] == 2 * features * 2
+    names = [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
+    assert names and all(torch.allclose(states[0][name], states[1][name], atol=1e-2) for name in names)
+
+
+# --- replicas ---
+
+
+@pytest.mark.parametrize("kind", ["local", "guided", "1f1b"])
+def test_a_mesh_averages_the_gradients_of_its_replicas(pool: Pool, tmp_path: Path, kind: str) -> None:
+    """2 × 2: the gradients, auxiliary networks included, are the means over the two halves of the batch."""
+    results = pool.run(4, tmp_path, _mesh, kind)
+    for gradients, expected in results:
+        assert gradients.keys() == expected.keys() and len(gradients) > 4
+        for name in gradients:
+            assert torch.equal(gradients[name], expected[name]), name
+    assert any(name.startswith("auxiliary") for name in results[0][0])
+
+
+def _mesh(kind: str) -> Any:
+    alone = build("convolutions", 0.0)
+    net = parallel.distribute(build("convolutions", 0.0), replicas=2, timeout=60)
+    assert (net.replica, net.stage) == divmod(dist.get_rank(), 2)
+    ((x, y),) = batches(1, 16)
+    halves = list(zip(x.chunk(2), y.chunk(2), strict=True))
+    given = halves[net.replica] if net.is_first else ()
+    start = [b.clone() for b in alone.buffers()]
+    options: dict[str, Any] = {}
+    if kind == "1f1b":
+        options = {"memory": GuidedPlan(tree=Tape(0, 4), micro_batches=2)}
+        net.guided_step(*given, micro_batches=2)
+    else:
+        (net.local_step if kind == "local" else net.guided_step)(*given)
+    sums: dict[str, Tensor] = {}
+    for half in halves:
+        for buffer, before in zip(alone.buffers(), start, strict=True):
+            buffer.copy_(before)  # every replica has its own
+        (alone.local_step if kind == "local" else alone.guided_step)(*half, **options)
+        for name, p in alone.named_parameters():
+            if p.grad is not None:
+                sums[name] = sums[name] + p.grad if name in sums else p.grad
+            p.grad = None
+    found = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    net.close()
+    return found, {name: sums[name] / 2 for name, _ in net.named_parameters() if name in sums}
+
+
+# --- refusals ---
+
+
+def test_ranks_that_are_not_of_one_mind_are_refused(pool: Pool, tmp_path: Path) -> None:
+    told = pool.run(2, tmp_path, _differ)[1]
+    seed, options, order = told
+    assert seed.startswith("ValueError: the checksum of the weights is ") and " on rank 1 and " in seed
+    assert options.startswith("ValueError: in_flight is 3 on rank 1 and 2 on rank 0: start all ranks with the same")
+    assert order.startswith("RuntimeError: rank 0 (local modules 1 to 3 of 4) is at another step")
+
+
+def _differ() -> list[str]:
+    rank, told = dist.get_rank(), []
+    torch.manual_seed(rank)
+    mixed = tl.decouple(convolutions(0.0), sample=(8, 3, 8, 8))
+    for net, how in ((mixed, {}), (build("convolutions"), {"in_flight": 2 + rank})):
+        try:
+            parallel.distribute(net, **how)
+        except ValueError as error:
+            told.append(f"{type(error).__name__}: {error}")
+    net = parallel.distribute(build("convolutions", 0.0), assignment=[3, 1])
+    try:
+        net.local_step(*batches(1)[0]) if rank == 0 else net.guided_step()
+    except RuntimeError as error:
+        told.append(f"{type(error).__name__}: {error}")
+    net.close()
+    return told
+
+
+def test_a_silent_peer_runs_into_the_timeout(pool: Pool, tmp_path: Path) -> None:
+    told = pool.run(2, tmp_path, _silent, fails=True)
+    assert told[1] == (
+        "PeerLost: rank 0 (local modules 1 to 2 of 4) has been silent for 2 s: see whether it hangs, or give a longer "
+        "timeout"
+    )
+
+
+def test_a_rule_that_reads_the_next_module_is_refused(pool: Pool, tmp_path: Path) -> None:
+    for told in pool.run(2, tmp_path, _next_module):
+        assert told.startswith("rule: ReadsNext() reads the parameters of the module that follows, which may be on")
+
+
+class ReadsNext(tl.GreedyRule):
+    reads_next_module = True
+
+    def __repr__(self) -> str:
+        return "ReadsNext()"
+
+
+def _next_module() -> str:
+    try:
+        parallel.distribute(build("convolutions", rule=ReadsNext()))
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def _silent() -> None:
+    net = parallel.distribute(build("convolutions", 0.0), assignment=[2, 2], timeout=2)
+    if net.is_first:
+        time.sleep(4)
+        raise AssertionError("it woke up")
+    net.local_step()
+
+
+def test_a_killed_peer_is_named_at_once(pool: Pool, tmp_path: Path) -> None:
+    start = time.monotonic()
+    told = pool.run(3, tmp_path, _killed, fails=True)
+    assert time.monotonic() - start < 60
+    assert told[0].startswith("PeerLost: rank 1 (local module 2 of 4) is gone")
+    assert told[2].startswith("PeerLost: rank 1 (local module 2 of 4) is gone")
+
+
+def _killed() -> None:
+    net = parallel.distribute(build("convolutions", 0.0), assignment=[1, 1, 2], timeout=120)
+    for i, batch in enumerate(batches(50)):
+        if net.stage == 1 and i == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        net.local_step(*(batch if net.is_first else ()))
+    net.close()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"replicas": 2}, "replicas: 1 ranks cannot be 2 rows of equal length"),
+        ({"in_flight": 0}, "in_flight: must be a whole number of at least 1, not 0"),
+        ({"timeout": 0}, "timeout: must be a number of seconds above 0, not 0"),
+        ({"assignment": [1, 3]}, r"assignment: \[1, 3\] does not give 4 local modules to 1 stages"),
+        ({"assignment": "luck"}, "assignment: must be 'flops', 'time' or a list of numbers, not 'luck'"),
+        ({"assignment": "time"}, "sample: assignment='time' needs a batch and its target on rank 0"),
+    ],
+)
+def test_wrong_arguments_are_told(tmp_path: Path, how: dict[str, Any], message: str) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match=message):
+            parallel.distribute(build("convolutions"), **how)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_without_a_process_group_the_message_says_what_to_call() -> None:
+    with pytest.raises(ValueError, match=r"distribute: torch\.distributed is not initialised; call init_process_group"):
+        parallel.distribute(build("convolutions"))
+
+
+def test_one_rank_is_the_single_process(tmp_path: Path) -> None:
+    """The steps of a single stage, which has nobody to talk to."""
+    alone = build("convolutions")
+    expected = run_steps(alone, STEPS, {}, {})
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        net = parallel.distribute(build("convolutions"), assignment="time", sample=batches(1)[0])
+        assert run_steps(net, STEPS, {}, {}) == expected
+        assert_same(state_of(net), state_of(alone))
+        net.close()
+    finally:
+        dist.destroy_process_group()
+
+
+# --- assignment ---
+
+
+def test_modules_are_assigned_so_that_the_slowest_stage_is_fastest() -> None:
+    assert parallel.assign([4, 1, 1, 1, 1], 2) == [range(0, 1), range(1, 5)]
+    assert parallel.assign([1, 1, 1], 3) == [range(0, 1), range(1, 2), range(2, 3)]
+    with pytest.raises(ValueError, match="ranks: 3 processes cannot share 2 local modules"):
+        parallel.assign([1, 1], 3)
+
+
+def test_measuring_leaves_the_network_alone() -> None:
+    net = build("convolutions")
+    before, random = state_of(net), torch.get_rng_state()
+    seconds = parallel.measure_seconds(net, *batches(1)[0])
+    assert len(seconds) == net.num_modules and all(value > 0 for value in seconds)
+    assert_same(state_of(net), before)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(parameter.grad is None for parameter in net.parameters())
