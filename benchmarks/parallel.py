@@ -1,0 +1,366 @@
+"""Throughput of training on two processes, and on two network namespaces behind a slow link.
+
+Everything is measured in one run: in every round all methods take turns, one CPU thread per process, on the same two
+stages of the same network. A method's time per step is taken on the last stage from the end of one step to the end of a
+later one, so that the pipeline is full; the medians over the rounds are told.
+
+    one               one process, local steps
+    one end-to-end    one process, every step guided, without auxiliary networks
+    local             two processes, local steps
+    pgl               two processes, every tenth step guided (exact), the others local
+    1f1b, gpipe       two processes, end-to-end by torch.distributed.pipelining, 4 micro-batches, on the same stages
+    1f1b balanced     the same on stages that are balanced without the auxiliary networks
+
+    python benchmarks/parallel.py                                        # three networks on this machine
+    python benchmarks/parallel.py --links loopback 10gbit 1gbit 100mbit 20ms 100mbit+20ms   # needs root, ip and tc
+    python benchmarks/parallel.py --tiny                                 # a trial of everything, of no meaning
+
+A link is ``loopback`` (no namespaces), or a rate (``1gbit``) and a one-way delay (``20ms``), joined by ``+``. Rates are
+tc's token bucket on a veth pair. Delays are netem's where the kernel has it, otherwise two TUN devices and a relay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import fcntl
+import json
+import os
+import select
+import signal
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import Tensor, nn
+
+import torchlocal as tl
+from torchlocal import parallel
+from torchlocal.models import build_model
+
+METHODS = ("one", "one end-to-end", "local", "pgl", "1f1b", "gpipe", "1f1b balanced")
+NETWORKS = {"resnet32": 16, "vgg11b": 8, "vit": 12}  # and their local modules
+PERIOD = 10  # of the guided steps of PGL
+MICRO_BATCHES = 4
+
+
+# --- what is measured ---
+
+
+def make_network(name: str, auxiliary: str, options: argparse.Namespace) -> tl.DecoupledNetwork:
+    """The network, cut; the same on every rank."""
+    torch.manual_seed(0)
+    if name == "vit":
+        model: nn.Module = torchvision.models.VisionTransformer(
+            image_size=32, patch_size=4, num_layers=12, num_heads=3, hidden_dim=192, mlp_dim=768, num_classes=10
+        )
+    else:
+        model = build_model(name, num_classes=10, in_channels=3, image_size=(32, 32))
+    shape = (options.batch_size, 3, 32, 32)
+    return tl.decouple(model, NETWORKS[name], sample=shape, rule=tl.GreedyRule(auxiliary), cost="flops")
+
+
+def make_batches(options: argparse.Namespace) -> list[tuple[Tensor, Tensor]]:
+    """A few batches of noise."""
+    generator = torch.Generator().manual_seed(0)
+    size = options.batch_size
+    return [
+        (torch.randn(size, 3, 32, 32, generator=generator), torch.randint(10, (size,), generator=generator))
+        for _ in range(4)
+    ]
+
+
+class Worker:
+    """One of the two processes."""
+
+    def __init__(self, network: str, options: argparse.Namespace) -> None:
+        self.options, self.batches = options, make_batches(options)
+        net = make_network(network, "conv", options)
+        self.alone = make_network(network, "conv", options) if dist.get_rank() == 0 else None
+        self.seconds = parallel.measure_seconds(net, *self.batches[0])
+        self.net = parallel.distribute(net, assignment="time", sample=self.batches[0], timeout=600)
+        # With linear auxiliary networks, which cost next to nothing, the time of a local step is the backbone's.
+        self.bare = parallel.distribute(
+            make_network(network, "linear", options), assignment="time", sample=self.batches[0], timeout=600
+        )
+        self.optimizers = {id(n): self._optimizer(n) for n in (self.net, self.bare, self.alone) if n is not None}
+
+    @staticmethod
+    def _optimizer(net: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+
+    def steps(self, method: str) -> tuple[Any, Callable[[int], Any]]:
+        """The network of a method, and what runs its i-th step."""
+        pipelined: dict[str, Any] = {"auxiliary": "frozen", "micro_batches": MICRO_BATCHES}
+        if method in ("one", "one end-to-end"):
+            alone = self.alone
+            if alone is None:
+                return None, lambda i: None
+            if method == "one":
+                return alone, lambda i: alone.local_step(*self._batch(i))
+            return alone, lambda i: alone.guided_step(*self._batch(i), auxiliary="frozen")
+        net = self.bare if method == "1f1b balanced" else self.net
+
+        def given(i: int) -> tuple[Any, ...]:
+            return self._batch(i) if net.is_first else ()
+
+        def pgl(i: int) -> Any:
+            return net.guided_step(*given(i)) if i % PERIOD == 0 else net.local_step(*given(i))
+
+        kinds: dict[str, Callable[[int], Any]] = {
+            "local": lambda i: net.local_step(*given(i)),
+            "pgl": pgl,
+            "gpipe": lambda i: net.guided_step(*given(i), schedule="gpipe", **pipelined),
+        }
+        return net, kinds.get(method, lambda i: net.guided_step(*given(i), schedule="1f1b", **pipelined))
+
+    def _batch(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.batches[i % len(self.batches)]
+
+    def time(self, method: str) -> float:
+        """Seconds per step; known to the rank that ends the steps."""
+        net, step = self.steps(method)
+        optimizer = self.optimizers.get(id(net))
+        dist.barrier()
+        start, count = 0.0, self.options.steps
+        for i in range(-PERIOD if method == "pgl" else -2, count):
+            if i == 0:
+                start = time.perf_counter()
+            if optimizer is not None:
+                step(i)
+                optimizer.step()
+                optimizer.zero_grad()
+        seconds = (time.perf_counter() - start) / count
+        dist.barrier()
+        return seconds
+
+    def measure(self) -> dict[str, Any] | None:
+        """Everything; on the first rank."""
+        times: dict[str, list[float]] = {method: [] for method in self.options.methods}
+        for number in range(self.options.rounds):
+            first = number % len(times)
+            order = [*times, *times][first : first + len(times)]
+            for method in order:
+                gathered: list[Any] = [None] * 2
+                dist.all_gather_object(gathered, self.time(method))
+                times[method].append(gathered[0 if method.startswith("one") else 1])
+        before = self.net.bytes_sent
+        x, y = self.batches[0]
+        self.net.local_step(*((x, y) if self.net.is_first else ()))
+        sent: list[Any] = [None] * 2
+        dist.all_gather_object(sent, self.net.bytes_sent - before)
+        self.net.close()
+        self.bare.close()
+        if dist.get_rank():
+            return None
+        stages = [sum(self.seconds[k] for k in stage) for stage in self.net.stages]
+        return {
+            "seconds": {method: statistics.median(values) for method, values in times.items()},
+            "all_seconds": times,
+            "stages": [[stage.start, stage.stop] for stage in self.net.stages],
+            "possible": sum(stages) / max(stages),
+            "bytes_per_image": sent[0] / self.options.batch_size,
+        }
+
+
+def work(rank: int, options: argparse.Namespace) -> None:
+    """Be one of the two processes."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(options.store, 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=600))
+    result = Worker(options.networks[0], options).measure()
+    if result is not None:
+        Path(options.result).write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+# --- links ---
+
+
+def run_command(*command: str) -> None:
+    """Run a command; its message is the error's."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()}")
+
+
+def parse_link(link: str) -> tuple[str | None, float]:
+    """Rate as tc writes it, or None, and one-way delay in seconds."""
+    rate, delay = None, 0.0
+    for part in link.split("+"):
+        if part.endswith("ms"):
+            delay = float(part.removesuffix("ms")) / 1e3
+        else:
+            rate = part
+    return rate, delay
+
+
+@contextlib.contextmanager
+def namespaces(link: str) -> Iterator[list[list[str]]]:
+    """Two network namespaces joined by a link; what to put before a command to run it in each.
+
+    Raises:
+        OSError: the rights, or the tools, are missing.
+    """
+    rate, delay = parse_link(link)
+    names, devices = [f"torchlocal{os.getpid()}-{i}" for i in range(2)], ["link0", "link1"]
+    relay: subprocess.Popen[bytes] | None = None
+    made: list[str] = []
+    try:
+        for name in names:
+            run_command("ip", "netns", "add", name)
+            made.append(name)
+        prefixes = [["ip", "netns", "exec", name] for name in names]
+        run_command("ip", "link", "add", "link0", "netns", names[0], "type", "veth", "peer", "link1", "netns", names[1])
+        rate_only = ("tbf", "rate", rate, "burst", "1mb", "latency", "1s") if rate else None
+        if delay:
+            delayed = ("netem", "delay", f"{delay * 1e3:g}ms", "limit", "100000", *(("rate", rate) if rate else ()))
+            try:
+                for prefix, device in zip(prefixes, devices, strict=True):
+                    run_command(*prefix, "tc", "qdisc", "add", "dev", device, "root", *delayed)
+                rate_only = None
+            except OSError:  # a kernel without netem
+                run_command(*prefixes[0], "ip", "link", "del", "link0")
+                relay = start_relay(names, devices, delay)
+        for i, (prefix, device) in enumerate(zip(prefixes, devices, strict=True)):
+            run_command(*prefix, "ip", "addr", "add", f"10.231.7.{i + 1}/30", "dev", device)
+            run_command(*prefix, "ip", "link", "set", device, "up")
+            run_command(*prefix, "ip", "link", "set", "lo", "up")
+            if rate_only:
+                run_command(*prefix, "tc", "qdisc", "add", "dev", device, "root", *map(str, rate_only))
+        yield prefixes
+    finally:
+        if relay is not None:
+            relay.kill()
+            relay.wait()
+        for name in made:
+            run_command("ip", "netns", "del", name)
+
+
+def start_relay(names: list[str], devices: list[str], delay: float) -> subprocess.Popen[bytes]:
+    """Two TUN devices, one in each namespace, and a process that carries packets over after a while."""
+    tunsetiff, tun_without_header = 0x400454CA, 0x1001
+    files = []
+    for name, device in zip(names, devices, strict=True):
+        file = os.open("/dev/net/tun", os.O_RDWR)
+        fcntl.ioctl(file, tunsetiff, struct.pack("16sH", device.encode(), tun_without_header))
+        run_command("ip", "link", "set", device, "netns", name)
+        # Large packets: the relay shall not compete with the training for the processor.
+        run_command("ip", "netns", "exec", name, "ip", "link", "set", device, "mtu", "60000", "txqueuelen", "10000")
+        files.append(file)
+    command = [sys.executable, __file__, "--relay", *map(str, files), str(delay)]
+    relay = subprocess.Popen(command, pass_fds=files)
+    for file in files:
+        os.close(file)
+    return relay
+
+
+def carry(first: int, second: int, delay: float) -> None:
+    """Carry packets between two TUN devices, each after a delay in seconds."""
+    other = {first: second, second: first}
+    waiting: collections.deque[tuple[float, int, bytes]] = collections.deque()
+    while True:
+        pause = max(0.0, waiting[0][0] - time.monotonic()) if waiting else None
+        for file in select.select([first, second], [], [], pause)[0]:
+            waiting.append((time.monotonic() + delay, other[file], os.read(file, 65536)))
+        while waiting and waiting[0][0] <= time.monotonic():
+            _, file, packet = waiting.popleft()
+            with contextlib.suppress(OSError):  # the device is not up yet
+                os.write(file, packet)
+
+
+# --- the run ---
+
+
+def measure(network: str, link: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Start the two processes, and wait for what they measure."""
+    here: list[list[str]] = [[], []]
+    around: Any = contextlib.nullcontext(here) if link == "loopback" else namespaces(link)
+    with tempfile.TemporaryDirectory() as folder, around as prefixes:
+        own = ["--networks", network, "--store", f"{folder}/store", "--result", f"{folder}/result"]
+        own += ["--batch-size", str(options.batch_size), "--steps", str(options.steps)]
+        own += ["--rounds", str(options.rounds), "--methods", *options.methods]
+        processes = []
+        for rank, prefix in enumerate(prefixes):
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            environment["GLOO_SOCKET_IFNAME"] = "lo" if link == "loopback" else f"link{rank}"
+            command = [*prefix, sys.executable, __file__, "--rank", str(rank), *own]
+            processes.append(subprocess.Popen(command, env=environment))
+        try:
+            codes = [process.wait() for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        if any(codes):
+            raise RuntimeError(f"the processes ended with {codes}")
+        result: dict[str, Any] = json.loads(Path(f"{folder}/result").read_text())
+        return result
+
+
+def tell(network: str, link: str, result: dict[str, Any], batch_size: int) -> None:
+    """Print what was measured of one network over one link."""
+    seconds = result["seconds"]
+    stages = " | ".join(f"{start + 1}–{stop}" for start, stop in result["stages"])
+    print(f"\n{network}, {link}: local modules {stages}, {result['bytes_per_image']:,.0f} bytes per image")
+    for method, value in seconds.items():
+        ratio = f"  {seconds['one'] / value:5.2f} × one process" if "one" in seconds else ""
+        print(f"  {method:<16}{batch_size / value:9.1f} images/s{ratio}")
+    if {"one", "local"} <= seconds.keys():
+        speedup = seconds["one"] / seconds["local"]
+        print(f"  local: {speedup:.2f} × one process (aim 1.8), {speedup / result['possible']:.2f} of the", end=" ")
+        print(f"{result['possible']:.2f} that the balance of the stages allows (aim .95)")
+    if {"1f1b", "local"} <= seconds.keys():
+        print(f"  local: {seconds['1f1b'] / seconds['local']:.2f} × 1f1b with {MICRO_BATCHES} micro-batches (aim 1.3)")
+
+
+def main() -> None:
+    """Measure everything, and print and save it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS, help="default: all")
+    parser.add_argument("--links", nargs="+", default=["loopback"], metavar="LINK", help="default: loopback")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="default: all")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per step (default: 64)")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of a method in a round, a multiple of 10")
+    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
+    parser.add_argument("--tiny", action="store_true", help="small numbers, to see whether everything runs")
+    parser.add_argument("--json", default=None, help="also write the numbers to this file")
+    parser.add_argument("--rank", type=int, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--store", default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--result", default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--relay", nargs=3, default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.relay is not None:
+        carry(int(options.relay[0]), int(options.relay[1]), float(options.relay[2]))
+    if options.tiny:
+        options.batch_size, options.steps, options.rounds = 8, 10, 2
+    if options.rank is not None:
+        work(options.rank, options)
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that namespaces are taken down
+    results: dict[str, Any] = {}
+    for link in options.links:
+        for network in options.networks:
+            try:
+                results[f"{network}, {link}"] = result = measure(network, link, options)
+            except OSError as error:
+                print(f"\n{link} is skipped, since namespaces or tc are not to be had here: {error}")
+                break
+            tell(network, link, result, options.batch_size)
+            sys.stdout.flush()
+            if options.json:
+                Path(options.json).write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
