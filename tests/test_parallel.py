@@ -207,6 +207,20 @@ def test_overlapping_micro_batches_equal_the_single_process(
     compare(pool, tmp_path, 3, {"backbone": backbone}, guided=guided, alone={"memory": plan})
 
 
+def test_overlapping_micro_batches_of_another_layout(pool: Pool, tmp_path: Path) -> None:
+    """The messages of torch.distributed.pipelining are contiguous; features in channels last are not."""
+    plan, options = GuidedPlan(tree=Tape(0, 4), micro_batches=4), {"layout": torch.channels_last}
+    build_options = {"backbone": "convolutions", "layout": torch.channels_last}
+    net = build(**build_options)
+    steps = ["guided", "local"] * 2
+    losses = run_steps(net, steps, options, {"memory": plan})
+    arguments = (build_options, steps, options, {"micro_batches": 4}, {})
+    found, state, _, _ = pool.run(3, tmp_path, train_in_parallel, *arguments)[-1]
+    for a, b in zip(found, losses, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state, state_of(net), rtol=1e-3, atol=1e-5)
+
+
 def test_the_input_travels_along_for_rules_that_read_it(pool: Pool, tmp_path: Path) -> None:
     compare(pool, tmp_path, 3, {"backbone": "convolutions", "rule": ReadsInput()})
 

@@ -20,6 +20,7 @@ __all__ = ["CLOSE", "Channel", "Message", "PeerLost", "watched"]
 
 CLOSE = 0  # the kind of message after which nothing follows
 _HEADER, _DESCRIPTION, _PAYLOAD = 1, 2, 3  # tags; backends without tags rely on the order, which is the same
+_WORDS = ("gloo", "Gloo", "NCCL", "onnection", "ocket")  # of errors that the network is to blame for
 _MOST_KNOWN = 64  # descriptions that both sides keep; a target may hold a number that is another in every batch
 _FOR_EVER = timedelta(days=365)
 
@@ -36,9 +37,10 @@ def watched(peer: str, timeout: float) -> Iterator[None]:
     except queue.Empty:
         raise PeerLost(_silent(peer, timeout)) from None
     except RuntimeError as error:
-        if isinstance(error, PeerLost):
-            raise
         text = str(error)
+        ours = isinstance(error, dist.DistError) or any(word in text for word in _WORDS)
+        if isinstance(error, PeerLost) or not ours:
+            raise
         if "timed out" in text.lower() or "timeout" in text.lower():
             raise PeerLost(_silent(peer, timeout)) from error
         lines = text.strip().splitlines()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -50,15 +50,18 @@ class Schedule:
 
         modules, self._last = stages[stage], stage == len(stages) - 1
         self._first = stage == 0
-        self._body = _Body(net, modules, device)
-        entry = layout if self._first else rehearsal.outputs[modules.start - 1].clone().requires_grad_()
+        self._body = _Body(net, modules, device, rehearsal)
+        # Messages are contiguous, whatever the layout of the features that they stand for.
+        before = None if self._first else rehearsal.outputs[modules.start - 1]
+        entry = layout if before is None else before.contiguous().clone().requires_grad_()
+        result = rehearsal.outputs[modules.stop - 1].contiguous().clone().requires_grad_()
         pipeline_stage = PipelineStage(
             self._body,
             stage,
             len(stages),
             device,
             input_args=(entry,),
-            output_args=(rehearsal.outputs[modules.stop - 1].clone().requires_grad_(),),
+            output_args=(result,),
             group=group,
         )
         kind = Schedule1F1B if schedule == "1f1b" else ScheduleGPipe
@@ -75,11 +78,28 @@ class Schedule:
         return self._body.finish()
 
 
+class _Arrive(torch.autograd.Function):
+    """Gives features the memory layout that they had, and sends their gradient back contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, strides: tuple[int, ...]) -> Tensor:
+        if features.stride() == strides:
+            return features.view_as(features)
+        return torch.empty_strided(features.shape, strides, dtype=features.dtype, device=features.device).copy_(
+            features
+        )
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.contiguous(), None
+
+
 class _Body(nn.Module):
     """The local modules of a stage as one module, which trains their auxiliary networks on the way."""
 
-    def __init__(self, net: DecoupledNetwork, modules: range, device: torch.device) -> None:
+    def __init__(self, net: DecoupledNetwork, modules: range, device: torch.device, rehearsal: Rehearsal) -> None:
         super().__init__()
+        self._strides = rehearsal.outputs[modules.start - 1].stride() if modules.start else None
         self._held = (net, modules, device)  # in a tuple: the network is no submodule of it
 
     def begin(self, runs: Sequence[Run], rehearsal: Rehearsal, *, follow: bool) -> None:
@@ -99,6 +119,8 @@ class _Body(nn.Module):
         net, modules, device = self._held
         run, self._number = self._runs[self._number], self._number + 1
         self._rehearsal.skip(range(modules.start), device, follow=self._follow)
+        if self._strides is not None:
+            features = _Arrive.apply(features, self._strides)
         for k in modules:
             group = net.partition.groups[k]
             with run.autocast():
@@ -106,7 +128,7 @@ class _Body(nn.Module):
             if self._follow and k < net.num_modules - 1:
                 self._losses.setdefault(k, []).append(run.follow(k, features))
         self._rehearsal.skip(range(modules.stop, net.num_modules), device, follow=self._follow)
-        return features
+        return features.contiguous()
 
     def global_loss(self, output: Tensor, number: int) -> Tensor:
         """The scaled loss of a micro-batch, on the last stage."""
