@@ -259,7 +259,8 @@ def test_stop_another_process(tmp_path: Path, long_run: Path, signum: signal.Sig
         time.sleep(0.002)
     child.send_signal(signum)
     _, told = child.communicate(timeout=60)
-    assert "epoch 1/30" in told
+    # The file is there before the epoch's line is: SIGKILL may come in between.
+    assert "epoch 1/30" in told or signum == signal.SIGKILL
     assert not (out / "result.json").exists()
     if signum == signal.SIGTERM:
         assert child.returncode == 1 and "Interrupted: stopped by SIGTERM after step" in told
