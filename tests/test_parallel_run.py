@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from networks import SmallNet
 from processes import Pool
 from torch import Tensor, nn
 
@@ -24,21 +25,6 @@ from torchlocal.parallel.team import Elsewhere, RemoteSplit
 from torchlocal.trainer import Interrupted, fit
 
 TIMES = ("seconds", "train_seconds", "epoch_seconds", "images_per_second", "out", "tensorboard")
-
-
-class SmallNet(nn.Module):
-    """Convolutions with BatchNorm and dropout: everything that has a state beside the parameters."""
-
-    def __init__(self, num_classes: int, in_channels: int) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(in_channels, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
-        self.block1 = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2))
-        self.block2 = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(0.2))
-        self.head = nn.Linear(16, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.block2(self.block1(self.stem(x)))
-        return self.head(x.mean((2, 3)))
 
 
 def small_config(out: Path, **changes: Any) -> FitConfig:

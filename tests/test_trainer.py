@@ -10,13 +10,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from networks import SmallNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,21 +39,6 @@ from torchlocal.trainer import (
 )
 
 TIMES = ("seconds", "train_seconds", "epoch_seconds", "images_per_second")
-
-
-class SmallNet(nn.Module):
-    """Convolutions with BatchNorm and dropout: everything that has a state beside the parameters."""
-
-    def __init__(self, num_classes: int, in_channels: int) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(in_channels, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
-        self.block1 = nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2))
-        self.block2 = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(0.2))
-        self.head = nn.Linear(16, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.block2(self.block1(self.stem(x)))
-        return self.head(x.mean((2, 3)))
 
 
 def build_small_net(name: str, *, num_classes: int, in_channels: int, **options: Any) -> nn.Module:
@@ -254,13 +239,14 @@ def test_stop_another_process(tmp_path: Path, long_run: Path, signum: signal.Sig
     out = tmp_path / "parts"
     script = CHILD.format(tests=str(Path(__file__).parent), out=str(out))
     child = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (out / "metrics.csv").exists() and time.monotonic() < deadline and child.poll() is None:
-        time.sleep(0.002)
+    assert child.stderr is not None
+    told = ""
+    while "epoch 1/30" not in told and (line := child.stderr.readline()):
+        told += line
     child.send_signal(signum)
-    _, told = child.communicate(timeout=60)
-    # The file is there before the epoch's line is: SIGKILL may come in between.
-    assert "epoch 1/30" in told or signum == signal.SIGKILL
+    told += child.stderr.read()
+    child.wait(timeout=60)
+    assert "epoch 1/30" in told
     assert not (out / "result.json").exists()
     if signum == signal.SIGTERM:
         assert child.returncode == 1 and "Interrupted: stopped by SIGTERM after step" in told

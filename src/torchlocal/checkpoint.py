@@ -115,13 +115,13 @@ def check_same_config(path: Path, saved: Mapping[str, Any], current: Mapping[str
     Raises:
         ValueError: naming every field that differs and must not.
     """
-    old, new = _flatten(saved), _flatten(current)
+    old, new = fixed_fields(saved), fixed_fields(current)
     absent = object()
     differing = [
         f"{name} ({'absent' if name not in old else repr(old[name])} there, "
         f"{'absent' if name not in new else repr(new[name])} now)"
         for name in dict.fromkeys([*old, *new])
-        if name not in FREE_FIELDS and old.get(name, absent) != new.get(name, absent)
+        if old.get(name, absent) != new.get(name, absent)
     ]
     if differing:
         raise ValueError(

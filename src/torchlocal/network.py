@@ -14,7 +14,7 @@ from . import steps
 from .graph import Chain, training_mode
 from .partition import Partition, Unit, Units, balance
 from .recompute import Plan, in_segments
-from .rules import RULES, Rule, Site
+from .rules import Rule, Site, make_rule
 from .rules.downstream import Downstream
 from .schedule import GuidedPlan, find_guided_plan, find_local_plans
 
@@ -245,9 +245,7 @@ def decouple(
     backbone, given = _backbone(model, modules, cuts)  # type: ignore[arg-type]
     shape = _sample(sample, backbone)
     if isinstance(rule, str):
-        if rule not in RULES:
-            raise ValueError(f"rule: no rule named {rule!r}; choose one of {', '.join(RULES)}, or pass a Rule")
-        rule = RULES[rule]()
+        rule = make_rule(rule)
     elif not isinstance(rule, Rule):
         raise ValueError(f"rule: must be a name or a Rule, not {type(rule).__name__}")
     if not callable(criterion):

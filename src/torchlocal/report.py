@@ -222,12 +222,25 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str], bool], ...] = (
 # --- tables ---
 
 
-def terminal_table(comparison: Comparison) -> Table:
-    """The comparison as a rich table."""
+def new_table(title: str, caption: str | None = None) -> Table:
+    """An empty rich table in the style of all."""
     from rich import box
     from rich.table import Table
 
-    table = Table(title=comparison.title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    return Table(
+        title=title,
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+    )
+
+
+def terminal_table(comparison: Comparison) -> Table:
+    """The comparison as a rich table."""
+    table = new_table(comparison.title)
     for header, _, right in _COLUMNS:
         # Names and accuracies stay whole when the terminal is narrow; the other headers may wrap.
         table.add_column(header, justify="right" if right else "left", no_wrap=header == "Method", overflow="fold")

@@ -77,7 +77,7 @@ def local_step(
         loss, features = run.local(k, plans.get(k), [features])
         losses.append(loss)
         if optimizers is not None:
-            _apply(optimizers[k])
+            apply(optimizers[k])
     return losses
 
 
@@ -152,7 +152,7 @@ def _guided(run: Run, plan: Plan, *, follow: bool, whole: bool) -> list[Tensor]:
         if unit in ends:
             losses.append(run.follow(ends[unit], state[0]))
             if optimizers is not None and whole:  # it finds the gradients of the auxiliary network, and no others yet
-                _apply(optimizers[ends[unit]])
+                apply(optimizers[ends[unit]])
 
     def learn(outputs: list[Any]) -> list[Tensor | None]:
         loss, gradient = run.learn(net.num_modules - 1, outputs)
@@ -162,7 +162,7 @@ def _guided(run: Run, plan: Plan, *, follow: bool, whole: bool) -> list[Tensor]:
     def done(unit: int) -> None:
         while optimizers is not None and waiting and waiting[-1] >= unit:
             waiting.pop()
-            _apply(optimizers[len(waiting)])
+            apply(optimizers[len(waiting)])
 
     recomputation = Recomputation(net.chain, x, context=run.autocast, stops=frozenset(ends), passed=passed, done=done)
     recomputation.run(plan, [x.detach()], learn)
@@ -264,7 +264,8 @@ class Run:
         return loss.detach(), features.grad
 
 
-def _apply(optimizer: SupportsStep) -> None:
+def apply(optimizer: SupportsStep) -> None:
+    """Update, and free the gradients."""
     optimizer.step()
     optimizer.zero_grad()
 

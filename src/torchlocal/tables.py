@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torchlocal.report import format_bytes, format_count
+from torchlocal.report import format_bytes, format_count, new_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,14 +17,11 @@ __all__ = ["depth_table", "partition_tables"]
 
 def depth_table(result: Mapping[str, Any], *, split: str) -> Table:
     """What `evaluate` found, as a rich table: accuracy through every auxiliary network."""
-    from rich import box
-    from rich.table import Table
-
     title = (
         f"{result['checkpoint']}: {split} accuracy {100 * result['accuracy']:.2f} %, loss {result['loss']:.4f} "
         f"({result['num_images']:,} images)"
     )
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    table = new_table(title)
     table.add_column("Local module", justify="right")
     table.add_column("Accuracy, %", justify="right")
     table.add_column("Predicted by")
@@ -43,18 +40,10 @@ def partition_tables(net: DecoupledNetwork, *, batch_size: int, title: str) -> l
         batch_size: Number of inputs that the activation bytes are of.
         title: Name of the network.
     """
-    from rich import box
-    from rich.table import Table
-
     partition = net.partition
-    units = Table(
-        title=f"{title}: {len(partition.units)} units, {net.num_modules} local modules",
-        caption=f"Activations kept for backward: of a batch of {batch_size}. FLOPs: forward, of one image.",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        title_style="bold",
-        pad_edge=False,
+    units = new_table(
+        f"{title}: {len(partition.units)} units, {net.num_modules} local modules",
+        f"Activations kept for backward: of a batch of {batch_size}. FLOPs: forward, of one image.",
     )
     for header in ("k", "Unit", "Output", "Activations", "FLOPs", "Parameters"):
         units.add_column(header, justify="left" if header in ("Unit", "Output") else "right", no_wrap=True)
@@ -71,13 +60,7 @@ def partition_tables(net: DecoupledNetwork, *, batch_size: int, title: str) -> l
             )
         if k < net.num_modules:
             units.add_row("", "- - - cut - - -", *[""] * 4, style="red")
-    modules = Table(
-        title="Local modules, with their auxiliary networks",
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        title_style="bold",
-        pad_edge=False,
-    )
+    modules = new_table("Local modules, with their auxiliary networks")
     for header in ("k", "Units", "Activations", "FLOPs", "Parameters", "Auxiliary parameters"):
         modules.add_column(header, justify="left" if header == "Units" else "right")
     largest = max(partition.costs)

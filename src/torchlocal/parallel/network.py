@@ -15,7 +15,7 @@ from ..network import DecoupledNetwork
 from ..recompute import Plan, Recomputation
 from ..rules import Batch
 from ..schedule import GuidedPlan
-from ..steps import Run, SupportsStep, check_arguments, split_batch
+from ..steps import Run, SupportsStep, apply, check_arguments, split_batch
 from .channels import Channel, Message, watched
 from .pipelined import Schedule
 from .rehearsal import Rehearsal, rehearse
@@ -118,8 +118,7 @@ class ParallelNetwork(Stage):
             self._average([k])
             if optimizers is not None:
                 self._finish_averages()
-                optimizers[i].step()
-                optimizers[i].zero_grad()
+                apply(optimizers[i])
         self._hand_on(_LOCAL, task, features, losses, (str(autocast), scale))
         self._skip_after(rehearsal, follow=True)
         self._finish_averages()
@@ -211,7 +210,7 @@ class ParallelNetwork(Stage):
             self._average(self.modules)
             self._finish_averages()
             for optimizer in optimizers or ():
-                _apply(optimizer)
+                apply(optimizer)
         return total
 
     def _guided(
@@ -232,7 +231,7 @@ class ParallelNetwork(Stage):
             if unit in ends:
                 losses.append(run.follow(ends[unit], state[0]))
                 if optimizers is not None and whole:
-                    _apply(optimizers[ends[unit] - self.modules[0]])
+                    apply(optimizers[ends[unit] - self.modules[0]])
 
         def then(outputs: list[Any]) -> list[Tensor | None]:
             if self.is_last:
@@ -246,7 +245,7 @@ class ParallelNetwork(Stage):
 
         def done(unit: int) -> None:
             while optimizers is not None and waiting and groups[waiting[-1]].start >= unit:
-                _apply(optimizers[waiting.pop() - self.modules[0]])
+                apply(optimizers[waiting.pop() - self.modules[0]])
 
         recomputation = Recomputation(
             self.net.chain, task.features, context=run.autocast, stops=frozenset(ends), passed=passed, done=done
@@ -313,7 +312,7 @@ class ParallelNetwork(Stage):
         self._average(self.modules)
         self._finish_averages()
         for optimizer in optimizers or ():
-            _apply(optimizer)
+            apply(optimizer)
         return losses
 
     @torch.no_grad()
@@ -473,8 +472,3 @@ class ParallelNetwork(Stage):
         """Come to the random state at the end of the step; only the first stage goes on from there."""
         if self.is_first:
             rehearsal.skip(range(self.modules.stop, self.num_modules), self.device, follow=follow)
-
-
-def _apply(optimizer: SupportsStep) -> None:
-    optimizer.step()
-    optimizer.zero_grad()

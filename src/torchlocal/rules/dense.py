@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Site
+from .layers import ToMap
 
 __all__ = ["dense"]
 
@@ -43,8 +44,8 @@ def dense(width: int = 64) -> Callable[[Site], nn.Module]:
                 f"{tuple(site.feature_shape)} meet an output of shape {tuple(site.output_shape)}; use another one"
             )
         height, width_out = site.output_shape[2:]
-        layers: list[nn.Module] = [] if site.channel_dim == 1 else [_ChannelsFirst()]
-        layers += [
+        layers: list[nn.Module] = [
+            ToMap(site),
             nn.Conv2d(site.channels, width, 3, padding=1, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
@@ -55,8 +56,3 @@ def dense(width: int = 64) -> Callable[[Site], nn.Module]:
         return nn.Sequential(*layers)
 
     return build
-
-
-class _ChannelsFirst(nn.Module):
-    def forward(self, features: Tensor) -> Tensor:
-        return features.movedim(-1, 1)
