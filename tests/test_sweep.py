@@ -51,11 +51,6 @@ def _plain_mlp() -> nn.Module:
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(48, 10))
 
 
-def _rule(name: str) -> tl.Rule:
-    # On the 25,088 features before VGG's classifier the default network would have 600 million parameters.
-    return tl.GreedyRule("linear" if name == "torchvision:vgg11_bn" else "conv")
-
-
 def _model(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     if name == "plain mlp":
@@ -80,7 +75,7 @@ def test_decouple_any_network(name: str) -> None:
     attributes = set(vars(model))
 
     for modules in (2, 3 if name == "mlp" else 4, "all"):  # the library's own has three hidden layers
-        net = tl.decouple(model, modules, sample=x, rule=_rule(name))
+        net = tl.decouple(model, modules, sample=x)
         if modules != "all":
             assert net.num_modules == modules
         assert len(net.auxiliary) == net.num_modules - 1
@@ -125,7 +120,7 @@ def test_decouple_any_network(name: str) -> None:
 def test_recomputation_is_exact_for_any_network(name: str) -> None:
     model, x = _model(name)
     y = torch.tensor([1, 7])
-    net = tl.decouple(model, "all", sample=x, rule=_rule(name))
+    net = tl.decouple(model, "all", sample=x)
     state = copy.deepcopy(net.state_dict())
     results = []
     for recompute in (None, "modules", 2):

@@ -22,6 +22,7 @@ __all__ = [
     "load_network",
     "save_checkpoint",
     "write_config",
+    "write_file",
     "write_json",
     "write_metrics",
 ]
@@ -133,12 +134,12 @@ def check_same_config(path: Path, saved: Mapping[str, Any], current: Mapping[str
 def write_config(path: Path, config: Mapping[str, Any], comments: Iterable[str] = ()) -> None:
     """Write the configuration as YAML that can be given back to the command."""
     text = "".join(f"# {comment}\n" for comment in comments) + yaml.safe_dump(dict(config), sort_keys=False)
-    _write_atomically(path, lambda file: file.write(text.encode()))
+    write_file(path, text)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write plain values as JSON."""
-    _write_atomically(path, lambda file: file.write((json.dumps(values, indent=2) + "\n").encode()))
+    write_file(path, json.dumps(values, indent=2) + "\n")
 
 
 def write_metrics(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, float]]) -> None:
@@ -148,7 +149,17 @@ def write_metrics(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str
     writer.writeheader()
     for row in rows:
         writer.writerow({name: "" if math.isnan(value) else value for name, value in row.items()})
-    _write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_file(path, text.getvalue())
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OSError: if it could not be written; the one written before is untouched.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    _write_atomically(path, lambda file: file.write(data))
 
 
 def _write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

@@ -311,7 +311,8 @@ def _plan(argv: Sequence[str]) -> int:
     import torch
 
     from torchlocal.models import build_model
-    from torchlocal.plan import parse_size, plan, plan_table
+    from torchlocal.plan import parse_size, plan
+    from torchlocal.tables import plan_table
 
     channels, height, width = map(int, parts)
     budget = None if values.budget is None else parse_size(values.budget)

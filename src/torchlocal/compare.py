@@ -22,7 +22,7 @@ import yaml
 
 from torchlocal import __version__ as torchlocal_version
 from torchlocal.assembly import build_network, build_optimizer, count_steps, load_run_data, resolve_execution
-from torchlocal.checkpoint import check_same_config, write_config, write_json
+from torchlocal.checkpoint import check_same_config, write_config, write_file, write_json
 from torchlocal.config import (
     FitConfig,
     GuidanceConfig,
@@ -36,7 +36,7 @@ from torchlocal.costs import StepCosts, measure_costs
 from torchlocal.data import DataBundle
 from torchlocal.models import build_model
 from torchlocal.network import decouple
-from torchlocal.report import Comparison, MethodResult, write_report, write_text
+from torchlocal.report import Comparison, MethodResult, write_report
 from torchlocal.trainer import Diverged, fit
 
 __all__ = ["METHODS", "CompareConfig", "Subject", "compare", "method_configs"]
@@ -275,7 +275,7 @@ def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
         device=resolve_execution(config.fit).device.type,
     )
     write_report(comparison, out)
-    write_text(out / "runs.csv", _runs_table(results, costs))
+    write_file(out / "runs.csv", _runs_table(results, costs))
     return comparison
 
 

@@ -19,9 +19,8 @@ from .network import DecoupledNetwork, decouple
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.table import Table
 
-__all__ = ["MemoryPlan", "PlanRow", "parse_size", "plan", "plan_table"]
+__all__ = ["MemoryPlan", "PlanRow", "format_size", "parse_size", "plan"]
 
 _MOST_TRIALS = 6  # predictions per row, to find its largest batch
 _SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -229,7 +228,7 @@ def _recommend(rows: Sequence[PlanRow], budget: int | None, batch_size: int) -> 
     smallest = min(rows, key=lambda row: row.total_bytes)
     if budget is None:
         chosen = smallest
-        text = f"The least is {_size(smallest.total_bytes)}, by {_name(smallest)}."
+        text = f"The least is {format_size(smallest.total_bytes)}, by {_name(smallest)}."
     elif not fitting:
         chosen = smallest
         label, size = max(smallest.breakdown.items(), key=lambda item: item[1])
@@ -237,8 +236,9 @@ def _recommend(rows: Sequence[PlanRow], budget: int | None, batch_size: int) -> 
             f"a batch of {smallest.largest_batch} would fit" if smallest.largest_batch else "no batch size would fit"
         )
         text = (
-            f"Nothing fits into {_size(budget)} at batch size {batch_size}: the least is "
-            f"{_size(smallest.total_bytes)}, by {_name(smallest)}, of which {_size(size)} are {label}; {advice}."
+            f"Nothing fits into {format_size(budget)} at batch size {batch_size}: the least is "
+            f"{format_size(smallest.total_bytes)}, by {_name(smallest)}, of which {format_size(size)} are {label}; "
+            f"{advice}."
         )
     else:
         # Where ordinary training fits, with checkpointing or without, nothing is gained by cutting.
@@ -249,7 +249,7 @@ def _recommend(rows: Sequence[PlanRow], budget: int | None, batch_size: int) -> 
             "checkpointing": "gradient checkpointing fits, and gives the results of ordinary training",
         }.get(chosen.method, "of what fits it costs least")
         text = (
-            f"Use {_name(chosen)}: {reason} ({_size(chosen.total_bytes)} of {_size(budget)}, "
+            f"Use {_name(chosen)}: {reason} ({format_size(chosen.total_bytes)} of {format_size(budget)}, "
             f"{chosen.flops_ratio:.2f} × the FLOPs of end-to-end training)."
         )
     return MemoryPlan(
@@ -266,7 +266,7 @@ def _name(row: PlanRow) -> str:
     return f"{row.method} with K={row.modules}" if row.method in ("local", "pgl") else row.method
 
 
-def _size(num_bytes: int) -> str:
+def format_size(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
@@ -283,29 +283,3 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise ValueError(f"budget: {text!r} is not a size; give one such as 8GiB, 500MB or a number of bytes")
     return size
-
-
-def plan_table(result: MemoryPlan, *, title: str) -> Table:
-    """The rows as a rich table."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        title=f"{title}: predicted peak memory at batch size {result.batch_size}",
-        caption="Workspace inside kernels is not included. FLOPs: of a step, relative to end-to-end.",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        title_style="bold",
-        pad_edge=False,
-    )
-    columns = ["Method", "K", "Peak", *(label.capitalize() for label in LABELS), "FLOPs"]
-    columns += ["Largest batch", "Fits"] if result.budget is not None else []
-    for header in columns:
-        table.add_column(header, justify="left" if header == "Method" else "right", no_wrap=True)
-    for row in result.rows:
-        cells = [row.method, str(row.modules), _size(row.total_bytes)]
-        cells += [_size(row.breakdown[label]) for label in LABELS] + [f"x {row.flops_ratio:.2f}"]
-        cells += [str(row.largest_batch), "yes" if row.fits else "no"] if result.budget is not None else []
-        table.add_row(*cells)
-    return table

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torchlocal.checkpoint import write_file
 from torchlocal.figures import FIGURES, draw_figures
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Comparison", "MethodResult", "Row", "write_report", "write_text"]
+__all__ = ["Comparison", "MethodResult", "Row", "write_report"]
 
 MEMORY_NOTE = (
     "Peak memory is what one optimizer step needs: parameters, buffers and optimizer state, plus the highest sum of "
@@ -381,20 +382,8 @@ def write_report(comparison: Comparison, folder: str | Path) -> Path:
             figure.savefig(svg, format="svg", metadata={"Date": None})
             figure.savefig(png, format="png", dpi=150)
             images[name] = svg.getvalue()
-            _write(folder / "figures" / f"{name}.png", png.getvalue())
-    write_text(folder / "report.csv", csv_table(comparison))
-    write_text(folder / "report.md", markdown_report(comparison, [f"figures/{name}.png" for name in images]))
-    write_text(folder / "report.html", html_report(comparison, images))
+            write_file(folder / "figures" / f"{name}.png", png.getvalue())
+    write_file(folder / "report.csv", csv_table(comparison))
+    write_file(folder / "report.md", markdown_report(comparison, [f"figures/{name}.png" for name in images]))
+    write_file(folder / "report.html", html_report(comparison, images))
     return folder / "report.html"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    _write(path, text.encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)

@@ -1,18 +1,21 @@
-"""Tables of the terminal: accuracy by depth, and where a network is cut."""
+"""Tables of the terminal: accuracy by depth, where a network is cut, and what fits a memory budget."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torchlocal.memory import LABELS
+from torchlocal.plan import format_size
 from torchlocal.report import format_bytes, format_count, new_table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from torchlocal.network import DecoupledNetwork
+    from torchlocal.plan import MemoryPlan
 
-__all__ = ["depth_table", "partition_tables"]
+__all__ = ["depth_table", "partition_tables", "plan_table"]
 
 
 def depth_table(result: Mapping[str, Any], *, split: str) -> Table:
@@ -76,3 +79,21 @@ def partition_tables(net: DecoupledNetwork, *, batch_size: int, title: str) -> l
             "-" if auxiliary is None else format_count(sum(p.numel() for p in auxiliary.parameters())),
         )
     return [units, modules]
+
+
+def plan_table(result: MemoryPlan, *, title: str) -> Table:
+    """What `plan` predicts, one way to train per row."""
+    table = new_table(
+        f"{title}: predicted peak memory at batch size {result.batch_size}",
+        "Workspace inside kernels is not included. FLOPs: of a step, relative to end-to-end.",
+    )
+    columns = ["Method", "K", "Peak", *(label.capitalize() for label in LABELS), "FLOPs"]
+    columns += ["Largest batch", "Fits"] if result.budget is not None else []
+    for header in columns:
+        table.add_column(header, justify="left" if header == "Method" else "right", no_wrap=True)
+    for row in result.rows:
+        cells = [row.method, str(row.modules), format_size(row.total_bytes)]
+        cells += [format_size(row.breakdown[label]) for label in LABELS] + [f"x {row.flops_ratio:.2f}"]
+        cells += [str(row.largest_batch), "yes" if row.fits else "no"] if result.budget is not None else []
+        table.add_row(*cells)
+    return table

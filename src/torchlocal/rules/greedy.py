@@ -14,6 +14,7 @@ from .layers import ToMap, layers_for, pool_to
 
 _SMALL_MAP = 8  # a map of at most this many rows or columns is not reduced further
 _HIDDEN = 128
+_WIDEST_VECTOR = 1024
 
 
 def linear(site: Site) -> nn.Module:
@@ -26,11 +27,14 @@ def conv(site: Site) -> nn.Module:
     """A 3×3 convolution, norm, ReLU, global average pooling, a hidden layer of 128 units and a classifier.
 
     While the map is large (more than 8 rows and columns) the convolution has stride 2 and, up to 128 channels, doubles
-    the width. On tokens (N, T, C) the convolution runs along the sequence; on vectors it is a linear layer.
+    the width. On tokens (N, T, C) the convolution runs along the sequence; on vectors it is a linear layer of at most
+    1024 units (a flattened map may have tens of thousands of features).
     """
     convolution, norm, pool = layers_for(site)
     large = bool(site.spatial) and min(site.spatial) > _SMALL_MAP
     width = max(site.channels, min(2 * site.channels, _HIDDEN)) if large else site.channels
+    if not site.spatial:
+        width = min(width, _WIDEST_VECTOR)
     kernel = 3 if site.spatial else 1
     return nn.Sequential(
         ToMap(site),
