@@ -27,7 +27,9 @@ __all__ = ["GuidedPlan", "find_guided_plan", "find_local_plans"]
 _LEAST_PART = 16  # examples in the smallest micro-batch that the search considers
 _MOST_PARTS = 16
 _MOST_TRIALS = 5
-_COST_OF_A_PART = 0.02  # of a step: smaller kernels are less efficient
+# What micro-batches of n examples add to the time of a step, as a multiple of 1/n: kernels on few examples are less
+# efficient. Measured (CPU, ResNet-32): nothing with 64 examples, 5 % with 32, 28 % with 16.
+_COST_OF_SMALL_PARTS = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,13 +134,17 @@ class _GuidedSearch:
             found = {parts: solution for parts, s in solvers.items() if (solution := s.plan(allowed[parts]))}
             if not found:
                 return None
-            price = {parts: flops / self._forward / 3 + _COST_OF_A_PART * parts for parts, (_, flops) in found.items()}
+            price = {parts: flops / self._forward / 3 + self._loss(parts) for parts, (_, flops) in found.items()}
             parts = min(found, key=price.__getitem__)
             plan = self._verified(found[parts], parts)
             if plan.bytes <= budget:
                 return plan
             allowed[parts] -= max(plan.bytes - budget, 0.002 * budget)
         return None
+
+    def _loss(self, parts: int) -> float:
+        """Time that smaller kernels lose, relative to a step."""
+        return 0.0 if parts == 1 else _COST_OF_SMALL_PARTS * parts / self._fake.x.shape[0]
 
     def _parts(self) -> list[int]:
         """The numbers of micro-batches that are considered."""
