@@ -291,6 +291,26 @@ def _total(model: nn.Module, row: Any, batch: int, checkpointing: str) -> int:
     return max(predict(net, shape, optimizer=SGD, **step).total_bytes for step in steps)
 
 
+def test_fewest_modules() -> None:
+    shape = (64, 3, 32, 32)
+
+    def peak(modules: int | str) -> int:
+        return predict(tl.decouple(build_model("resnet20", num_classes=10), modules, sample=shape)).peak_bytes
+
+    def auxiliary(modules: int | str) -> tl.DecoupledNetwork:
+        model = build_model("resnet20", num_classes=10)
+        torch.manual_seed(3)
+        return tl.decouple(model, modules, sample=shape)
+
+    fewest = auxiliary("fewest")
+    num = fewest.num_modules
+    assert 2 < num < 10 == auxiliary("all").num_modules
+    assert peak("fewest") <= 1.02 * peak("all") < peak(num - 1)
+    given = auxiliary(num)  # the search leaves the random generator alone
+    assert fewest.partition == given.partition
+    assert all(map(torch.equal, fewest.auxiliary.state_dict().values(), given.auxiliary.state_dict().values()))
+
+
 def test_plan_recommends_the_cheapest_that_fits() -> None:
     model, shape = make_network(4), (256, 3, 12, 12)
     free = tl.plan(model, shape, modules=(2, "all"))

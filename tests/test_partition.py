@@ -243,11 +243,11 @@ MISTAKES = {
     "K zero": (lambda: tl.decouple(resnet(20), 0, sample=IMAGE), "modules: must be at least 1, not 0"),
     "K a float": (
         lambda: tl.decouple(resnet(20), 2.5, sample=IMAGE),
-        "modules: must be a whole number or 'all', not 2.5",
+        "modules: must be a whole number, 'all' or 'fewest', not 2.5",
     ),
     "K a bool": (
         lambda: tl.decouple(resnet(20), True, sample=IMAGE),
-        "modules: must be a whole number or 'all', not True",
+        "modules: must be a whole number, 'all' or 'fewest', not True",
     ),
     "neither": (lambda: tl.decouple(resnet(20), sample=IMAGE), "modules: say how many"),
     "both": (lambda: tl.decouple(resnet(20), 2, cuts=["layer1"], sample=IMAGE), "cuts: give either"),

@@ -504,7 +504,7 @@ def sentence(error: pytest.ExceptionInfo[BaseException]) -> str:
         ({"steps": 0}, r"^steps=0 must be a whole number of at least 1 or None$"),
         ({"batch_size": 0}, r"^batch_size=0 must"),
         ({"accumulate": 0}, r"^accumulate=0 must"),
-        ({"modules": 0}, r'^modules=0 must be a whole number of at least 1 or "all"$'),
+        ({"modules": 0}, r'^modules=0 must be a whole number of at least 1, "all" or "fewest"$'),
         ({"modules": "most"}, r"^modules='most' must"),
         ({"cuts": "layer1"}, r"^cuts='layer1' must be a list of names"),
         ({"rule": "predsim2"}, r"^rule='predsim2' is unknown: give one of greedy"),

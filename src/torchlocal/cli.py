@@ -290,7 +290,7 @@ def _plan(argv: Sequence[str]) -> int:
     parser.add_argument("--num-classes", type=int, default=10, metavar="N", help="Number of classes.")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="Examples per step.")
     parser.add_argument("--budget", type=str, metavar="SIZE", help="Memory there is, such as 8GiB or 500MB.")
-    parser.add_argument("--modules", type=str, nargs="+", metavar="N|all", help="Numbers of local modules to look at.")
+    parser.add_argument("--modules", type=str, nargs="+", metavar="N", help="Numbers of modules, fewest or all.")
     parser.add_argument("--guided-share", type=float, default=0.2, metavar="N", help="Share of guided steps of PGL.")
     parser.add_argument("--precision", type=str, default="fp32", metavar="NAME", help="fp32 or bf16.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of the table.")
@@ -303,10 +303,11 @@ def _plan(argv: Sequence[str]) -> int:
         raise ValueError(f"--batch-size {values.batch_size} must be at least 1")
     if values.precision not in ("fp32", "bf16"):
         raise ValueError(f"--precision {values.precision} is unknown: choose fp32 or bf16")
-    numbers = values.modules or ["2", "4", "8", "16", "all"]
-    wrong = [number for number in numbers if number != "all" and not (number.isdigit() and int(number) > 1)]
+    words = ("fewest", "all")
+    numbers = values.modules or ["2", "4", "8", "16", *words]
+    wrong = [number for number in numbers if number not in words and not (number.isdigit() and int(number) > 1)]
     if wrong:
-        raise ValueError(f"--modules {wrong[0]} must be a whole number of at least 2, or all")
+        raise ValueError(f"--modules {wrong[0]} must be a whole number of at least 2, fewest or all")
 
     import torch
 
@@ -321,7 +322,7 @@ def _plan(argv: Sequence[str]) -> int:
         model,
         (values.batch_size, channels, height, width),
         budget=budget,
-        modules=[number if number == "all" else int(number) for number in numbers],
+        modules=[number if number in words else int(number) for number in numbers],
         guided_share=values.guided_share,
         autocast=torch.bfloat16 if values.precision == "bf16" else None,
     )

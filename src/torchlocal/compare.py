@@ -287,7 +287,8 @@ def _say(progress: bool, text: str) -> None:
 def _modules_text(config: FitConfig) -> str:
     if config.cuts is not None:
         return f"cut after {', '.join(config.cuts)}"
-    return "one local module per unit" if config.modules == "all" else f"K = {config.modules}"
+    words = {"all": "one local module per unit", "fewest": "the fewest local modules of the smallest memory"}
+    return words.get(str(config.modules), f"K = {config.modules}")
 
 
 def _count_units(config: FitConfig, data: DataBundle) -> int:

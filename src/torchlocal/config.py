@@ -66,7 +66,7 @@ class FitConfig:
     Args:
         out: folder of the run.
         model: name of the backbone: "resnet20", "torchvision:resnet18", "timm:vit_tiny_patch16_224", ...
-        modules: number of local modules, or "all" for one per unit.
+        modules: number of local modules, "all" for one per unit, or "fewest" for as few as take no more memory.
         cuts: names of the units to cut after, instead of the balanced grouping.
         rule: local rule: "greedy", "dgl", "predsim", "infopro", "auglocal" or "man".
         auxiliary: auxiliary network of the greedy rule (and of the task's branch of "infopro"): "linear", "conv" or
@@ -170,8 +170,8 @@ class FitConfig:
         _check_choice("channels_last", self.channels_last, (None, True, False))
         _check_choice("schedule", self.schedule, _SCHEDULES)
         _check_choice("precision", self.precision, _PRECISIONS)
-        if self.modules != "all":
-            _check_whole("modules", self.modules, 1, other=' or "all"')
+        if self.modules not in ("all", "fewest"):
+            _check_whole("modules", self.modules, 1, other=', "all" or "fewest"')
         if self.recompute not in (None, "modules"):
             _check_whole("recompute", self.recompute, 1, other=' (segments), "modules" or None')
         if self.memory is not None:

@@ -21,6 +21,7 @@ from .schedule import GuidedPlan, find_guided_plan, find_local_plans
 if TYPE_CHECKING:
     from .plan import MemoryPlan
 
+_NO_LARGER = 1.02  # peaks that differ by less count as the same
 COSTS = ("activation_bytes", "flops", "num_parameters")
 
 
@@ -225,8 +226,9 @@ def decouple(
         model: any ``nn.Module`` whose forward maps one tensor to one tensor; or a list of modules that run one after
             another, each of which becomes a local module (as do the children of an ``nn.Sequential`` when neither
             ``modules`` nor ``cuts`` is given).
-        modules: number K of local modules, balanced by ``cost``, or ``"all"`` for one per unit; or what
-            :func:`torchlocal.plan` returned.
+        modules: number K of local modules, balanced by ``cost``; ``"all"`` for one per unit; ``"fewest"`` for as few as
+            take no more memory than one per unit: later units are smaller, and accuracy falls with the number of
+            modules; or what :func:`torchlocal.plan` returned.
         sample: an input batch (N, ...), or its shape; nothing is computed with it.
         cuts: instead of ``modules``, qualified names of the submodules to cut after.
         rule: a local rule, or its name.
@@ -257,40 +259,60 @@ def decouple(
     if cuts is not None:
         found.cut_after(cuts)
     units = found.describe()
-    num_modules = len(units) if modules in (None, "all") else modules
-    assert isinstance(num_modules, int)
-    if num_modules > len(units):
+    if isinstance(modules, int) and modules > len(units):
         raise ValueError(
-            f"modules: {num_modules} local modules were asked for, but {type(backbone).__name__} can be cut into "
+            f"modules: {modules} local modules were asked for, but {type(backbone).__name__} can be cut into "
             f"{len(units)} units at most ({', '.join(u.name for u in units)}); ask for fewer, or pass a list of modules"
         )
     chain = found.chain()
     anchor = next(backbone.parameters(), torch.empty(0))
     with training_mode(backbone):
         chain.refresh(anchor.device)  # rules may copy units, here or, for their cost, on fake tensors
-    auxiliary_bytes = _AuxiliaryBytes(found, units, rule, num_modules, shape, chain)
 
-    def price(first: int, last: int) -> float:
-        if cost != "activation_bytes":
-            return sum(getattr(unit, cost) for unit in units[first:last])
-        return found.activation_bytes(first, last) + (auxiliary_bytes(last - 1) if last < len(units) else 0)
+    def assemble(num_modules: int) -> DecoupledNetwork:
+        auxiliary_bytes = _AuxiliaryBytes(found, units, rule, num_modules, shape, chain)
 
-    groups = balance(len(units), num_modules, price)
-    partition = Partition(units=units, groups=tuple(groups), costs=tuple(float(price(g.start, g.stop)) for g in groups))
-    stops = [group.stop for group in groups[:-1]]
-    sites = [_site(k, num_modules, units, stop, shape, found.output_shape, chain) for k, stop in enumerate(stops)]
-    with torch.device(anchor.device):
-        auxiliary = [rule.auxiliary(site).to(device=anchor.device, dtype=anchor.dtype) for site in sites]
-    return DecoupledNetwork(
-        backbone,
-        auxiliary,
-        chain=chain,
-        partition=partition,
-        rule=rule,
-        criterion=criterion,
-        sites=sites,
-        input_shape=shape.shape,
-    )
+        def price(first: int, last: int) -> float:
+            if cost != "activation_bytes":
+                return sum(getattr(unit, cost) for unit in units[first:last])
+            return found.activation_bytes(first, last) + (auxiliary_bytes(last - 1) if last < len(units) else 0)
+
+        groups = balance(len(units), num_modules, price)
+        costs = tuple(float(price(group.start, group.stop)) for group in groups)
+        stops = [group.stop for group in groups[:-1]]
+        sites = [_site(k, num_modules, units, stop, shape, found.output_shape, chain) for k, stop in enumerate(stops)]
+        with torch.device(anchor.device):
+            auxiliary = [rule.auxiliary(site).to(device=anchor.device, dtype=anchor.dtype) for site in sites]
+        return DecoupledNetwork(
+            backbone,
+            auxiliary,
+            chain=chain,
+            partition=Partition(units=units, groups=tuple(groups), costs=costs),
+            rule=rule,
+            criterion=criterion,
+            sites=sites,
+            input_shape=shape.shape,
+        )
+
+    if modules == "fewest":
+        return assemble(_fewest(assemble, len(units), anchor.device))
+    return assemble(modules if isinstance(modules, int) else len(units))
+
+
+def _fewest(assemble: Callable[[int], DecoupledNetwork], most: int, device: torch.device) -> int:
+    """The smallest number of local modules whose local step is predicted to take no more than ``most`` modules do."""
+    from .memory import predict
+
+    def peak(num_modules: int) -> int:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # for auxiliary networks to throw away
+            return predict(assemble(num_modules), step="local").peak_bytes
+
+    limit = _NO_LARGER * peak(most)
+    enough, too_few = most, 0  # peaks fall with the number of modules
+    while enough - too_few > 1:
+        middle = (enough + too_few) // 2
+        enough, too_few = (middle, too_few) if peak(middle) <= limit else (enough, middle)
+    return enough
 
 
 class _AuxiliaryBytes:
@@ -377,13 +399,15 @@ def _backbone(
     if modules is None and cuts is None:
         if type(model) is nn.Sequential and len(model) > 0:
             return model, True
-        raise ValueError("modules: say how many local modules, 'all', or give cuts=[names of submodules to cut after]")
+        raise ValueError(
+            "modules: say how many local modules, 'all', 'fewest', or give cuts=[names of submodules to cut after]"
+        )
     if modules is not None and cuts is not None:
         raise ValueError("cuts: give either modules or cuts, not both")
     if isinstance(cuts, str) or (cuts is not None and (not cuts or not all(isinstance(c, str) for c in cuts))):
         raise ValueError(f"cuts: must be a list of at least one name of a submodule, not {cuts!r}")
-    if modules is not None and modules != "all" and (not isinstance(modules, int) or isinstance(modules, bool)):
-        raise ValueError(f"modules: must be a whole number or 'all', not {modules!r}")
+    if modules not in (None, "all", "fewest") and (not isinstance(modules, int) or isinstance(modules, bool)):
+        raise ValueError(f"modules: must be a whole number, 'all' or 'fewest', not {modules!r}")
     if isinstance(modules, int) and modules < 1:
         raise ValueError(f"modules: must be at least 1, not {modules}")
     return model, False

@@ -109,7 +109,7 @@ def plan(
     sample: Tensor | Sequence[int],
     *,
     budget: int | None = None,
-    modules: Sequence[int | str] = (2, 4, 8, 16, "all"),
+    modules: Sequence[int | str] = (2, 4, 8, 16, "fewest", "all"),
     guided_share: float = 0.2,
     target: Any = None,
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = _SGD,
@@ -125,7 +125,8 @@ def plan(
         model: see :func:`torchlocal.decouple`.
         sample: a batch (N, ...) of the size to train with, or its shape.
         budget: bytes; None: no recommendation but the smallest.
-        modules: numbers of local modules to look at; those beyond the number of units are left out.
+        modules: numbers of local modules to look at, or words as :func:`torchlocal.decouple` takes them; those beyond
+            the number of units are left out.
         guided_share: of PGL's steps.
         target: see :func:`torchlocal.memory.predict`.
         optimizer: makes the optimizer whose state is counted; by default SGD with momentum.
@@ -141,8 +142,8 @@ def plan(
         raise ValueError(f"guided_share: must be between 0 and 1, not {guided_share!r}")
     whole = decouple(model, 1, sample=sample, **options)
     num_units, shape = len(whole.partition.units), whole.input_shape
-    wanted = sorted({num_units if k == "all" else k for k in modules} - {1}, key=int)
-    nets = {k: decouple(model, k, sample=sample, **options) for k in wanted if isinstance(k, int) and k <= num_units}
+    made = [decouple(model, k, sample=sample, **options) for k in modules if isinstance(k, str) or k <= num_units]
+    nets = {net.num_modules: net for net in sorted(made, key=lambda net: net.num_modules) if net.num_modules > 1}
     common: dict[str, Any] = {"optimizer": optimizer, "autocast": autocast}
 
     def predicted(net: DecoupledNetwork, step: dict[str, Any], num_examples: int = shape[0]) -> Prediction:
