@@ -148,7 +148,8 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
     note = "" if batch == plain["batch"][0] else f" (of predicted) at batch {batch}"
     print(f"\n**{title}**\n")
     print(
-        f"| method | predicted MB | × end-to-end | × local | FLOPs | measured MB{note} | s per step | micro-batches |"
+        f"| method | predicted MB | × end-to-end | × local | FLOPs | measured MB{note} | "
+        "s per step (× end-to-end) | micro-batches |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
@@ -156,6 +157,8 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
         if note and "measured" in row:
             measured += f" ({row['predicted_run'] / 1e6:.1f})"
         seconds = f"{row['seconds']:.2f}" if row.get("seconds") else "–"
+        if row.get("seconds") and plain.get("seconds"):
+            seconds += f" (×{row['seconds'] / plain['seconds']:.2f})"
         print(
             f"| {row['method']} | {row['predicted'] / 1e6:.1f} | {row['predicted'] / plain['predicted']:.4f} "
             f"| {row['predicted'] / local['predicted']:.2f} | ×{row['flops'] / plain['flops']:.2f} | {measured} "

@@ -476,6 +476,17 @@ def test_a_variant_is_a_row_of_its_own(tmp_path: Path) -> None:
     assert not (tmp_path / "v" / "costs.json").exists()
 
 
+def test_a_variant_names_its_baseline(tmp_path: Path) -> None:
+    variants = {
+        "two": {"method": "local", "modules": 2},
+        "guided two": {"method": "pgl", "modules": 2, "baseline": "two"},
+    }
+    config = small_config(tmp_path, methods=("guided two", "pgl"), variants=variants)
+    subjects = method_configs(config, num_units=9)
+    assert {name: subject.baseline for name, subject in subjects.items()} == {"guided two": "two", "pgl": "local"}
+    assert subjects["guided two"].config == replace(subjects["pgl"].config, modules=2)
+
+
 def test_a_grid_varies_what_matters(tmp_path: Path) -> None:
     config = small_config(
         tmp_path / "g",
@@ -536,6 +547,7 @@ def test_a_grid_varies_what_matters(tmp_path: Path) -> None:
         ({"variants": {"pgl": {"method": "local"}}}, "must be a new name"),
         ({"variants": {"../x": {"method": "local"}}}, "must be a new name"),
         ({"variants": {"x": {"lr": 1.0}}}, "must name the method"),
+        ({"variants": {"x": {"method": "pgl", "baseline": "locl"}}}, "x: baseline 'locl' is none of end-to-end, "),
         ({"variants": {"x": {"method": "pgl", "lr": -1}}, "methods": ("x",)}, "variants: x: lr=-1 must be"),
         ({"variants": {"x": {"method": "pgl", "learning": 1}}, "methods": ("x",)}, "unknown fields: learning"),
         ({"variants": {"x": {"method": "pgl", "data": "svhn"}}, "methods": ("x",)}, "data is common to all methods"),

@@ -92,6 +92,7 @@ class CompareConfig:
         methods: Methods to compare, in the order of the table: end-to-end, checkpointing, local, pgl, or a variant.
         seeds: Seeds; every method is trained once with each.
         variants: Further methods, as NAME: {method: pgl, OPTION: VALUE, ...}: a method with other options of the run.
+            `baseline: NAME` names the method from which on its share of the gap closed is counted, if it is not local.
         timing_rounds: Rounds in which the steps of all methods take turns for time per step; 0 measures neither time
             nor memory.
         grid: Options to vary, as OPTION: [VALUE, ...]: every method is trained with every combination of them that
@@ -128,6 +129,8 @@ class CompareConfig:
                 raise ValueError(f"variants: {name!r} must be a new name that can be the name of a folder")
             if not isinstance(options, Mapping) or options.get("method") not in METHODS:
                 raise ValueError(f"variants: {name} must name the method that it changes, one of {', '.join(METHODS)}")
+            if options.get("baseline", "local") not in known:
+                raise ValueError(f"variants: {name}: baseline {options['baseline']!r} is none of {', '.join(known)}")
         for name, values in self.grid.items():
             if isinstance(values, str) or not isinstance(values, Sequence) or not values:
                 raise ValueError(f"grid: {name} must be a list of at least one value, not {values!r}")
@@ -170,7 +173,7 @@ def _method_config(config: CompareConfig, method: str, point: Mapping[str, Any],
     common = _changed(config.fit, point, "grid")
     if method in METHODS:
         return METHODS[method](common, num_units)
-    changes = {key: value for key, value in config.variants[method].items() if key != "method"}
+    changes = {key: value for key, value in config.variants[method].items() if key not in ("method", "baseline")}
     return METHODS[config.variants[method]["method"]](_changed(common, changes, f"variants: {method}"), num_units)
 
 
@@ -186,7 +189,8 @@ def method_configs(config: CompareConfig, num_units: int) -> dict[str, Subject]:
     points = _points(config.grid)
     names: dict[str, list[str]] = {}
     found: dict[str, list[FitConfig]] = {}
-    for method in dict.fromkeys([*config.methods, *METHODS]):
+    baselines = {name: str(options.get("baseline", "local")) for name, options in config.variants.items()}
+    for method in dict.fromkeys([*config.methods, *METHODS, *baselines.values()]):
         if method not in config.methods and config.fit.guidance.name in ("never", "always") and method == "pgl":
             continue
         found[method] = [_method_config(config, method, point, num_units) for point in points]
@@ -195,7 +199,10 @@ def method_configs(config: CompareConfig, num_units: int) -> dict[str, Subject]:
     subjects: dict[str, Subject] = {}
     for method in config.methods:
         for index, name in enumerate(names[method]):
-            peers = {"reference": names["end-to-end"][index], "baseline": names["local"][index]}
+            peers = {
+                "reference": names["end-to-end"][index],
+                "baseline": names[baselines.get(method, "local")][index],
+            }
             subjects.setdefault(name, Subject(config=found[method][index], **peers))
     return subjects
 

@@ -31,7 +31,7 @@ def _axes(figure: Figure, *, xlabel: str, ylabel: str) -> Axes:
 
 
 def _style(index: int) -> tuple[str, str]:
-    return _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+    return _COLOURS[index % len(_COLOURS)], _MARKERS[(index + index // len(_COLOURS)) % len(_MARKERS)]
 
 
 def _means(series: Sequence[Sequence[float]]) -> list[float]:
@@ -122,10 +122,16 @@ def _draw_guidance(figure: Figure, comparison: Comparison) -> bool:
             line = lines.setdefault(result.baseline, {})
             line |= {name: by_name[name] for name in (result.baseline, result.method) if name in by_name}
             levels |= {name: by_name[name] for name in (result.reference,) if name in by_name}
-    drawn = False
-    for index, (name, line) in enumerate(lines.items()):
+    drawn = len({result.guided_share for line in lines.values() for result in line.values()}) > 2
+    # Joined where only the share differs; of several with the same share each gets a name.
+    groups: dict[str, list[MethodResult]] = {}
+    for name, line in lines.items():
         results = sorted(line.values(), key=lambda result: result.guided_share)
-        drawn = drawn or len({result.guided_share for result in results}) > 2
+        if len({result.guided_share for result in results}) == len(results):
+            groups[f"from {name}"] = results
+        else:
+            groups |= {result.method: [result] for result in results}
+    for index, (name, results) in enumerate(groups.items()):
         colour, marker = _style(index)
         axes.errorbar(
             [100 * result.guided_share for result in results],
@@ -136,9 +142,9 @@ def _draw_guidance(figure: Figure, comparison: Comparison) -> bool:
             markersize=7,
             capsize=4,
             lw=1.8,
-            label=f"from {name}",
+            label=name,
         )
-    for index, (name, result) in enumerate(levels.items(), start=len(lines)):
+    for index, (name, result) in enumerate(levels.items(), start=len(groups)):
         axes.axhline(100 * result.accuracy, color=_style(index)[0], linestyle=(0, (5, 3)), lw=1.4, label=name)
     return drawn
 

@@ -31,7 +31,8 @@ class PlanRow:
     """One way to train.
 
     Attributes:
-        method: "end-to-end", "checkpointing", "local" or "pgl".
+        method: "end-to-end", "checkpointing" (uniform), "checkpointing, searched" (every step guided with
+            ``memory="exact"``), "local" or "pgl".
         modules: number K of local modules.
         total_bytes: predicted peak of everything: parameters, optimizer state, batch and step.
         breakdown: that, by what it is; workspace inside kernels is not included.
@@ -118,8 +119,9 @@ def plan(
 ) -> MemoryPlan:
     """Predict what every way to train ``model`` takes, and recommend the cheapest that fits into the budget.
 
-    Nothing is allocated and no GPU is needed. Looked at are end-to-end training, uniform activation checkpointing,
-    local learning and PGL (guided steps with ``memory="local"``) with several numbers of local modules.
+    Nothing is allocated and no GPU is needed. Looked at are end-to-end training, uniform activation checkpointing, the
+    least that end-to-end training takes by searched recomputation, and local learning and PGL (guided steps with
+    ``memory="local"``) with several numbers of local modules.
 
     Args:
         model: see :func:`torchlocal.decouple`.
@@ -149,6 +151,11 @@ def plan(
     def predicted(net: DecoupledNetwork, step: dict[str, Any], num_examples: int = shape[0]) -> Prediction:
         resized = _resized(target, shape[0], num_examples)
         return predict(net, (num_examples, *shape[1:]), resized, **common, **step)
+
+    def recomputation(net: DecoupledNetwork, memory: str) -> str:
+        chosen = net.guided_plan(torch.empty(1).expand(shape), target, memory=memory, autocast=autocast)
+        parts = f"{chosen.micro_batches} micro-batches, " if chosen.micro_batches > 1 else ""
+        return f"{parts}{chosen.recomputed:.2f} forward passes recomputed"
 
     def row(
         method: str, net: DecoupledNetwork, steps: Sequence[dict[str, Any]], found: Sequence[Prediction], **rest: Any
@@ -183,13 +190,18 @@ def plan(
         best = min(found, key=lambda s: found[s].total_bytes)
         steps, flops = [checkpointed | {"recompute": best}], found[best].flops / plain.flops
         rows.append(row("checkpointing", whole, steps, [found[best]], flops_ratio=flops, note=f"{best} segments"))
+        exact = {"step": "guided", "memory": "exact"}
+        least = predicted(whole, exact)
+        note = recomputation(whole, "exact")
+        rows.append(
+            row("checkpointing, searched", whole, [exact], [least], flops_ratio=least.flops / plain.flops, note=note)
+        )
     for net in nets.values():
         steps = [{"step": "local"}, {"step": "guided", "memory": "local"}]
         local, guided = (predicted(net, step) for step in steps)
         rows.append(row("local", net, steps[:1], [local], flops_ratio=local.flops / plain.flops))
-        chosen = net.guided_plan(torch.empty(1).expand(shape), target, memory="local", autocast=autocast)
         mean = (1 - guided_share) * local.flops + guided_share * guided.flops
-        note = f"{chosen.micro_batches} micro-batches, {chosen.recomputed:.2f} forward passes recomputed"
+        note = recomputation(net, "local")
         rows.append(row("pgl", net, steps, [local, guided], flops_ratio=mean / plain.flops, note=note))
     return _recommend(rows, budget, shape[0])
 
@@ -243,16 +255,21 @@ def _recommend(rows: Sequence[PlanRow], budget: int | None, batch_size: int) -> 
         )
     else:
         # Where ordinary training fits, with checkpointing or without, nothing is gained by cutting.
-        order = ("end-to-end", "checkpointing", "pgl", "local")
+        order = ("end-to-end", "checkpointing", "checkpointing, searched", "pgl", "local")
         chosen = min(fitting, key=lambda row: (order.index(row.method), row.flops_ratio))
         reason = {
             "end-to-end": "ordinary training fits, and nothing has to be recomputed or cut",
             "checkpointing": "gradient checkpointing fits, and gives the results of ordinary training",
+            "checkpointing, searched": "with every step guided and memory='exact', ordinary training fits, bit for bit",
         }.get(chosen.method, "of what fits it costs least")
         text = (
             f"Use {_name(chosen)}: {reason} ({format_size(chosen.total_bytes)} of {format_size(budget)}, "
             f"{chosen.flops_ratio:.2f} × the FLOPs of end-to-end training)."
         )
+        cheaper = [row for row in fitting if row.method == "pgl" and row.flops_ratio < chosen.flops_ratio]
+        if cheaper:
+            other = min(cheaper, key=lambda row: row.flops_ratio)
+            text += f" {_name(other)} fits too, at {other.flops_ratio:.2f} ×, but may cost accuracy."
     return MemoryPlan(
         rows=tuple(rows),
         budget=budget,
