@@ -43,6 +43,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torchvision
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import torchlocal as tl
@@ -324,6 +325,29 @@ def tell(network: str, link: str, result: dict[str, Any], batch_size: int) -> No
         print(f"  local: {seconds['1f1b'] / seconds['local']:.2f} × 1f1b with {MICRO_BATCHES} micro-batches (aim 1.3)")
 
 
+def draw(results: dict[str, Any], batch_size: int) -> Figure:
+    """Throughput relative to one process, by link: a panel for each network."""
+    networks = list(dict.fromkeys(key.split(", ")[0] for key in results))
+    figure = Figure(figsize=(4.2 * len(networks), 3.6), layout="constrained")
+    for column, network in enumerate(networks, start=1):
+        axes = figure.add_subplot(1, len(networks), column)
+        links = [key.split(", ")[1] for key in results if key.split(", ")[0] == network]
+        shown = [m for m in ("local", "pgl", "1f1b") if all(m in results[f"{network}, {k}"]["seconds"] for k in links)]
+        for i, (method, hatch) in enumerate(zip(shown, ("", "//", ".."), strict=False)):
+            found = [results[f"{network}, {link}"]["seconds"] for link in links]
+            at = [position + (i - 1) * 0.27 for position in range(len(links))]
+            heights = [seconds["one"] / seconds[method] for seconds in found]
+            colour = ("#0072B2", "#E69F00", "#D55E00")[i]
+            axes.bar(at, heights, width=0.25, label=method, hatch=hatch, color=colour, edgecolor="white")
+        axes.axhline(1, color="black", lw=1, linestyle="--")
+        axes.set_xticks(range(len(links)), [link.replace("+", "\n+ ") for link in links], fontsize="small")
+        axes.set_title(f"{network}, batch {batch_size}", loc="left", fontsize="medium")
+        axes.set_ylabel("throughput, × one process" if column == 1 else "")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
 def main() -> None:
     """Measure everything, and print and save it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -335,11 +359,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument("--tiny", action="store_true", help="small numbers, to see whether everything runs")
     parser.add_argument("--json", default=None, help="also write the numbers to this file")
+    parser.add_argument("--figure", default=None, help="also draw throughput by link into this file; needs method one")
     parser.add_argument("--rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--store", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--result", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--relay", nargs=3, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.figure and "one" not in options.methods:
+        parser.error("--figure needs the method one: give it among --methods")
     if options.relay is not None:
         carry(int(options.relay[0]), int(options.relay[1]), float(options.relay[2]))
     if options.tiny:
@@ -360,6 +387,8 @@ def main() -> None:
             sys.stdout.flush()
             if options.json:
                 Path(options.json).write_text(json.dumps(results, indent=2))
+    if options.figure and results:
+        draw(results, options.batch_size).savefig(options.figure, dpi=150)
 
 
 if __name__ == "__main__":
