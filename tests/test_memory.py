@@ -310,6 +310,8 @@ def test_fewest_modules() -> None:
     given = auxiliary(num)  # the search leaves the random generator alone
     assert fewest.partition == given.partition
     assert all(map(torch.equal, fewest.auxiliary.state_dict().values(), given.auxiliary.state_dict().values()))
+    with torch.no_grad():
+        assert auxiliary("fewest").num_modules == num
 
 
 def test_plan_recommends_the_cheapest_that_fits() -> None:

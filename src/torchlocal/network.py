@@ -295,7 +295,8 @@ def decouple(
         )
 
     if modules == "fewest":
-        return assemble(_fewest(assemble, len(units), anchor.device))
+        with ThreadPoolExecutor(1) as executor:  # a thread of its own has none of the caller's modes, such as no_grad
+            modules = executor.submit(_fewest, assemble, len(units), anchor.device).result()
     return assemble(modules if isinstance(modules, int) else len(units))
 
 

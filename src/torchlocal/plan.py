@@ -20,7 +20,7 @@ from .network import DecoupledNetwork, decouple
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["MemoryPlan", "PlanRow", "format_size", "parse_size", "plan"]
+__all__ = ["MemoryPlan", "PlanRow", "parse_size", "plan"]
 
 _MOST_TRIALS = 6  # predictions per row, to find its largest batch
 _SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -241,7 +241,7 @@ def _recommend(rows: Sequence[PlanRow], budget: int | None, batch_size: int) -> 
     smallest = min(rows, key=lambda row: row.total_bytes)
     if budget is None:
         chosen = smallest
-        text = f"The least is {format_size(smallest.total_bytes)}, by {_name(smallest)}."
+        text = f"The least is {_size(smallest.total_bytes)}, by {_name(smallest)}."
     elif not fitting:
         chosen = smallest
         label, size = max(smallest.breakdown.items(), key=lambda item: item[1])
@@ -249,8 +249,8 @@ def _recommend(rows: Sequence[PlanRow], budget: int | None, batch_size: int) -> 
             f"a batch of {smallest.largest_batch} would fit" if smallest.largest_batch else "no batch size would fit"
         )
         text = (
-            f"Nothing fits into {format_size(budget)} at batch size {batch_size}: the least is "
-            f"{format_size(smallest.total_bytes)}, by {_name(smallest)}, of which {format_size(size)} are {label}; "
+            f"Nothing fits into {_size(budget)} at batch size {batch_size}: the least is "
+            f"{_size(smallest.total_bytes)}, by {_name(smallest)}, of which {_size(size)} are {label}; "
             f"{advice}."
         )
     else:
@@ -263,7 +263,7 @@ def _recommend(rows: Sequence[PlanRow], budget: int | None, batch_size: int) -> 
             "checkpointing, searched": "with every step guided and memory='exact', ordinary training fits, bit for bit",
         }.get(chosen.method, "of what fits it costs least")
         text = (
-            f"Use {_name(chosen)}: {reason} ({format_size(chosen.total_bytes)} of {format_size(budget)}, "
+            f"Use {_name(chosen)}: {reason} ({_size(chosen.total_bytes)} of {_size(budget)}, "
             f"{chosen.flops_ratio:.2f} × the FLOPs of end-to-end training)."
         )
         cheaper = [row for row in fitting if row.method == "pgl" and row.flops_ratio < chosen.flops_ratio]
@@ -284,7 +284,7 @@ def _name(row: PlanRow) -> str:
     return f"{row.method} with K={row.modules}" if row.method in ("local", "pgl") else row.method
 
 
-def format_size(num_bytes: int) -> str:
+def _size(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 

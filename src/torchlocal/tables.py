@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torchlocal.memory import LABELS
-from torchlocal.plan import format_size
 from torchlocal.report import format_bytes, format_count, new_table
 
 if TYPE_CHECKING:
@@ -83,17 +82,21 @@ def partition_tables(net: DecoupledNetwork, *, batch_size: int, title: str) -> l
 
 def plan_table(result: MemoryPlan, *, title: str) -> Table:
     """What `plan` predicts, one way to train per row."""
+    largest = max(row.total_bytes for row in result.rows)
+    name, unit, digits = ("GiB", 2**30, 2) if largest >= 10 * 2**30 else ("MiB", 2**20, 1)
     table = new_table(
-        f"{title}: predicted peak memory at batch size {result.batch_size}",
+        f"{title}: predicted peak memory in {name} at batch size {result.batch_size}",
         "Workspace inside kernels is not included. FLOPs: of a step, relative to end-to-end.",
     )
     columns = ["Method", "K", "Peak", *(label.capitalize() for label in LABELS), "FLOPs"]
     columns += ["Largest batch", "Fits"] if result.budget is not None else []
     for header in columns:
-        table.add_column(header, justify="left" if header == "Method" else "right", no_wrap=True)
+        # The headers of numbers may fold, so that the table fits a narrow terminal.
+        left = header == "Method"
+        table.add_column(header, justify="left" if left else "right", no_wrap=left, overflow="fold")
     for row in result.rows:
-        cells = [row.method, str(row.modules), format_size(row.total_bytes)]
-        cells += [format_size(row.breakdown[label]) for label in LABELS] + [f"x {row.flops_ratio:.2f}"]
+        cells = [row.method, str(row.modules), f"{row.total_bytes / unit:.{digits}f}"]
+        cells += [f"{row.breakdown[label] / unit:.{digits}f}" for label in LABELS] + [f"x {row.flops_ratio:.2f}"]
         cells += [str(row.largest_batch), "yes" if row.fits else "no"] if result.budget is not None else []
         table.add_row(*cells)
     return table
