@@ -36,7 +36,8 @@ def agreement(run: Path, num_batches: int, data_root: str | None) -> list[float]
     """Mean cosine over batches, from the first local module to the last (whose local loss is the global one)."""
     path = run / "last.pt"
     saved = load_checkpoint(path)
-    config = replace(config_from_dict(saved["config"]), data_root=data_root)
+    config = config_from_dict(saved["config"])
+    config = config if data_root is None else replace(config, data_root=data_root)
     data, execution = load_run_data(config), resolve_execution(config)
     net = build_network(config, data, execution)
     load_network(net, saved, path)

@@ -547,7 +547,10 @@ def test_a_grid_varies_what_matters(tmp_path: Path) -> None:
         ({"variants": {"pgl": {"method": "local"}}}, "must be a new name"),
         ({"variants": {"../x": {"method": "local"}}}, "must be a new name"),
         ({"variants": {"x": {"lr": 1.0}}}, "must name the method"),
-        ({"variants": {"x": {"method": "pgl", "baseline": "locl"}}}, "x: baseline 'locl' is none of end-to-end, "),
+        (
+            {"variants": {"x": {"method": "pgl", "baseline": "locl"}}},
+            "x: baseline 'locl' must be another one of end-to-end, ",
+        ),
         ({"variants": {"x": {"method": "pgl", "lr": -1}}, "methods": ("x",)}, "variants: x: lr=-1 must be"),
         ({"variants": {"x": {"method": "pgl", "learning": 1}}, "methods": ("x",)}, "unknown fields: learning"),
         ({"variants": {"x": {"method": "pgl", "data": "svhn"}}, "methods": ("x",)}, "data is common to all methods"),

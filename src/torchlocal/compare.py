@@ -129,8 +129,10 @@ class CompareConfig:
                 raise ValueError(f"variants: {name!r} must be a new name that can be the name of a folder")
             if not isinstance(options, Mapping) or options.get("method") not in METHODS:
                 raise ValueError(f"variants: {name} must name the method that it changes, one of {', '.join(METHODS)}")
-            if options.get("baseline", "local") not in known:
-                raise ValueError(f"variants: {name}: baseline {options['baseline']!r} is none of {', '.join(known)}")
+            if options.get("baseline", "local") not in known or options.get("baseline") == name:
+                raise ValueError(
+                    f"variants: {name}: baseline {options['baseline']!r} must be another one of {', '.join(known)}"
+                )
         for name, values in self.grid.items():
             if isinstance(values, str) or not isinstance(values, Sequence) or not values:
                 raise ValueError(f"grid: {name} must be a list of at least one value, not {values!r}")
@@ -189,9 +191,17 @@ def method_configs(config: CompareConfig, num_units: int) -> dict[str, Subject]:
     points = _points(config.grid)
     names: dict[str, list[str]] = {}
     found: dict[str, list[FitConfig]] = {}
-    baselines = {name: str(options.get("baseline", "local")) for name, options in config.variants.items()}
+    baselines = {
+        name: str(options.get("baseline", "local"))
+        for name, options in config.variants.items()
+        if name in config.methods
+    }
     for method in dict.fromkeys([*config.methods, *METHODS, *baselines.values()]):
-        if method not in config.methods and config.fit.guidance.name in ("never", "always") and method == "pgl":
+        if (
+            method not in (*config.methods, *baselines.values())
+            and config.fit.guidance.name in ("never", "always")
+            and method == "pgl"
+        ):
             continue
         found[method] = [_method_config(config, method, point, num_units) for point in points]
         matters = [key for key in config.grid if _matters(key, points, found[method])]
@@ -294,7 +304,7 @@ def _say(progress: bool, text: str) -> None:
 def _modules_text(config: FitConfig) -> str:
     if config.cuts is not None:
         return f"cut after {', '.join(config.cuts)}"
-    words = {"all": "one local module per unit", "fewest": "the fewest local modules of the smallest memory"}
+    words = {"all": "one local module per unit", "fewest": "as few local modules as take no more memory"}
     return words.get(str(config.modules), f"K = {config.modules}")
 
 

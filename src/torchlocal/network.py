@@ -229,7 +229,7 @@ def decouple(
         modules: number K of local modules, balanced by ``cost``; ``"all"`` for one per unit; ``"fewest"`` for as few as
             take no more memory than one per unit: later units are smaller, and accuracy falls with the number of
             modules; or what :func:`torchlocal.plan` returned.
-        sample: an input batch (N, ...), or its shape; nothing is computed with it.
+        sample: an input batch (N, ...), or its shape; nothing is computed with it. ``"fewest"`` is for its batch size.
         cuts: instead of ``modules``, qualified names of the submodules to cut after.
         rule: a local rule, or its name.
         criterion: loss of the task, ``criterion(output, target)`` returns a 0-dim tensor.

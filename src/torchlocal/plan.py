@@ -110,18 +110,18 @@ def plan(
     sample: Tensor | Sequence[int],
     *,
     budget: int | None = None,
-    modules: Sequence[int | str] = (2, 4, 8, 16, "fewest", "all"),
+    modules: Sequence[int | str] = (2, 4, 8, 16, "all"),
     guided_share: float = 0.2,
     target: Any = None,
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = _SGD,
     autocast: torch.dtype | None = None,
     **options: Any,
 ) -> MemoryPlan:
-    """Predict what every way to train ``model`` takes, and recommend the cheapest that fits into the budget.
+    """Predict what every way to train ``model`` takes, and recommend one that fits into the budget.
 
     Nothing is allocated and no GPU is needed. Looked at are end-to-end training, uniform activation checkpointing, the
-    least that end-to-end training takes by searched recomputation, and local learning and PGL (guided steps with
-    ``memory="local"``) with several numbers of local modules.
+    least that it takes by searched recomputation with the batch in one piece, and local learning and PGL (guided steps
+    with ``memory="local"``) with several numbers of local modules.
 
     Args:
         model: see :func:`torchlocal.decouple`.
@@ -190,12 +190,12 @@ def plan(
         best = min(found, key=lambda s: found[s].total_bytes)
         steps, flops = [checkpointed | {"recompute": best}], found[best].flops / plain.flops
         rows.append(row("checkpointing", whole, steps, [found[best]], flops_ratio=flops, note=f"{best} segments"))
-        exact = {"step": "guided", "memory": "exact"}
-        least = predicted(whole, exact)
-        note = recomputation(whole, "exact")
-        rows.append(
-            row("checkpointing, searched", whole, [exact], [least], flops_ratio=least.flops / plain.flops, note=note)
-        )
+    exact = {"step": "guided", "memory": "exact"}
+    least = predicted(whole, exact)
+    note = recomputation(whole, "exact")
+    rows.append(
+        row("checkpointing, searched", whole, [exact], [least], flops_ratio=least.flops / plain.flops, note=note)
+    )
     for net in nets.values():
         steps = [{"step": "local"}, {"step": "guided", "memory": "local"}]
         local, guided = (predicted(net, step) for step in steps)

@@ -28,7 +28,7 @@ _LEAST_PART = 16  # examples in the smallest micro-batch that the search conside
 _MOST_PARTS = 16
 _MOST_TRIALS = 5
 # What micro-batches of n examples add to the time of a step, as a multiple of 1/n: kernels on few examples are less
-# efficient. Measured (CPU, ResNet-32): nothing with 64 examples, 5 % with 32, 28 % with 16.
+# efficient. A rough upper bound; measured (CPU, ResNet-32): nothing with 64 examples, 5 % with 32, 28 % with 16.
 _COST_OF_SMALL_PARTS = 4.0
 
 

@@ -91,9 +91,8 @@ def plan_table(result: MemoryPlan, *, title: str) -> Table:
     columns = ["Method", "K", "Peak", *(label.capitalize() for label in LABELS), "FLOPs"]
     columns += ["Largest batch", "Fits"] if result.budget is not None else []
     for header in columns:
-        # The headers of numbers may fold, so that the table fits a narrow terminal.
-        left = header == "Method"
-        table.add_column(header, justify="left" if left else "right", no_wrap=left, overflow="fold")
+        text = header if len(header) < 10 or " " in header else f"{header[:6]}-\n{header[6:]}"  # for narrow terminals
+        table.add_column(text, justify="left" if header == "Method" else "right", no_wrap=True)
     for row in result.rows:
         cells = [row.method, str(row.modules), f"{row.total_bytes / unit:.{digits}f}"]
         cells += [f"{row.breakdown[label] / unit:.{digits}f}" for label in LABELS] + [f"x {row.flops_ratio:.2f}"]
