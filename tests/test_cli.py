@@ -291,7 +291,7 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("fit TINY --lr nan", "--lr expects a number, got 'nan'"),
         ("fit TINY --lr 0", "lr=0.0 must be a number above 0"),
         ("fit TINY --modules 0", "modules=0 must be a whole number of at least 1"),
-        ("fit TINY --modules some", "modules='some' must be a whole number of at least 1 or \"all\""),
+        ("fit TINY --modules some", 'modules=\'some\' must be a whole number of at least 1, "all" or "fewest"'),
         ("fit TINY --modules 99", "99"),
         ("compare TINY --modules 99", "99"),
         ("fit TINY --cuts 5 nowhere", "nowhere"),
