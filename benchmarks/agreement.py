@@ -11,16 +11,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import torchlocal as tl
-from torchlocal.assembly import build_network, load_run_data, resolve_execution
-from torchlocal.checkpoint import load_checkpoint, load_network
-from torchlocal.config import config_from_dict
+from torchlocal.evaluation import load_run
 
 
 def module_gradients(net: tl.DecoupledNetwork) -> list[Tensor]:
@@ -34,13 +31,7 @@ def module_gradients(net: tl.DecoupledNetwork) -> list[Tensor]:
 
 def agreement(run: Path, num_batches: int, data_root: str | None) -> list[float]:
     """Mean cosine over batches, from the first local module to the last (whose local loss is the global one)."""
-    path = run / "last.pt"
-    saved = load_checkpoint(path)
-    config = config_from_dict(saved["config"])
-    config = config if data_root is None else replace(config, data_root=data_root)
-    data, execution = load_run_data(config), resolve_execution(config)
-    net = build_network(config, data, execution)
-    load_network(net, saved, path)
+    config, execution, data, net = load_run(run / "last.pt", device="auto", data_root=data_root)
     net.train()
     found: list[list[float]] = []
     for x, y in itertools.islice(data.train.batches(config.batch_size, train=True, seed=1), num_batches):

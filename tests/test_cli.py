@@ -43,13 +43,10 @@ def small_net(num_classes: int, in_channels: int, size: tuple[int, int]) -> nn.M
 
 @pytest.fixture(scope="module", autouse=True)
 def _small() -> Iterator[None]:
-    """One thread, and the small network under a name of its own."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """The small network under a name of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models._OWN, "small", small_net)
         yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")

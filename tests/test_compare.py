@@ -41,13 +41,10 @@ def small_net(num_classes: int, in_channels: int, size: tuple[int, int]) -> nn.M
 
 @pytest.fixture(scope="module", autouse=True)
 def _small() -> Iterator[None]:
-    """One thread, and the small network under a name of its own."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """The small network under a name of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models._OWN, "small", small_net)
         yield
-    torch.set_num_threads(num_threads)
 
 
 def small_config(out: Path, **changes: Any) -> CompareConfig:
@@ -271,6 +268,18 @@ class Links(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+
+
+def test_guidance_is_drawn_once_per_row() -> None:
+    rows = {"end-to-end": (1.0, "local"), "local": (0.0, "local"), "pgl": (0.2, "local"), "tail": (0.2, "local")}
+    rows |= {"local-few": (0.0, "local"), "pgl-few": (0.2, "local-few"), "often-few": (0.5, "local-few")}
+    results = tuple(
+        replace(method_result(name, 0.5), guided_share=share, baseline=baseline)
+        for name, (share, baseline) in rows.items()
+    )
+    (axes,) = draw_figures(Comparison(title="t", results=results))["guidance"].axes
+    points = {str(line.get_label()): len(line.lines[0].get_xydata()) for line in axes.containers}
+    assert points == {"local": 1, "pgl": 1, "tail": 1, "from local-few": 3}  # two of local's rows have the same share
 
 
 def test_html_needs_no_network_and_holds_the_figures(done: tuple[Path, Comparison]) -> None:

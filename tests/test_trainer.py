@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,9 @@ REAL_BUILD_MODEL = assembly.build_model
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread, and the small network under a name of its own."""
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small network under a name of its own."""
     monkeypatch.setattr(assembly, "build_model", build_small_net)
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def small_config(out: Path, **changes: Any) -> FitConfig:

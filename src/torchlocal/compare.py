@@ -191,28 +191,15 @@ def method_configs(config: CompareConfig, num_units: int) -> dict[str, Subject]:
     points = _points(config.grid)
     names: dict[str, list[str]] = {}
     found: dict[str, list[FitConfig]] = {}
-    baselines = {
-        name: str(options.get("baseline", "local"))
-        for name, options in config.variants.items()
-        if name in config.methods
-    }
-    for method in dict.fromkeys([*config.methods, *METHODS, *baselines.values()]):
-        if (
-            method not in (*config.methods, *baselines.values())
-            and config.fit.guidance.name in ("never", "always")
-            and method == "pgl"
-        ):
-            continue
+    baselines = {m: str(config.variants.get(m, {}).get("baseline", "local")) for m in config.methods}
+    for method in dict.fromkeys([*config.methods, "end-to-end", *baselines.values()]):
         found[method] = [_method_config(config, method, point, num_units) for point in points]
         matters = [key for key in config.grid if _matters(key, points, found[method])]
         names[method] = [",".join([method, *(_label(key, point[key]) for key in matters)]) for point in points]
     subjects: dict[str, Subject] = {}
     for method in config.methods:
         for index, name in enumerate(names[method]):
-            peers = {
-                "reference": names["end-to-end"][index],
-                "baseline": names[baselines.get(method, "local")][index],
-            }
+            peers = {"reference": names["end-to-end"][index], "baseline": names[baselines[method]][index]}
             subjects.setdefault(name, Subject(config=found[method][index], **peers))
     return subjects
 

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from torchlocal import checkpoint
 from torchlocal.assembly import Execution, build_network, load_run_data, resolve_execution
 from torchlocal.config import FitConfig, config_from_dict
-from torchlocal.data import Split
+from torchlocal.data import DataBundle, Split
 from torchlocal.network import DecoupledNetwork
 from torchlocal.parallel.network import ParallelNetwork
 
-__all__ = ["evaluate", "measure_split"]
+__all__ = ["evaluate", "load_run", "measure_split"]
 
 
 @torch.no_grad()
@@ -47,6 +47,26 @@ def evaluate(
         if not found:
             raise FileNotFoundError(f"{path} holds no checkpoint (best.pt, last.pt): give the folder of a run")
         path = found[0]
+    config, execution, data, net = load_run(path, device=device, data_root=data_root)
+    images = getattr(data, split)
+    measured = measure_split(net, images, config, execution, by_depth=True)
+    return {"checkpoint": str(path), "split": split, "num_images": len(images), **measured}
+
+
+def load_run(
+    path: Path, *, device: str, data_root: str | None
+) -> tuple[FitConfig, Execution, DataBundle, DecoupledNetwork]:
+    """What a checkpoint was trained with, and its network with the weights; the random generator is left alone.
+
+    Args:
+        path: the checkpoint.
+        device: where to compute.
+        data_root: folder of the data set's files, if it is not the run's.
+
+    Raises:
+        ValueError: if the checkpoint does not fit.
+        FileNotFoundError: if there is none.
+    """
     saved = checkpoint.load_checkpoint(path)
     config = dataclasses.replace(config_from_dict(saved["config"]), device=device)
     config = config if data_root is None else dataclasses.replace(config, data_root=data_root)
@@ -55,9 +75,7 @@ def evaluate(
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten
         net = build_network(config, data, execution)
     checkpoint.load_network(net, saved, path)
-    images = getattr(data, split)
-    measured = measure_split(net, images, config, execution, by_depth=True)
-    return {"checkpoint": str(path), "split": split, "num_images": len(images), **measured}
+    return config, execution, data, net
 
 
 @torch.no_grad()

@@ -117,8 +117,10 @@ def _draw_guidance(figure: Figure, comparison: Comparison) -> bool:
     lines: dict[str, dict[str, MethodResult]] = {}
     levels: dict[str, MethodResult] = {}
     by_name = {result.method: result for result in comparison.results}
+    starts = {result.baseline for result in comparison.results}
     for result in comparison.results:
-        if result.guided_share < 1:
+        own = result.method in starts and result.method != result.baseline  # it starts a line, so it is on no other
+        if result.guided_share < 1 and not own:
             line = lines.setdefault(result.baseline, {})
             line |= {name: by_name[name] for name in (result.baseline, result.method) if name in by_name}
             levels |= {name: by_name[name] for name in (result.reference,) if name in by_name}

@@ -144,7 +144,8 @@ def plan(
         raise ValueError(f"guided_share: must be between 0 and 1, not {guided_share!r}")
     whole = decouple(model, 1, sample=sample, **options)
     num_units, shape = len(whole.partition.units), whole.input_shape
-    made = [decouple(model, k, sample=sample, **options) for k in modules if isinstance(k, str) or k <= num_units]
+    wanted = dict.fromkeys(num_units if k == "all" else k for k in modules if k != 1)
+    made = [decouple(model, k, sample=sample, **options) for k in wanted if isinstance(k, str) or k <= num_units]
     nets = {net.num_modules: net for net in sorted(made, key=lambda net: net.num_modules) if net.num_modules > 1}
     common: dict[str, Any] = {"optimizer": optimizer, "autocast": autocast}
 
@@ -250,8 +251,7 @@ def _recommend(rows: Sequence[PlanRow], budget: int | None, batch_size: int) -> 
         )
         text = (
             f"Nothing fits into {_size(budget)} at batch size {batch_size}: the least is "
-            f"{_size(smallest.total_bytes)}, by {_name(smallest)}, of which {_size(size)} are {label}; "
-            f"{advice}."
+            f"{_size(smallest.total_bytes)}, by {_name(smallest)}, of which {_size(size)} are {label}; {advice}."
         )
     else:
         # Where ordinary training fits, with checkpointing or without, nothing is gained by cutting.
