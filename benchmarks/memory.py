@@ -117,6 +117,7 @@ def main() -> None:
         "--largest", type=float, default=12.0, help="run only steps of at most so many GB (default: 12)"
     )
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds, the methods taking turns (default: 3)")
+    parser.add_argument("--rule", default="greedy", help="local rule (default: greedy, that of the published tables)")
     parser.add_argument("--threads", type=int, default=None, help="torch threads (default: all cores)")
     parser.add_argument("--json", default=None, help="also write the numbers to this file")
     options = parser.parse_args()
@@ -129,11 +130,11 @@ def main() -> None:
         shape = (options.batch_size or shape[0], *shape[1:])
         torch.manual_seed(0)
         model = build_model(name, num_classes=10, in_channels=3, image_size=(shape[2], shape[3]))
-        net = tl.decouple(model, modules, sample=shape)
+        net = tl.decouple(model, modules, sample=shape, rule=options.rule)
         rows = predicted_rows(net, name)
         if options.measure:
             run_shape = (options.run_batch_size or shape[0], *shape[1:])
-            add_measurements(rows, model, tl.decouple(model, modules, sample=run_shape), options)
+            add_measurements(rows, model, tl.decouple(model, modules, sample=run_shape, rule=options.rule), options)
         print_table(f"{name} K={net.num_modules}, batch {'×'.join(map(str, shape))}", rows)
         results += rows
     if options.json:

@@ -124,11 +124,27 @@ def expected_rows(out: Path) -> dict[str, dict[str, float | None]]:
             "gap_closed": (mean[method] - mean["local"]) / gap if gap > 0 else None,
             "peak_bytes": cost["resident_bytes"] + max(cost["peak_bytes"].values()),
             "step_ms": 1000 * ((1 - share) * seconds.get("local", 0.0) + share * seconds.get("guided", 0.0)),
+            "flops": (1 - share) * cost["flops"].get("local", 0) + share * cost["flops"].get("guided", 0),
         }
     for row in rows.values():
         row["peak_ratio"] = row["peak_bytes"] / rows["end-to-end"]["peak_bytes"]  # type: ignore[operator]
         row["step_ratio"] = row["step_ms"] / rows["end-to-end"]["step_ms"]  # type: ignore[operator]
+        row["flops_ratio"] = row["flops"] / rows["end-to-end"]["flops"]  # type: ignore[operator]
+    for row in rows.values():
+        del row["flops"]
     return rows
+
+
+def test_flops_are_those_of_the_layers(done: tuple[Path, Comparison]) -> None:
+    out, _ = done
+    costs = json.loads((out / "costs.json").read_text())["costs"]
+    # Digits are 8×8; 2 operations per multiplication, 32 images. Backward: gradients of inputs and of weights, without
+    # that of the image.
+    convolutions = [2 * 32 * 64 * 9 * a * b for a, b in ((1, 8), (8, 16), (16, 16))]
+    linear = 2 * 32 * 64 * 10
+    assert costs["end-to-end"]["flops"] == {"guided": 3 * (sum(convolutions) + linear) - convolutions[0]}
+    assert costs["checkpointing"]["flops"]["guided"] > costs["end-to-end"]["flops"]["guided"]
+    assert set(costs["pgl"]["flops"]) == {"local", "guided"}
 
 
 def test_csv_holds_what_the_runs_give(done: tuple[Path, Comparison]) -> None:
@@ -161,7 +177,7 @@ def test_markdown_holds_the_same_rounded(done: tuple[Path, Comparison]) -> None:
     for row, (method, values) in zip(cells, expected_rows(out).items(), strict=True):
         gap, milliseconds = values["gap_closed"], values["step_ms"]
         assert milliseconds is not None
-        assert row[:9] == [
+        assert row[:10] == [
             method,
             f"{values['modules']}",
             f"{100 * values['guided_share']:.0f} %",  # type: ignore[operator]
@@ -173,6 +189,7 @@ def test_markdown_holds_the_same_rounded(done: tuple[Path, Comparison]) -> None:
             f"{values['peak_ratio']:.2f}",
             f"{milliseconds:.{0 if milliseconds >= 100 else 1}f} ms",
             f"{values['step_ratio']:.2f}",
+            f"{values['flops_ratio']:.2f}",
         ]
     text = "\n".join(lines)
     for path in re.findall(r"\]\((.*?)\)", text):
@@ -236,9 +253,11 @@ def test_costs_are_weighted_by_the_guided_share() -> None:
         resident_bytes=10,
         peak_bytes={"local": 5, "guided": 7},
         seconds={"local": 1.0, "guided": 3.0},
+        flops={"local": 8, "guided": 16},
     )
     assert cost.total_peak_bytes == 17
     assert cost.mean_seconds == pytest.approx(1.5)
+    assert cost.mean_flops == pytest.approx(10)
     assert replace(cost, guided_share=1.0, seconds={"guided": 3.0}).mean_seconds == 3.0
 
 
@@ -280,6 +299,19 @@ def test_guidance_is_drawn_once_per_row() -> None:
     (axes,) = draw_figures(Comparison(title="t", results=results))["guidance"].axes
     points = {str(line.get_label()): len(line.lines[0].get_xydata()) for line in axes.containers}
     assert points == {"local": 1, "pgl": 1, "tail": 1, "from local-few": 3}  # two of local's rows have the same share
+
+
+def test_memory_joins_each_local_row_to_those_measured_from_it() -> None:
+    results = [replace(method_result("end-to-end", 0.9, peak_bytes=400), num_modules=1, guided_share=1.0)]
+    for rule, local, pgl in (("dgl", 0.7, 0.8), ("man", 0.6, 0.75)):
+        start = method_result(f"local,rule={rule}", local, peak_bytes=100 * 2**20, baseline=f"local,rule={rule}")
+        guided = method_result(f"pgl,rule={rule}", pgl, peak_bytes=120 * 2**20, baseline=f"local,rule={rule}")
+        results += [replace(start, guided_share=0.0), replace(guided, guided_share=0.2)]
+    (axes,) = draw_figures(Comparison(title="t", results=tuple(results)))["memory"].axes
+    points = {str(line.get_label()): line.lines[0].get_xydata().tolist() for line in axes.containers}
+    assert list(points) == ["end-to-end (K = 1)", "from local,rule=dgl", "from local,rule=man"]
+    assert points["from local,rule=dgl"] == [[100, pytest.approx(70)], [120, pytest.approx(80)]]
+    assert points["from local,rule=man"] == [[100, pytest.approx(60)], [120, pytest.approx(75)]]
 
 
 def test_html_needs_no_network_and_holds_the_figures(done: tuple[Path, Comparison]) -> None:

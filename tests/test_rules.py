@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchlocal as tl
+from torchlocal.config import FitConfig, build_rule
 from torchlocal.models import build_model
 from torchlocal.rules import AUXILIARY_NETWORKS, Batch, Rule, Site
 
@@ -75,6 +76,22 @@ def test_mlp_sr_pools_to_a_quarter_and_to_two_by_two() -> None:
             layer.register_forward_pre_hook(lambda m, inputs: shapes.append(inputs[0].shape[1:]))
     network(torch.randn(4, 6, 30, 9))
     assert [tuple(s) for s in shapes] == [(6, 8, 3)] * 3 + [(24,)] * 3
+
+
+def test_mlp_sr_is_bounded_on_wide_features() -> None:
+    def hidden(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+        with torch.device("meta"):
+            network = AUXILIARY_NETWORKS["mlp_sr"](site(shape))
+        return [(m.in_features, m.out_features) for m in network.modules() if isinstance(m, nn.Linear)]
+
+    assert hidden((2, 512, 4, 4)) == [(2048, 2048), (2048, 2048), (2048, 7)]  # VGG, as published
+    assert hidden((2, 2048, 7, 7)) == [(8192, 2048), (2048, 2048), (2048, 7)]
+    assert hidden((2, 25088)) == [(25088, 1024), (1024, 1024), (1024, 7)]
+
+
+def test_dgl_is_the_default_rule() -> None:
+    net = tl.decouple(build_model("resnet20", num_classes=10, in_channels=1, image_size=(8, 8)), 3, sample=(2, 1, 8, 8))
+    assert repr(net.rule) == repr(build_rule(FitConfig())) == "DGLRule(auxiliary='mlp_sr')"
 
 
 def test_conv_has_stride_two_while_the_map_is_large() -> None:

@@ -732,6 +732,25 @@ def test_what_may_differ(tmp_path: Path, stopped_run: Path) -> None:
     assert fit(config, resume=True, progress=False)["steps"] == 10
 
 
+def test_recomputation_may_differ_as_long_as_batches_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = small_config(tmp_path / "whole", memory="full")
+    fit(whole, progress=False)
+    parts = tmp_path / "parts"
+    after_steps(monkeypatch, 4, stop())
+    with pytest.raises(Interrupted):
+        fit(small_config(parts, memory="full"), progress=False)
+    with pytest.raises(ValueError, match=r"configuration: memory \('whole batches' there, 'local' now\);"):
+        fit(small_config(parts, memory="local"), resume=True, progress=False)
+    with pytest.raises(Interrupted):
+        after_steps(monkeypatch, 3, stop())
+        fit(small_config(parts, memory="exact"), resume=True, progress=False)
+    monkeypatch.setattr(trainer, "train_step", train_step)
+    fit(small_config(parts, recompute=2), resume=True, progress=False)
+    nets = [checkpoint.load_checkpoint(out / "last.pt")["net"] for out in (tmp_path / "whole", parts)]
+    assert_equal(*nets, "net")
+    assert_equal(read_metrics(tmp_path / "whole"), read_metrics(parts))
+
+
 def test_a_run_is_not_overwritten(stopped_run: Path) -> None:
     with pytest.raises(ValueError, match="already holds a run: resume it, or choose another folder") as error:
         fit(small_config(stopped_run), progress=False)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchlocal.config import FitConfig, build_rule, guided_memory
+from torchlocal.config import FitConfig, build_rule, guided_options
 from torchlocal.data import DataBundle, load_data
 from torchlocal.models import build_model
 from torchlocal.network import DecoupledNetwork, decouple
@@ -267,7 +267,7 @@ def train_step(
     if scaler is not None:
         options["backward"] = lambda loss: scaler.scale(loss).backward()
     if guided:
-        options |= {"auxiliary": config.guidance.auxiliary, **guided_memory(config)}
+        options |= guided_options(config)
     step = net.guided_step if guided else net.local_step
     total: list[Tensor] = []
     try:

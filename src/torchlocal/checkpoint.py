@@ -101,8 +101,16 @@ def load_network(net: nn.Module, state: Mapping[str, Any], path: Path) -> None:
 
 
 def fixed_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a configuration, flat, that may not differ between a checkpoint and the run that resumes it."""
-    return {name: value for name, value in _flatten(config).items() if name not in FREE_FIELDS}
+    """The fields of a configuration, flat, that may not differ between a checkpoint and the run that resumes it.
+
+    How much a guided step recomputes may differ, as long as no micro-batches are cut: the results are the same.
+    """
+    fields = {name: value for name, value in _flatten(config).items() if name not in FREE_FIELDS}
+    recompute, memory = fields.pop("recompute", None), fields.get("memory")
+    never, always = (fields.get("guidance.name") == name for name in ("never", "always"))
+    if never or recompute is not None or memory in ("exact", "full") or (memory is None and always):
+        fields["memory"] = "whole batches"
+    return fields
 
 
 def check_same_config(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

@@ -392,6 +392,7 @@ def _method_result(
         depth_accuracies=tuple(tuple(result["depth_accuracy"]) for result in results),
         peak_bytes=None if cost is None else cost.total_peak_bytes,
         step_seconds=None if cost is None else cost.mean_seconds,
+        step_flops=None if cost is None else cost.mean_flops,
         num_parameters=parameters["backbone"],
         num_auxiliary_parameters=parameters["auxiliary"],
         reference=subject.reference,

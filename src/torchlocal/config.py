@@ -20,6 +20,7 @@ __all__ = [
     "config_from_dict",
     "config_to_dict",
     "guided_memory",
+    "guided_options",
 ]
 
 _SCHEDULES = ("cosine", "step", "constant")
@@ -69,8 +70,8 @@ class FitConfig:
         modules: number of local modules, "all" for one per unit, or "fewest" for as few as take no more memory.
         cuts: names of the units to cut after, instead of the balanced grouping.
         rule: local rule: "greedy", "dgl", "predsim", "infopro", "auglocal" or "man".
-        auxiliary: auxiliary network of the greedy rule (and of the task's branch of "infopro"): "linear", "conv" or
-            "mlp_sr".
+        auxiliary: auxiliary network of "greedy", "dgl" or the task's branch of "infopro": "linear", "conv" or
+            "mlp_sr"; None: the rule's own.
         rule_options: options of the local rule by name, such as {"depth": 3} for "auglocal" (see docs/rules.md).
         label_smoothing: label smoothing of every loss, in [0, 1).
         guidance: which steps are guided.
@@ -114,8 +115,8 @@ class FitConfig:
     model: str = "resnet20"
     modules: int | str = 4
     cuts: list[str] | None = None
-    rule: str = "greedy"
-    auxiliary: str = "conv"
+    rule: str = "dgl"
+    auxiliary: str | None = None
     rule_options: dict[str, Any] = field(default_factory=dict)
     label_smoothing: float = 0.0
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
@@ -155,6 +156,8 @@ class FitConfig:
     def __post_init__(self) -> None:
         for name in ("out", "model", "rule", "auxiliary", "data", "optimizer", "device"):
             value = getattr(self, name)
+            if name == "auxiliary" and value is None:
+                continue
             if not isinstance(value, str) or not value:
                 raise ValueError(f"{name}={value!r} must be a string that is not empty")
         for name in ("epochs", "batch_size", "accumulate", "log_every", "replicas"):
@@ -219,6 +222,11 @@ def build_guidance(config: FitConfig) -> Guidance:
     return _make_guidance(config.guidance, seed=config.seed)
 
 
+def guided_options(config: FitConfig) -> dict[str, Any]:
+    """The options of the guided steps of a run."""
+    return {"auxiliary": config.guidance.auxiliary, **guided_memory(config)}
+
+
 def guided_memory(config: FitConfig) -> dict[str, int | str | None]:
     """The options `memory` and `recompute` of the guided steps of a run."""
     if config.recompute is not None:
@@ -237,7 +245,7 @@ def build_rule(config: FitConfig) -> Rule:
         raise ValueError(f"rule_options={given!r} must be `name: value` pairs, such as {{'depth': 3}}")
     options: dict[str, Any] = {}
     takes = inspect.signature(RULES[config.rule]).parameters
-    if config.rule == "greedy" or config.auxiliary != "conv":
+    if config.auxiliary is not None:
         if "auxiliary" not in takes:
             raise ValueError(f"auxiliary={config.auxiliary!r} means nothing to rule={config.rule!r}: leave it out")
         options["auxiliary"] = config.auxiliary

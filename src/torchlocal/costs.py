@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchlocal import memory
 from torchlocal.assembly import build_network, build_optimizer, count_steps, resolve_execution, train_step
-from torchlocal.config import FitConfig, build_guidance
+from torchlocal.config import FitConfig, build_guidance, guided_options
 from torchlocal.data import DataBundle
 
 __all__ = ["StepCosts", "measure_costs"]
@@ -33,6 +33,7 @@ class StepCosts:
         peak_bytes: Highest number of bytes allocated during the step on top of these, for each kind of step
             ("local", "guided") the method takes.
         seconds: Median time of each kind of step.
+        flops: Floating-point operations of each kind of step (matrix products and convolutions).
     """
 
     num_modules: int
@@ -40,6 +41,7 @@ class StepCosts:
     resident_bytes: int
     peak_bytes: dict[str, int]
     seconds: dict[str, float]
+    flops: dict[str, int]
 
     @property
     def total_peak_bytes(self) -> int:
@@ -49,9 +51,17 @@ class StepCosts:
     @property
     def mean_seconds(self) -> float:
         """Time per step, the kinds of steps weighted by the guided share."""
-        if len(self.seconds) == 1:
-            return next(iter(self.seconds.values()))
-        return (1 - self.guided_share) * self.seconds["local"] + self.guided_share * self.seconds["guided"]
+        return self._mean(self.seconds)
+
+    @property
+    def mean_flops(self) -> float:
+        """FLOPs per step, the kinds of steps weighted by the guided share."""
+        return self._mean(self.flops)
+
+    def _mean(self, by_kind: Mapping[str, float]) -> float:
+        if len(by_kind) == 1:
+            return next(iter(by_kind.values()))
+        return (1 - self.guided_share) * by_kind["local"] + self.guided_share * by_kind["guided"]
 
 
 class _Subject:
@@ -86,6 +96,13 @@ class _Subject:
             guided=kind == "guided",
             scaler=self.scaler,
         )
+
+    def flops(self, kind: str) -> int:
+        """FLOPs of one optimizer step, counted on tensors without memory."""
+        options = guided_options(self.config) if kind == "guided" else {}
+        x, _ = self.batches[0]
+        found = memory.predict(self.net, x.shape, step=kind, autocast=self.execution.autocast, **options)
+        return self.config.accumulate * found.flops
 
     def wait(self) -> None:
         """Let the device finish, where it runs beside Python."""
@@ -146,6 +163,7 @@ def measure_costs(configs: Mapping[str, FitConfig], data: DataBundle, *, rounds:
             resident_bytes=subject.resident_bytes(),
             peak_bytes=peaks[name],
             seconds={kind: statistics.median(times[name, kind]) for kind in subject.kinds},
+            flops={kind: subject.flops(kind) for kind in subject.kinds},
         )
         for name, subject in subjects.items()
     }

@@ -70,26 +70,34 @@ def _draw_accuracy(figure: Figure, comparison: Comparison) -> bool:
 
 def _draw_memory(figure: Figure, comparison: Comparison) -> bool:
     axes = _axes(figure, xlabel="Peak memory of one step (MiB)", ylabel="Test accuracy (%)")
-    drawn = False
-    for index, result in enumerate(comparison.results):
-        if result.peak_bytes is None:
-            continue
+    measured = [result for result in comparison.results if result.peak_bytes is not None]
+    # Where there are several local rows, each is joined to the rows that are measured from it.
+    starts = [result.method for result in measured if result.baseline == result.method]
+    lines: dict[str, list[MethodResult]] = {}
+    for result in measured:
+        joined = len(starts) > 1 and result.baseline in starts and result.guided_share < 1
+        name = f"from {result.baseline}" if joined else f"{result.method} (K = {result.num_modules})"
+        lines.setdefault(name, []).append(result)
+    for index, (name, results) in enumerate(lines.items()):
         colour, marker = _style(index)
+        results.sort(key=lambda result: result.guided_share)
         axes.errorbar(
-            result.peak_bytes / MEBIBYTE,
-            100 * result.accuracy,
-            yerr=None if result.accuracy_std is None else 100 * result.accuracy_std,
+            [(result.peak_bytes or 0) / MEBIBYTE for result in results],
+            [100 * result.accuracy for result in results],
+            yerr=[100 * (result.accuracy_std or 0) for result in results],
             color=colour,
             marker=marker,
             markersize=9,
             capsize=4,
-            linestyle="none",
-            label=f"{result.method} (K = {result.num_modules})",
+            linestyle="-" if len(results) > 1 else "none",
+            label=name,
         )
-        drawn = True
+        if len(results) > 1:  # where the line starts
+            start = results[0]
+            axes.plot((start.peak_bytes or 0) / MEBIBYTE, 100 * start.accuracy, marker, color=colour, mfc="white", ms=9)
     axes.margins(0.12)
     axes.set_xlim(left=0)
-    return drawn
+    return bool(measured)
 
 
 def _draw_depth(figure: Figure, comparison: Comparison) -> bool:
@@ -168,7 +176,7 @@ FIGURES: dict[str, tuple[Callable[[Figure, Comparison], bool], str, str]] = {
         _draw_memory,
         "Test accuracy against peak memory",
         "Test accuracy (mean over seeds, bars: one standard deviation) against the peak memory of one step: up and "
-        "left is better.",
+        "left is better. Lines lead from local training (hollow) to guided.",
     ),
     "guidance": (
         _draw_guidance,

@@ -212,7 +212,7 @@ def decouple(
     *,
     sample: Tensor | Sequence[int],
     cuts: Sequence[str] | None = None,
-    rule: str | Rule = "greedy",
+    rule: str | Rule = "dgl",
     criterion: Callable[[Tensor, Any], Tensor] = F.cross_entropy,
     cost: str = "activation_bytes",
 ) -> DecoupledNetwork:

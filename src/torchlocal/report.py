@@ -30,6 +30,9 @@ TIME_NOTE = (
     "Time per step is the median over {rounds} rounds in which the steps of all methods take turns on the same batch, "
     "loading data not included; a method with local and guided steps is their mean weighted by its guided share."
 )
+FLOPS_NOTE = (
+    "FLOPs are those of the matrix products and convolutions of a step, auxiliary networks and recomputation included."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,7 @@ class MethodResult:
         depth_accuracies: For every seed the test accuracy through every auxiliary network, the backbone's own last.
         peak_bytes: Peak memory of one step in bytes, None if not measured.
         step_seconds: Time per step in seconds, None if not measured.
+        step_flops: Floating-point operations per step, None if not counted.
         num_parameters: Parameters of the backbone.
         num_auxiliary_parameters: Parameters of the auxiliary networks.
         reference: Name of the method that its memory and time are relative to.
@@ -59,6 +63,7 @@ class MethodResult:
     depth_accuracies: tuple[tuple[float, ...], ...] = ()
     peak_bytes: int | None = None
     step_seconds: float | None = None
+    step_flops: float | None = None
     num_parameters: int = 0
     num_auxiliary_parameters: int = 0
     reference: str = "end-to-end"
@@ -90,6 +95,7 @@ class Row:
     peak_ratio: float | None
     step_ms: float | None
     step_ratio: float | None
+    flops_ratio: float | None
     parameters_backbone: int
     parameters_auxiliary: int
 
@@ -136,6 +142,7 @@ class Comparison:
                     peak_ratio=_ratio(result.peak_bytes, reference.peak_bytes if reference else None),
                     step_ms=None if result.step_seconds is None else 1000 * result.step_seconds,
                     step_ratio=_ratio(result.step_seconds, reference.step_seconds if reference else None),
+                    flops_ratio=_ratio(result.step_flops, reference.step_flops if reference else None),
                     parameters_backbone=result.num_parameters,
                     parameters_auxiliary=result.num_auxiliary_parameters,
                 )
@@ -162,6 +169,8 @@ class Comparison:
         if any(result.peak_bytes is not None for result in self.results):
             device = "" if self.device == "cpu" else " unless the device's own counter includes them"
             notes.append(MEMORY_NOTE.format(device=device))
+        if any(result.step_flops is not None for result in self.results):
+            notes.append(FLOPS_NOTE)
         if any(result.step_seconds is not None for result in self.results):
             notes.append(TIME_NOTE.format(rounds=self.rounds))
         return notes
@@ -212,6 +221,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str], bool], ...] = (
     ("× e2e", lambda row: _optional(row.peak_ratio, lambda value: f"{value:.2f}"), True),
     ("Time/step", lambda row: _optional(row.step_ms, lambda value: f"{value:.{0 if value >= 100 else 1}f} ms"), True),
     ("× e2e", lambda row: _optional(row.step_ratio, lambda value: f"{value:.2f}"), True),
+    ("FLOPs × e2e", lambda row: _optional(row.flops_ratio, lambda value: f"{value:.2f}"), True),
     (
         "Parameters (+ auxiliary)",
         lambda row: f"{format_count(row.parameters_backbone)} + {format_count(row.parameters_auxiliary)}",

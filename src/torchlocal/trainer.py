@@ -97,7 +97,8 @@ def fit(config: FitConfig, *, resume: bool = False, progress: bool = True, timeo
     """
     out = Path(config.out).expanduser()
     team = Team(config.replicas, timeout)
-    team.check_same({"resume": resume, **checkpoint.fixed_fields(config_to_dict(config))})
+    modes = {"resume": resume, "memory": config.memory, "recompute": config.recompute}
+    team.check_same(checkpoint.fixed_fields(config_to_dict(config)) | modes)
     result, saved = team.at_writer(partial(_look, out, config, resume))
     if result is not None:
         return cast(dict[str, Any], result)

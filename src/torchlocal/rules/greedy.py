@@ -15,6 +15,7 @@ from .layers import ToMap, layers_for, pool_to
 _SMALL_MAP = 8  # a map of at most this many rows or columns is not reduced further
 _HIDDEN = 128
 _WIDEST_VECTOR = 1024
+_WIDEST_HIDDEN = 2048
 
 
 def linear(site: Site) -> nn.Module:
@@ -53,20 +54,24 @@ def mlp_sr(site: Site) -> nn.Module:
     """The "MLP-SR-aux" network of the paper (section 4.2): cheap, since it works on a quarter of the resolution.
 
     Pooled to a quarter of each side, three 1×1 convolutions, pooled to 2×2 (2 tokens of a sequence), two hidden layers
-    of as many units as that leaves features, and a classifier.
+    of as many units as that leaves features, but at most 2048 (512 channels and more), and a classifier. On vectors
+    only two hidden layers, of at most 1024 units, and the classifier: convolutions would be hidden layers, too.
     """
     convolution, norm, _ = layers_for(site)
-    small = tuple(-(-side // 4) for side in site.spatial) or (1,)
-    channels = site.channels
-    layers: list[nn.Module] = [ToMap(site), pool_to(site.spatial or (1,), small)]
-    for _ in range(3):
-        layers += [convolution(channels, channels, 1, bias=False), norm(channels), nn.ReLU(inplace=True)]
-    side = 2 if site.spatial else 1
-    width = channels * side ** len(site.spatial)
-    layers += [pool_to(small, (side,) * len(small)), nn.Flatten()]
-    for _ in range(2):
-        layers += [nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, nn.Linear(width, site.num_outputs))
+    channels, spatial = site.channels, site.spatial
+    if spatial:
+        small = tuple(-(-side // 4) for side in spatial)
+        layers: list[nn.Module] = [ToMap(site), pool_to(spatial, small)]
+        for _ in range(3):
+            layers += [convolution(channels, channels, 1, bias=False), norm(channels), nn.ReLU(inplace=True)]
+        features = channels * 2 ** len(spatial)
+        layers += [pool_to(small, (2,) * len(small)), nn.Flatten()]
+        hidden = min(features, _WIDEST_HIDDEN)
+    else:
+        layers, features, hidden = [], channels, min(channels, _WIDEST_VECTOR)
+    for before in (features, hidden):
+        layers += [nn.Linear(before, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Linear(hidden, site.num_outputs))
 
 
 AUXILIARY_NETWORKS: dict[str, Callable[[Site], nn.Module]] = {"linear": linear, "conv": conv, "mlp_sr": mlp_sr}
