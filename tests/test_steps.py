@@ -451,3 +451,26 @@ def test_mistakes_get_one_clear_sentence(case: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         call(net)
     assert "\n" not in str(caught.value)
+
+
+def test_every_module_and_auxiliary_network_is_compiled() -> None:
+    """More of them than torch's limit of recompiles for one function (8): none falls back."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def compiler(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 1, 8, 8), torch.randint(10, (4,))
+    plain, compiled = (
+        tl.decouple(build_model("resnet20", num_classes=10, in_channels=1, image_size=(8, 8)), "all", sample=x)
+        for _ in range(2)
+    )
+    compiled.load_state_dict(plain.state_dict())
+    compiled.compile(backend=compiler)
+    losses = compiled.local_step(x, y)
+    assert len(graphs) == compiled.num_modules + len(compiled.auxiliary) == 19
+    compiled.local_step(x, y)
+    assert len(graphs) == 19
+    torch.testing.assert_close(losses, plain.local_step(x, y))

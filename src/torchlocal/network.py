@@ -87,6 +87,9 @@ class DecoupledNetwork(nn.Module):
         Args:
             options: passed to :func:`torch.compile`.
         """
+        # Auxiliary networks run the same forward functions; counted together they would pass the limit of recompiles,
+        # and the last of them silently run uncompiled.
+        options = {"isolate_recompiles": True, **options}
         self.chain.compile(**options)
         for network in self.auxiliary:
             network.compile(**options)
