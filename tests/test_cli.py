@@ -167,7 +167,13 @@ def test_partition(capsys: pytest.CaptureFixture[str]) -> None:
 def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["plan", "--model=small", "--input=1x8x8", "--batch-size=16", "--modules", "2", "--json"]
     assert main(argv) == 0
-    assert json.loads(capsys.readouterr().out)
+    dgl = json.loads(capsys.readouterr().out)
+    assert main([*argv, "--rule=man", "--rule-options={base: predsim}"]) == 0
+    man = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in dgl["rows"]] == [row["method"] for row in man["rows"]]
+    for few, many in zip(dgl["rows"], man["rows"], strict=True):
+        larger = few["method"] in ("local", "pgl")  # what a rule costs, it costs them alone
+        assert (many["flops_ratio"] > few["flops_ratio"], many["total_bytes"] > few["total_bytes"]) == (larger, larger)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pt2"])

@@ -284,6 +284,11 @@ def _decouple(config: FitConfig, shape: Sequence[int] | None, num_classes: int) 
 
 
 def _plan(argv: Sequence[str]) -> int:
+    from torchlocal.config import FitConfig
+
+    options = {
+        n: option for n, option in config_options(FitConfig).items() if n in ("rule", "auxiliary", "rule_options")
+    }
     parser = make_parser("plan", "--model NAME --input 3x224x224 [options]", _COMMANDS["plan"])
     parser.add_argument("--model", type=str, default="resnet32", metavar="NAME", help="Network, as in fit.")
     parser.add_argument("--input", type=str, default="3x32x32", metavar="CxHxW", help="Channels, height and width.")
@@ -295,7 +300,9 @@ def _plan(argv: Sequence[str]) -> int:
     parser.add_argument("--precision", type=str, default="fp32", metavar="NAME", help="fp32 or bf16.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of the table.")
     parser.add_argument("--figure", type=str, metavar="FILE", help="Draw the breakdowns as stacked bars.")
-    values = parse(parser, argv)
+    _add_run_options(parser, options)
+    values = parse(parser, argv, options)
+    config = build_config(FitConfig, {"model": values.model, **{name: values[name] for name in options}})
     parts = values.input.lower().split("x")
     if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ValueError(f"--input {values.input} must be channels, height and width, such as 3x224x224")
@@ -311,6 +318,7 @@ def _plan(argv: Sequence[str]) -> int:
 
     import torch
 
+    from torchlocal.config import build_rule
     from torchlocal.models import build_model
     from torchlocal.plan import parse_size, plan
     from torchlocal.tables import plan_table
@@ -325,6 +333,7 @@ def _plan(argv: Sequence[str]) -> int:
         modules=[number if number in words else int(number) for number in numbers],
         guided_share=values.guided_share,
         autocast=torch.bfloat16 if values.precision == "bf16" else None,
+        rule=build_rule(config),
     )
     if values.figure is not None:
         result.figure().savefig(values.figure, dpi=150)
