@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 
@@ -89,3 +90,29 @@ def test_wrong_arguments_get_one_clear_sentence(options: dict[str, object], mess
 def test_an_annealed_schedule_needs_the_length_of_training() -> None:
     with pytest.raises(ValueError, match="needs the length of training"):
         tl.AnnealedGuidance()(3)
+
+
+def test_phased_guides_the_end_of_each_part_of_training() -> None:
+    guidance = tl.PhasedGuidance(share=0.2).bind(num_steps=50, steps_per_epoch=5)
+    assert guided(guidance, 50) == list(range(40, 50)) and guidance.share == 0.2
+    assert guided(tl.PhasedGuidance(share=0.25, periods=2, num_steps=16), 16) == [6, 7, 14, 15]
+    assert guided(tl.PhasedGuidance(share=0.5, periods=2, num_steps=7), 7) == [2, 3, 5, 6]  # periods of 4 and 3
+    assert guided(tl.PhasedGuidance(share=0.0, num_steps=9), 12) == []
+    assert guided(tl.PhasedGuidance(share=1.0, periods=3, num_steps=9), 12) == list(range(12))
+    with pytest.raises(ValueError, match="needs the length of training"):
+        tl.PhasedGuidance()(3)
+    with pytest.raises(ValueError, match=r"periods: must be at most the number of steps \(2\), not 3"):
+        tl.PhasedGuidance(periods=3, num_steps=2)
+
+
+def test_the_learning_rate_falls_once_per_phase() -> None:
+    """The formula of SGDR written out for each phase; other schedules have one, all of training."""
+    guidance = tl.PhasedGuidance(share=0.25, periods=2, num_steps=16)
+    phases = [range(0, 6), range(6, 8), range(8, 14), range(14, 16)]
+    by_hand = [(1 + math.cos(math.pi * i / len(phase))) / 2 for phase in phases for i in range(len(phase))]
+    assert [guidance.cosine(step, 16) for step in range(16)] == pytest.approx(by_hand)
+    warm = [(1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]
+    assert [guidance.cosine(step, 16, warmup=2) for step in range(7)] == pytest.approx([0.5, 1, *warm, 1])
+    whole = [(1 + math.cos(math.pi * i / 16)) / 2 for i in range(16)]
+    for name in GUIDANCES.keys() - {"phased"}:
+        assert [make_guidance(name).cosine(step, 16) for step in range(16)] == pytest.approx(whole)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "guidance": GuidanceConfig(name="annealed", share=0.0, end_share=1.0),
         "data": "pairs:digits",
     },
+    "phased": {"guidance": GuidanceConfig(name="phased", share=0.5, periods=2)},
     "epochs": {"guidance": GuidanceConfig(period=2, unit="epochs"), "data": "digits", "model": "resnet20", "steps": 7},
 }
 
@@ -442,6 +444,11 @@ def test_schedules_equal_torch(tmp_path: Path) -> None:
         torch_rates(lambda o: schedulers.MultiStepLR(o, [20, 45], 0.2), 60, 0.8), abs=1e-12
     )
     assert rates(small_config(tmp_path, schedule="constant"), 10, 60) == [0.1] * 60
+    phased = small_config(tmp_path, epochs=6, lr=0.8, guidance=GuidanceConfig(name="phased", share=0.25))
+    assert rates(phased, 10, 60) == pytest.approx(
+        [rate for n in (45, 15) for rate in torch_rates(lambda o, n=n: schedulers.CosineAnnealingLR(o, n), n, 0.8)],  # type: ignore[misc]
+        abs=1e-12,
+    )
 
 
 def test_warmup(tmp_path: Path) -> None:
@@ -749,6 +756,17 @@ def test_recomputation_may_differ_as_long_as_batches_are_whole(tmp_path: Path, m
     nets = [checkpoint.load_checkpoint(out / "last.pt")["net"] for out in (tmp_path / "whole", parts)]
     assert_equal(*nets, "net")
     assert_equal(read_metrics(tmp_path / "whole"), read_metrics(parts))
+
+
+def test_a_run_that_is_older_than_an_option_has_its_default(tmp_path: Path) -> None:
+    config = small_config(tmp_path, steps=2)
+    result = fit(config, progress=False)
+    del result["config"]["guidance"]["periods"]
+    checkpoint.write_json(tmp_path / "result.json", result)
+    assert fit(config, resume=True, progress=False) == result
+    changed = replace(config, guidance=replace(config.guidance, periods=2))
+    with pytest.raises(ValueError, match=r"configuration: guidance.periods \(1 there, 2 now\);"):
+        fit(changed, resume=True, progress=False)
 
 
 def test_a_run_is_not_overwritten(stopped_run: Path) -> None:

@@ -1,7 +1,7 @@
 """Train any network as gradient-isolated local modules, and reinstate the global objective periodically."""
 
 from . import guidance, memory, parallel, rules
-from .guidance import AlwaysGuidance, AnnealedGuidance, NeverGuidance, PeriodicGuidance, RandomGuidance
+from .guidance import AlwaysGuidance, AnnealedGuidance, NeverGuidance, PeriodicGuidance, PhasedGuidance, RandomGuidance
 from .network import DecoupledNetwork, decouple
 from .parallel import ParallelNetwork, distribute
 from .partition import Partition, Unit
@@ -21,6 +21,7 @@ __all__ = [
     "ParallelNetwork",
     "Partition",
     "PeriodicGuidance",
+    "PhasedGuidance",
     "RandomGuidance",
     "Rule",
     "Unit",

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchlocal.config import FitConfig, build_rule, guided_options
+from torchlocal.config import FitConfig, build_guidance, build_rule, guided_options
 from torchlocal.data import DataBundle, load_data
 from torchlocal.models import build_model
 from torchlocal.network import DecoupledNetwork, decouple
@@ -225,14 +224,15 @@ def count_steps(config: FitConfig, num_images: int) -> tuple[int, int]:
 def learning_rate(config: FitConfig, step: int, *, steps_per_epoch: int, num_steps: int) -> float:
     """Return the learning rate of a step (counted from 0): a function of the step alone.
 
-    Warm-up rises linearly, ending at lr; cosine (Loshchilov and Hutter, "SGDR", 2017, eq. 5 without restarts) then
-    falls from lr towards 0, which it would reach at num_steps.
+    Warm-up rises linearly, ending at lr; cosine then falls from lr towards 0, which it would reach at num_steps, or
+    with phased guidance at the end of every phase (:meth:`Guidance.cosine`).
     """
     warmup = round(config.warmup_epochs * steps_per_epoch)
+    if config.schedule == "cosine":
+        guidance = build_guidance(config).bind(num_steps=num_steps, steps_per_epoch=steps_per_epoch)
+        return config.lr * guidance.cosine(step, num_steps, warmup)
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    if config.schedule == "cosine":
-        return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (num_steps - warmup)))
     if config.schedule == "step":
         return config.lr * config.gamma ** sum(step >= milestone * steps_per_epoch for milestone in config.milestones)
     return config.lr

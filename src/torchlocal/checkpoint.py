@@ -15,6 +15,8 @@ import torch
 import yaml
 from torch import nn
 
+from torchlocal.config import FitConfig, config_to_dict
+
 __all__ = [
     "check_same_config",
     "fixed_fields",
@@ -114,7 +116,7 @@ def fixed_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_same_config(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run of another configuration.
+    """Refuse to go on with a run of another configuration; fields that the saved one is older than count as default.
 
     Args:
         path: the file that holds the saved configuration.
@@ -124,7 +126,8 @@ def check_same_config(path: Path, saved: Mapping[str, Any], current: Mapping[str
     Raises:
         ValueError: naming every field that differs and must not.
     """
-    old, new = fixed_fields(saved), fixed_fields(current)
+    old = fixed_fields(_flatten(config_to_dict(FitConfig())) | _flatten(saved))
+    new = fixed_fields(current)
     absent = object()
     differing = [
         f"{name} ({'absent' if name not in old else repr(old[name])} there, "

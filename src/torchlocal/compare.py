@@ -69,7 +69,7 @@ def _local(config: FitConfig, num_units: int) -> FitConfig:
 def _pgl(config: FitConfig, num_units: int) -> FitConfig:
     if config.guidance.name in ("never", "always"):
         raise ValueError(
-            f"guidance.name={config.guidance.name!r} leaves method pgl nothing to do: give periodic, random or annealed"
+            f"guidance.name={config.guidance.name!r} leaves method pgl nothing to do: give another schedule"
         )
     return config
 

@@ -32,13 +32,15 @@ class GuidanceConfig:
     """Which steps are guided, and what the auxiliary networks do in them.
 
     Args:
-        name: "never" (local learning), "always" (end-to-end), "periodic" (PGL), "random" or "annealed".
+        name: "never" (local learning), "always" (end-to-end), "periodic" or "phased" (PGL), "random" or "annealed".
         period: periodic: one guided phase per so many steps or epochs.
         length: periodic: length of the guided phase, in the same unit.
         start: periodic: first step or epoch of the first guided phase.
         unit: periodic: "steps" or "epochs".
-        share: random: share of guided steps; annealed: share at the start of training.
+        share: random, phased: share of guided steps; annealed: share at the start of training.
         end_share: annealed: share at the end of training.
+        periods: phased: number of periods, each of which ends with a guided phase. With schedule "cosine" the learning
+            rate starts over with every phase.
         auxiliary: "follow": in a guided step the auxiliary networks go on learning; "frozen": they stand still.
     """
 
@@ -49,6 +51,7 @@ class GuidanceConfig:
     unit: str = "steps"
     share: float = 0.2
     end_share: float = 0.0
+    periods: int = 1
     auxiliary: str = "follow"
 
     def __post_init__(self) -> None:
@@ -94,7 +97,8 @@ class FitConfig:
         lr: learning rate at the top of the schedule.
         momentum: for optimizers that have one.
         weight_decay: for optimizers that have one.
-        schedule: "cosine" (to zero), "step" (times gamma at each milestone) or "constant".
+        schedule: "cosine" (to zero; with phased guidance in every phase), "step" (times gamma at each milestone) or
+            "constant".
         warmup_epochs: epochs over which the learning rate rises linearly.
         milestones: epochs of the "step" schedule, increasing.
         gamma: factor of the "step" schedule.
@@ -289,6 +293,7 @@ def _make_guidance(config: GuidanceConfig, *, seed: int) -> Guidance:
         },
         "random": {"share": config.share, "seed": seed},
         "annealed": {"start_share": config.share, "end_share": config.end_share},
+        "phased": {"share": config.share, "periods": config.periods},
     }
     return make_guidance(config.name, **options.get(config.name, {}))
 

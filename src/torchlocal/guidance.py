@@ -17,6 +17,7 @@ __all__ = [
     "Guidance",
     "NeverGuidance",
     "PeriodicGuidance",
+    "PhasedGuidance",
     "RandomGuidance",
     "make_guidance",
 ]
@@ -38,6 +39,26 @@ class Guidance:
     def bind(self, *, num_steps: int, steps_per_epoch: int) -> Guidance:
         """The same schedule for a run of this length, with epochs resolved to steps."""
         return self
+
+    def phase(self, step: int, num_steps: int) -> range:
+        """The steps around ``step`` over which the learning rate falls once: all of them, but of phased guidance."""
+        return range(max(num_steps, step + 1))
+
+    def cosine(self, step: int, num_steps: int, warmup: int = 0) -> float:
+        """A factor for the learning rate, half a cosine from 1 to 0 over each phase.
+
+        Loshchilov and Hutter, "SGDR" (2017), equation 5: it restarts where a phase begins.
+
+        Args:
+            step: counted from 0.
+            num_steps: length of training.
+            warmup: over so many steps at the start it rises linearly instead, from 1 / ``warmup`` to 1.
+        """
+        if step < warmup:
+            return (step + 1) / warmup
+        phase = self.phase(step, num_steps)
+        start = max(phase.start, warmup) if warmup < phase.stop else phase.start
+        return 0.5 * (1 + math.cos(math.pi * (step - start) / (phase.stop - start)))
 
     def state_dict(self) -> dict[str, Any]:
         """All that a checkpoint needs: the kind of schedule and its arguments. The position is the step itself."""
@@ -183,12 +204,63 @@ class AnnealedGuidance(Guidance):
         return AnnealedGuidance(start_share=self.start_share, end_share=self.end_share, num_steps=num_steps)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PhasedGuidance(Guidance):
+    """Periodic guidance in long phases: each of ``periods`` equal parts of training ends with one guided phase.
+
+    Made for a learning rate that falls to zero over the local phase and starts over for the guided one
+    (:meth:`Guidance.cosine`). With one period, modules that train apart meet but once, at the end.
+
+    Args:
+        share: guided share of every period, 0 to 1.
+        periods: number of periods.
+        num_steps: length of training; left out, :meth:`bind` has to say it. Later steps belong to the last phase.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    share: float = 0.2
+    periods: int = 1
+    num_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        _probability("share", self.share)
+        _whole("periods", self.periods, 1)
+        if self.num_steps is not None:
+            _whole("num_steps", self.num_steps, 1)
+            if self.periods > self.num_steps:
+                raise ValueError(f"periods: must be at most the number of steps ({self.num_steps}), not {self.periods}")
+
+    def __call__(self, step: int) -> bool:
+        period, guided_from = self._period(step)
+        return step >= guided_from and guided_from < period.stop
+
+    def _period(self, step: int) -> tuple[range, int]:
+        """The period of a step, and where its guided phase begins."""
+        if self.num_steps is None:
+            raise ValueError("num_steps: a phased schedule needs the length of training; give it or call bind()")
+        k = min(step * self.periods // self.num_steps, self.periods - 1)
+        start, stop = (-(-i * self.num_steps // self.periods) for i in (k, k + 1))
+        return range(start, stop), stop - round(self.share * (stop - start))
+
+    def phase(self, step: int, num_steps: int) -> range:
+        period, guided_from = self._period(step)
+        return range(guided_from, max(period.stop, step + 1)) if self(step) else range(period.start, guided_from)
+
+    def bind(self, *, num_steps: int, steps_per_epoch: int) -> Guidance:
+        if self.num_steps is not None:
+            return self
+        return PhasedGuidance(share=self.share, periods=self.periods, num_steps=num_steps)
+
+
 GUIDANCES: dict[str, type[Guidance]] = {
     "never": NeverGuidance,
     "always": AlwaysGuidance,
     "periodic": PeriodicGuidance,
     "random": RandomGuidance,
     "annealed": AnnealedGuidance,
+    "phased": PhasedGuidance,
 }
 _NAMES = {kind: name for name, kind in GUIDANCES.items()}
 

@@ -246,9 +246,9 @@ def _recommend(rows: Sequence[PlanRow], budget: int | None, batch_size: int) -> 
     elif not fitting:
         chosen = smallest
         label, size = max(smallest.breakdown.items(), key=lambda item: item[1])
-        advice = (
-            f"a batch of {smallest.largest_batch} would fit" if smallest.largest_batch else "no batch size would fit"
-        )
+        advice = "no batch size would fit"
+        if smallest.largest_batch:
+            advice = f"batches of {smallest.largest_batch} would fit, whose gradients can be accumulated"
         text = (
             f"Nothing fits into {_size(budget)} at batch size {batch_size}: the least is "
             f"{_size(smallest.total_bytes)}, by {_name(smallest)}, of which {_size(size)} are {label}; {advice}."
