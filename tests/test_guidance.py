@@ -78,6 +78,9 @@ def test_every_schedule_has_a_share_a_repr_and_a_state() -> None:
         ({"name": "random", "share": 1.5}, "share: must be between 0 and 1, not 1.5"),
         ({"name": "annealed", "end_share": -0.1}, "end_share: must be between 0 and 1, not -0.1"),
         ({"name": "annealed", "num_steps": 0}, "num_steps: must be a whole number of at least 1"),
+        ({"name": "phased", "share": 2}, "share: must be between 0 and 1, not 2"),
+        ({"name": "phased", "periods": 0}, "periods: must be a whole number of at least 1, not 0"),
+        ({"name": "phased", "restart": 0.0}, "restart: must be a number above 0, not 0.0"),
         ({"name": "never", "period": 3}, "'never' takes no arguments, but was given 'period'"),
     ],
 )
@@ -107,12 +110,12 @@ def test_phased_guides_the_end_of_each_part_of_training() -> None:
 
 def test_the_learning_rate_falls_once_per_phase() -> None:
     """The formula of SGDR written out for each phase; other schedules have one, all of training."""
-    guidance = tl.PhasedGuidance(share=0.25, periods=2, num_steps=16)
-    phases = [range(0, 6), range(6, 8), range(8, 14), range(14, 16)]
-    by_hand = [(1 + math.cos(math.pi * i / len(phase))) / 2 for phase in phases for i in range(len(phase))]
+    guidance = tl.PhasedGuidance(share=0.25, periods=2, restart=0.3, num_steps=16)
+    phases = [(6, 1.0), (2, 0.3), (6, 1.0), (2, 0.3)]
+    by_hand = [top * (1 + math.cos(math.pi * i / length)) / 2 for length, top in phases for i in range(length)]
     assert [guidance.cosine(step, 16) for step in range(16)] == pytest.approx(by_hand)
     warm = [(1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]
-    assert [guidance.cosine(step, 16, warmup=2) for step in range(7)] == pytest.approx([0.5, 1, *warm, 1])
+    assert [guidance.cosine(step, 16, warmup=2) for step in range(7)] == pytest.approx([0.5, 1, *warm, 0.3])
     whole = [(1 + math.cos(math.pi * i / 16)) / 2 for i in range(16)]
     for name in GUIDANCES.keys() - {"phased"}:
         assert [make_guidance(name).cosine(step, 16) for step in range(16)] == pytest.approx(whole)

@@ -41,6 +41,7 @@ class GuidanceConfig:
         end_share: annealed: share at the end of training.
         periods: phased: number of periods, each of which ends with a guided phase. With schedule "cosine" the learning
             rate starts over with every phase.
+        restart: phased: where it starts in a guided phase, relative to lr.
         auxiliary: "follow": in a guided step the auxiliary networks go on learning; "frozen": they stand still.
     """
 
@@ -52,6 +53,7 @@ class GuidanceConfig:
     share: float = 0.2
     end_share: float = 0.0
     periods: int = 1
+    restart: float = 0.5
     auxiliary: str = "follow"
 
     def __post_init__(self) -> None:
@@ -293,7 +295,7 @@ def _make_guidance(config: GuidanceConfig, *, seed: int) -> Guidance:
         },
         "random": {"share": config.share, "seed": seed},
         "annealed": {"start_share": config.share, "end_share": config.end_share},
-        "phased": {"share": config.share, "periods": config.periods},
+        "phased": {"share": config.share, "periods": config.periods, "restart": config.restart},
     }
     return make_guidance(config.name, **options.get(config.name, {}))
 

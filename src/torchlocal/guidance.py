@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 __all__ = [
@@ -208,12 +208,13 @@ class AnnealedGuidance(Guidance):
 class PhasedGuidance(Guidance):
     """Periodic guidance in long phases: each of ``periods`` equal parts of training ends with one guided phase.
 
-    Made for a learning rate that falls to zero over the local phase and starts over for the guided one
-    (:meth:`Guidance.cosine`). With one period, modules that train apart meet but once, at the end.
+    Made for a learning rate that falls to zero over the local phase and starts over for the guided one, from
+    ``restart`` times its height (:meth:`cosine`). With one period, modules that train apart meet but once, at the end.
 
     Args:
         share: guided share of every period, 0 to 1.
         periods: number of periods.
+        restart: learning rate at the start of a guided phase, relative to that of a local phase, above 0.
         num_steps: length of training; left out, :meth:`bind` has to say it. Later steps belong to the last phase.
 
     Raises:
@@ -222,11 +223,18 @@ class PhasedGuidance(Guidance):
 
     share: float = 0.2
     periods: int = 1
+    restart: float = 0.5
     num_steps: int | None = None
 
     def __post_init__(self) -> None:
         _probability("share", self.share)
         _whole("periods", self.periods, 1)
+        if (
+            not isinstance(self.restart, (int, float))
+            or isinstance(self.restart, bool)
+            or not 0 < self.restart < math.inf
+        ):
+            raise ValueError(f"restart: must be a number above 0, not {self.restart!r}")
         if self.num_steps is not None:
             _whole("num_steps", self.num_steps, 1)
             if self.periods > self.num_steps:
@@ -248,10 +256,11 @@ class PhasedGuidance(Guidance):
         period, guided_from = self._period(step)
         return range(guided_from, max(period.stop, step + 1)) if self(step) else range(period.start, guided_from)
 
+    def cosine(self, step: int, num_steps: int, warmup: int = 0) -> float:
+        return super().cosine(step, num_steps, warmup) * (self.restart if self(step) else 1.0)
+
     def bind(self, *, num_steps: int, steps_per_epoch: int) -> Guidance:
-        if self.num_steps is not None:
-            return self
-        return PhasedGuidance(share=self.share, periods=self.periods, num_steps=num_steps)
+        return self if self.num_steps is not None else replace(self, num_steps=num_steps)
 
 
 GUIDANCES: dict[str, type[Guidance]] = {
