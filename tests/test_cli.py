@@ -233,7 +233,9 @@ def test_a_recipe_trains(name: str) -> None:
         {key: value for key, value in section.items() if key in own}
         | {"fit": nested({key: value for key, value in section.items() if key in fit_options})},
     )
-    assert set(comparison.methods) - set(comparison.variants) == {"end-to-end", "checkpointing", "local", "pgl"}
+    methods = set(comparison.methods) - set(comparison.variants)
+    # Checkpointing trains bit for bit what end-to-end does: left out where every run takes its time.
+    assert methods | {"checkpointing"} == {"end-to-end", "checkpointing", "local", "pgl"}
     assert comparison.out != config.out
 
     num_classes, channels, height, width = cli._SHAPES[config.data.removeprefix("pairs:")]
@@ -358,7 +360,7 @@ def test_wrong_input(argv: str, message: str, tmp_path: Path, capsys: pytest.Cap
         ("learning_rate: 1\n", "unknown option learning_rate"),
         ("epoch: 1\n", "unknown option epoch (did you mean epochs?)"),
         ("guidance: periodic\n", "guidance must hold `name: value` lines"),
-        ("guidance: {periods: 1}\n", "unknown option guidance.periods (did you mean guidance.period?)"),
+        ("guidance: {perod: 1}\n", "unknown option guidance.perod (did you mean guidance.period?)"),
         ("lr: quick\n", "--lr expects a number, got"),
         ("compare: 3\n", "compare must be a section"),
     ],

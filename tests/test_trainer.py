@@ -762,11 +762,11 @@ def test_recomputation_may_differ_as_long_as_batches_are_whole(tmp_path: Path, m
 def test_a_run_that_is_older_than_an_option_has_its_default(tmp_path: Path) -> None:
     config = small_config(tmp_path, steps=2)
     result = fit(config, progress=False)
-    del result["config"]["guidance"]["periods"]
+    del result["config"]["guidance"]["restart"]
     checkpoint.write_json(tmp_path / "result.json", result)
     assert fit(config, resume=True, progress=False) == result
-    changed = replace(config, guidance=replace(config.guidance, periods=2))
-    with pytest.raises(ValueError, match=r"configuration: guidance.periods \(1 there, 2 now\);"):
+    changed = replace(config, guidance=replace(config.guidance, start=1))
+    with pytest.raises(ValueError, match=r"configuration: guidance.start \(None there, 1 now\);"):
         fit(changed, resume=True, progress=False)
 
 

@@ -31,13 +31,16 @@ _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 class GuidanceConfig:
     """Which steps are guided, and what the auxiliary networks do in them.
 
+    What is left out has the schedule's own default (see torchlocal.guidance).
+
     Args:
-        name: "never" (local learning), "always" (end-to-end), "periodic" or "phased" (PGL), "random" or "annealed".
+        name: "never" (local learning), "always" (end-to-end), "phased" or "periodic" (PGL), "random" or "annealed";
+            None: "periodic" if a period, length, start or unit is given, else "phased".
         period: periodic: one guided phase per so many steps or epochs.
         length: periodic: length of the guided phase, in the same unit.
         start: periodic: first step or epoch of the first guided phase.
         unit: periodic: "steps" or "epochs".
-        share: random, phased: share of guided steps; annealed: share at the start of training.
+        share: phased, random: share of guided steps; annealed: share at the start of training.
         end_share: annealed: share at the end of training.
         periods: phased: number of periods, each of which ends with a guided phase. With schedule "cosine" the learning
             rate starts over with every phase.
@@ -45,19 +48,22 @@ class GuidanceConfig:
         auxiliary: "follow": in a guided step the auxiliary networks go on learning; "frozen": they stand still.
     """
 
-    name: str = "periodic"
-    period: int = 5
-    length: int = 1
-    start: int = 0
-    unit: str = "steps"
-    share: float = 0.2
-    end_share: float = 0.0
-    periods: int = 1
-    restart: float = 0.5
+    name: str | None = None
+    period: int | None = None
+    length: int | None = None
+    start: int | None = None
+    unit: str | None = None
+    share: float | None = None
+    end_share: float | None = None
+    periods: int | None = None
+    restart: float | None = None
     auxiliary: str = "follow"
 
     def __post_init__(self) -> None:
         _check_choice("guidance.auxiliary", self.auxiliary, ("follow", "frozen"))
+        if self.name is None:
+            periodic = any(value is not None for value in (self.period, self.length, self.start, self.unit))
+            object.__setattr__(self, "name", "periodic" if periodic else "phased")
         try:
             _make_guidance(self, seed=0)
         except ValueError as error:
@@ -286,18 +292,16 @@ def config_from_dict(values: dict[str, Any]) -> FitConfig:
 
 
 def _make_guidance(config: GuidanceConfig, *, seed: int) -> Guidance:
-    options: dict[str, dict[str, Any]] = {
-        "periodic": {
-            "period": config.period,
-            "length": config.length,
-            "start": config.start,
-            "unit": config.unit,
-        },
-        "random": {"share": config.share, "seed": seed},
-        "annealed": {"start_share": config.share, "end_share": config.end_share},
-        "phased": {"share": config.share, "periods": config.periods, "restart": config.restart},
-    }
-    return make_guidance(config.name, **options.get(config.name, {}))
+    given = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
+    name = given.pop("name")
+    del given["auxiliary"]
+    if name in ("never", "always"):  # whatever the options of the schedule that it takes the place of
+        given = {}
+    elif name == "random":
+        given["seed"] = seed
+    elif name == "annealed" and "share" in given:
+        given["start_share"] = given.pop("share")
+    return make_guidance(name, **given)
 
 
 def _memory(value: object) -> int | str:
