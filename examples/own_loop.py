@@ -26,9 +26,10 @@ torch.manual_seed(0)
 data = load_data("fashion-mnist-small")
 model = build_model("resnet20", num_classes=10, in_channels=1, image_size=data.shape[1:])  # any nn.Module
 net = tl.decouple(model, modules=10, sample=(128, *data.shape))
-guidance = tl.PeriodicGuidance(period=5)  # every 5th step is guided
+guidance = tl.PhasedGuidance(num_steps=steps)  # the last fifth of the steps is guided
 optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
-scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+# Falls to zero over the local steps, and starts over for the guided ones.
+scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: guidance.cosine(step, steps))
 
 batches = (batch for epoch in count() for batch in data.train.batches(128, epoch=epoch, train=True))
 for step, (x, y) in enumerate(islice(batches, steps)):

@@ -301,6 +301,24 @@ def test_guidance_is_drawn_once_per_row() -> None:
     assert points == {"local": 1, "pgl": 1, "tail": 1, "from local-few": 3}  # two of local's rows have the same share
 
 
+def test_a_variant_of_another_schedule_leaves_the_options_of_the_common_one(tmp_path: Path) -> None:
+    config = small_config(
+        tmp_path,
+        guidance=GuidanceConfig(name="phased", share=0.3, auxiliary="frozen"),
+        rule="auglocal",
+        rule_options={"depth": 1},
+        methods=("end-to-end", "tail", "often"),
+        variants={
+            "tail": {"method": "pgl", "guidance": {"name": "periodic", "period": 4}},
+            "often": {"method": "pgl", "guidance": {"share": 0.5}},
+        },
+    )
+    found = {name: subject.config for name, subject in method_configs(config, num_units=4).items()}
+    assert found["tail"].guidance == GuidanceConfig(period=4, auxiliary="frozen")
+    assert found["often"].guidance == GuidanceConfig(share=0.5, auxiliary="frozen")
+    assert found["end-to-end"].rule_options == {}  # of a rule that it does not use
+
+
 def test_memory_joins_each_local_row_to_those_measured_from_it() -> None:
     results = [replace(method_result("end-to-end", 0.9, peak_bytes=400), num_modules=1, guided_share=1.0)]
     for rule, local, pgl in (("dgl", 0.7, 0.8), ("man", 0.6, 0.75)):

@@ -90,6 +90,11 @@ def test_wrong_arguments_get_one_clear_sentence(options: dict[str, object], mess
         make_guidance(name, **options)
 
 
+def test_an_annealed_schedule_falls_by_default() -> None:
+    guidance = tl.AnnealedGuidance(num_steps=100)
+    assert guidance.share == 0.2 and len(guided(guidance, 50)) == 15 and len(guided(guidance, 100)) == 20
+
+
 def test_an_annealed_schedule_needs_the_length_of_training() -> None:
     with pytest.raises(ValueError, match="needs the length of training"):
         tl.AnnealedGuidance()(3)
@@ -102,6 +107,7 @@ def test_phased_guides_the_end_of_each_part_of_training() -> None:
     assert guided(tl.PhasedGuidance(share=0.5, periods=2, num_steps=7), 7) == [2, 3, 5, 6]  # periods of 4 and 3
     assert guided(tl.PhasedGuidance(share=0.0, num_steps=9), 12) == []
     assert guided(tl.PhasedGuidance(share=1.0, periods=3, num_steps=9), 12) == list(range(12))
+    assert guided(tl.PhasedGuidance(share=0.2, periods=5, num_steps=10), 10) == [1, 3, 5, 7, 9]  # at least one
     with pytest.raises(ValueError, match="needs the length of training"):
         tl.PhasedGuidance()(3)
     with pytest.raises(ValueError, match=r"periods: must be at most the number of steps \(2\), not 3"):
@@ -116,6 +122,11 @@ def test_the_learning_rate_falls_once_per_phase() -> None:
     assert [guidance.cosine(step, 16) for step in range(16)] == pytest.approx(by_hand)
     warm = [(1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]
     assert [guidance.cosine(step, 16, warmup=2) for step in range(7)] == pytest.approx([0.5, 1, *warm, 0.3])
+    assert [guidance.cosine(step, 16, warmup=7) for step in (5, 6, 7)] == pytest.approx([6 / 7, 1, 0.3])
+    # Without a local phase before it, a guided one starts at the whole height, as plain training does.
+    alone = tl.PhasedGuidance(share=1.0, num_steps=16)
+    assert [alone.cosine(step, 16) for step in range(16)] == [tl.AlwaysGuidance().cosine(s, 16) for s in range(16)]
+    assert tl.PhasedGuidance(share=0.25, periods=2, restart=0.3).cosine(6, 16) == guidance.cosine(6, 16)
     whole = [(1 + math.cos(math.pi * i / 16)) / 2 for i in range(16)]
     for name in GUIDANCES.keys() - {"phased"}:
         assert [make_guidance(name).cosine(step, 16) for step in range(16)] == pytest.approx(whole)

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import torchlocal as tl
 from torchlocal import assembly, checkpoint, trainer
-from torchlocal.config import FitConfig, GuidanceConfig, config_from_dict, config_to_dict, guided_memory
+from torchlocal.config import FitConfig, GuidanceConfig, build_guidance, config_from_dict, config_to_dict, guided_memory
 from torchlocal.progress import Reporter, compact
 from torchlocal.trainer import (
     Diverged,
@@ -546,6 +547,10 @@ def sentence(error: pytest.ExceptionInfo[BaseException]) -> str:
         ({"num_threads": 0}, r"^num_threads=0 must"),
         ({"data": ""}, r"^data='' must be a string that is not empty$"),
         ({"guidance": "periodic"}, r"^guidance='periodic' must be a GuidanceConfig"),
+        (
+            {"guidance": GuidanceConfig(restart=0.1), "schedule": "constant"},
+            r"^guidance.restart=0.1 means nothing to schedule='constant': leave it out, or give schedule=\"cosine\"$",
+        ),
     ],
     ids=str,
 )
@@ -564,6 +569,15 @@ def test_refused_configurations(tmp_path: Path, changes: dict[str, Any], told: s
         ({"length": 6}, r"^guidance.length: must"),
         ({"unit": "days"}, r"^guidance.unit: must"),
         ({"name": "random", "share": 1.5}, r"^guidance.share: must"),
+        (
+            {"name": "phased", "period": 3},
+            r"^guidance.period=3 means nothing to guidance.name='phased': leave it out, or give guidance.name=periodic",
+        ),
+        (
+            {"period": 3, "share": 0.1},
+            r"^guidance.share=0.1 means nothing to guidance.name='periodic': leave it out, or give "
+            r"guidance.name=phased or random or annealed$",
+        ),
         ({"auxiliary": "ignore"}, r"^guidance.auxiliary='ignore' is unknown: give 'follow' or 'frozen'$"),
     ],
     ids=str,
@@ -572,6 +586,18 @@ def test_refused_guidance(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told) as error:
         GuidanceConfig(**changes)
     sentence(error)
+
+
+def test_what_is_left_out_of_guidance() -> None:
+    assert build_guidance(FitConfig()) == tl.PhasedGuidance()
+    assert build_guidance(FitConfig(guidance=GuidanceConfig(length=2))) == tl.PeriodicGuidance(length=2)
+    assert build_guidance(FitConfig(guidance=GuidanceConfig(name="annealed", share=0.6))) == tl.AnnealedGuidance(
+        start_share=0.6, end_share=0.0
+    )
+    random = GuidanceConfig(name="random", share=0.1)
+    assert build_guidance(FitConfig(guidance=random, seed=3)) == tl.RandomGuidance(share=0.1, seed=3)
+    never = GuidanceConfig(name="never", period=3)  # a recipe's period, with which the command says never
+    assert build_guidance(FitConfig(guidance=never)) == tl.NeverGuidance()
 
 
 def test_memory_of_guided_steps() -> None:
@@ -747,7 +773,7 @@ def test_recomputation_may_differ_as_long_as_batches_are_whole(tmp_path: Path, m
     after_steps(monkeypatch, 4, stop())
     with pytest.raises(Interrupted):
         fit(small_config(parts, memory="full"), progress=False)
-    with pytest.raises(ValueError, match=r"configuration: memory \('whole batches' there, 'local' now\);"):
+    with pytest.raises(ValueError, match=r"configuration: memory \('full' there, 'local' now\);"):
         fit(small_config(parts, memory="local"), resume=True, progress=False)
     with pytest.raises(Interrupted):
         after_steps(monkeypatch, 3, stop())

@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 FORMAT = "torchlocal checkpoint"
-VERSION = 1
+VERSION = 2  # 1 held an option of every schedule
 # What may differ between a checkpoint and the run that resumes it: where things are, and how often they are written.
 FREE_FIELDS = (
     "out", "data_root", "num_workers", "log_every", "checkpoint_every", "num_threads", "device", "channels_last",
@@ -105,12 +105,16 @@ def load_network(net: nn.Module, state: Mapping[str, Any], path: Path) -> None:
 def fixed_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a configuration, flat, that may not differ between a checkpoint and the run that resumes it.
 
-    How much a guided step recomputes may differ, as long as no micro-batches are cut: the results are the same.
+    How much a guided step recomputes may differ, as long as no micro-batches are cut: the results are the same (but
+    where the steps are compiled, for other pieces may then round otherwise).
     """
     fields = {name: value for name, value in _flatten(config).items() if name not in FREE_FIELDS}
     recompute, memory = fields.pop("recompute", None), fields.get("memory")
     never, always = (fields.get("guidance.name") == name for name in ("never", "always"))
-    if never or recompute is not None or memory in ("exact", "full") or (memory is None and always):
+    whole = never or recompute is not None or memory in ("exact", "full") or (memory is None and always)
+    if fields.get("compile"):
+        fields["recompute"] = recompute
+    elif whole:
         fields["memory"] = "whole batches"
     return fields
 
@@ -126,12 +130,12 @@ def check_same_config(path: Path, saved: Mapping[str, Any], current: Mapping[str
     Raises:
         ValueError: naming every field that differs and must not.
     """
-    old = fixed_fields(_flatten(config_to_dict(FitConfig())) | _flatten(saved))
-    new = fixed_fields(current)
+    there, now = _flatten(config_to_dict(FitConfig())) | _flatten(saved), _flatten(current)
+    old, new = fixed_fields(there), fixed_fields(now)
     absent = object()
     differing = [
-        f"{name} ({'absent' if name not in old else repr(old[name])} there, "
-        f"{'absent' if name not in new else repr(new[name])} now)"
+        f"{name} ({'absent' if name not in old else repr(there[name])} there, "
+        f"{'absent' if name not in new else repr(now[name])} now)"
         for name in dict.fromkeys([*old, *new])
         if old.get(name, absent) != new.get(name, absent)
     ]

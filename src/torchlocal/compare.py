@@ -50,6 +50,7 @@ def _end_to_end(config: FitConfig, num_units: int) -> FitConfig:
         cuts=None,
         rule=plain.rule,
         auxiliary=plain.auxiliary,
+        rule_options={},
         memory=None,
         recompute=None,
         guidance=GuidanceConfig(name="always"),
@@ -93,8 +94,8 @@ class CompareConfig:
         seeds: Seeds; every method is trained once with each.
         variants: Further methods, as NAME: {method: pgl, OPTION: VALUE, ...}: a method with other options of the run.
             `baseline: NAME` names the method from which on its share of the gap closed is counted, if it is not local.
-        timing_rounds: Rounds in which the steps of all methods take turns for time per step; 0 measures neither time
-            nor memory.
+        timing_rounds: Rounds in which the steps of all methods take turns for time per step; 0 measures no costs:
+            neither time nor memory nor FLOPs.
         grid: Options to vary, as OPTION: [VALUE, ...]: every method is trained with every combination of them that
             makes a difference to it, and measured against local and end-to-end training with the same.
         fit: The common configuration of the runs; its `out` and `seed` are not used.
@@ -156,13 +157,17 @@ def _changed(config: FitConfig, changes: Mapping[str, Any], told: str) -> FitCon
     changes = dict(changes)
     guidance = changes.pop("guidance", {})
     if not isinstance(guidance, Mapping):
-        raise ValueError(f"{told}: guidance must hold options such as {{period: 10}}, not one value")
+        raise ValueError(f"{told}: guidance must hold options such as {{share: 0.1}}, not one value")
     dotted = {key.removeprefix("guidance."): changes.pop(key) for key in list(changes) if key.startswith("guidance.")}
     for key in ("out", "seed", "data"):
         if key in changes:
             raise ValueError(f"{told}: {key} is common to all methods: leave it out")
+    guidance = {**guidance, **dotted}
+    common = values["guidance"]
+    if guidance.get("name", common["name"]) != common["name"]:  # the options of one schedule are not another's
+        common = {"auxiliary": common["auxiliary"]}
     try:
-        return config_from_dict({**values, **changes, "guidance": {**values["guidance"], **guidance, **dotted}})
+        return config_from_dict({**values, **changes, "guidance": {**common, **guidance}})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{told}: {error}") from error
 
@@ -310,7 +315,7 @@ def _check_run_folder(config: FitConfig) -> None:
         saved = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged: delete the folder {path.parent} to train it again") from error
-    if not isinstance(saved, dict):
+    if not isinstance(saved, dict) or not saved:
         raise ValueError(f"{path} is damaged: delete the folder {path.parent} to train it again")
     check_same_config(path, saved, config_to_dict(config))
 

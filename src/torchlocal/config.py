@@ -24,6 +24,13 @@ __all__ = [
 ]
 
 _SCHEDULES = ("cosine", "step", "constant")
+# The options of each schedule; never and always take none, and leave those of the schedule that they stand in for.
+_OPTIONS = {
+    "periodic": ("period", "length", "start", "unit"),
+    "phased": ("share", "periods", "restart"),
+    "random": ("share",),
+    "annealed": ("share", "end_share"),
+}
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -31,20 +38,20 @@ _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 class GuidanceConfig:
     """Which steps are guided, and what the auxiliary networks do in them.
 
-    What is left out has the schedule's own default (see torchlocal.guidance).
+    What is left out has the default of the schedule, given in brackets.
 
     Args:
         name: "never" (local learning), "always" (end-to-end), "phased" or "periodic" (PGL), "random" or "annealed";
             None: "periodic" if a period, length, start or unit is given, else "phased".
-        period: periodic: one guided phase per so many steps or epochs.
-        length: periodic: length of the guided phase, in the same unit.
-        start: periodic: first step or epoch of the first guided phase.
-        unit: periodic: "steps" or "epochs".
-        share: phased, random: share of guided steps; annealed: share at the start of training.
-        end_share: annealed: share at the end of training.
-        periods: phased: number of periods, each of which ends with a guided phase. With schedule "cosine" the learning
-            rate starts over with every phase.
-        restart: phased: where it starts in a guided phase, relative to lr.
+        period: periodic: one guided phase per so many steps or epochs [5].
+        length: periodic: length of the guided phase, in the same unit [1].
+        start: periodic: where the first period begins [0].
+        unit: periodic: "steps" or "epochs" ["steps"].
+        share: phased, random: share of guided steps [0.2]; annealed: share at the start of training [0.4].
+        end_share: annealed: share at the end of training [0].
+        periods: phased: number of periods, each of which ends with a guided phase [1]. With schedule "cosine" the
+            learning rate starts over with every phase.
+        restart: phased: learning rate at the start of a guided phase, relative to lr [0.5].
         auxiliary: "follow": in a guided step the auxiliary networks go on learning; "frozen": they stand still.
     """
 
@@ -64,6 +71,13 @@ class GuidanceConfig:
         if self.name is None:
             periodic = any(value is not None for value in (self.period, self.length, self.start, self.unit))
             object.__setattr__(self, "name", "periodic" if periodic else "phased")
+        for option in dict.fromkeys(option for taken in _OPTIONS.values() for option in taken):
+            value, names = getattr(self, option), [name for name, taken in _OPTIONS.items() if option in taken]
+            if value is not None and self.name in _OPTIONS and self.name not in names:
+                raise ValueError(
+                    f"guidance.{option}={value!r} means nothing to guidance.name={self.name!r}: leave it out, or give "
+                    f"guidance.name={' or '.join(names)}"
+                )
         try:
             _make_guidance(self, seed=0)
         except ValueError as error:
@@ -209,6 +223,11 @@ class FitConfig:
         build_rule(self)
         if not isinstance(self.guidance, GuidanceConfig):
             raise ValueError(f"guidance={self.guidance!r} must be a GuidanceConfig, such as GuidanceConfig(period=10)")
+        if self.guidance.restart is not None and self.guidance.name == "phased" and self.schedule != "cosine":
+            raise ValueError(
+                f"guidance.restart={self.guidance.restart} means nothing to schedule={self.schedule!r}: leave it out, "
+                'or give schedule="cosine"'
+            )
 
     def _check_schedule(self) -> None:
         if not isinstance(self.milestones, list | tuple):
@@ -295,7 +314,7 @@ def _make_guidance(config: GuidanceConfig, *, seed: int) -> Guidance:
     given = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
     name = given.pop("name")
     del given["auxiliary"]
-    if name in ("never", "always"):  # whatever the options of the schedule that it takes the place of
+    if name in ("never", "always"):
         given = {}
     elif name == "random":
         given["seed"] = seed

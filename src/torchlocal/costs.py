@@ -101,7 +101,7 @@ class _Subject:
         """FLOPs of one optimizer step, counted on tensors without memory."""
         options = guided_options(self.config) if kind == "guided" else {}
         x, _ = self.batches[0]
-        found = memory.predict(self.net, x.shape, step=kind, autocast=self.execution.autocast, **options)
+        found = memory.predict(self.net, x, step=kind, autocast=self.execution.autocast, **options)
         return self.config.accumulate * found.flops
 
     def wait(self) -> None:

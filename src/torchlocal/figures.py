@@ -68,23 +68,42 @@ def _draw_accuracy(figure: Figure, comparison: Comparison) -> bool:
     return drawn
 
 
+def _groups(results: Sequence[MethodResult]) -> dict[str, list[MethodResult]]:
+    """Local and guided rows by what they start from: in one group where only the share differs, else each by itself."""
+    by_name = {result.method: result for result in results}
+    starts = {result.baseline for result in results}
+    lines: dict[str, dict[str, MethodResult]] = {}
+    for result in results:
+        own = result.method in starts and result.method != result.baseline  # it starts a line, so it is on no other
+        if result.guided_share < 1 and not own:
+            line = lines.setdefault(result.baseline, {})
+            line |= {name: by_name[name] for name in (result.baseline, result.method) if name in by_name}
+    groups: dict[str, list[MethodResult]] = {}
+    for name, line in lines.items():
+        ordered = sorted(line.values(), key=lambda result: result.guided_share)
+        if len({result.guided_share for result in ordered}) == len(ordered) > 1:
+            groups[f"from {name}"] = ordered
+        else:
+            groups |= {result.method: [result] for result in ordered}
+    return groups
+
+
 def _draw_memory(figure: Figure, comparison: Comparison) -> bool:
     axes = _axes(figure, xlabel="Peak memory of one step (MiB)", ylabel="Test accuracy (%)")
     measured = [result for result in comparison.results if result.peak_bytes is not None]
-    # Where there are several local rows, each is joined to the rows that are measured from it.
-    starts = [result.method for result in measured if result.baseline == result.method]
-    lines: dict[str, list[MethodResult]] = {}
-    for result in measured:
-        joined = len(starts) > 1 and result.baseline in starts and result.guided_share < 1
-        name = f"from {result.baseline}" if joined else f"{result.method} (K = {result.num_modules})"
-        lines.setdefault(name, []).append(result)
-    for index, (name, results) in enumerate(lines.items()):
+    lines = {name: results for name, results in _groups(measured).items() if len(results) > 1}
+    lines = lines if len(lines) > 1 else {}  # one line alone says no more than its points
+    joined = {result.method for results in lines.values() for result in results}
+    singles = [result for result in measured if result.method not in joined]
+    groups = {f"{result.method} (K = {result.num_modules})": [result] for result in singles} | lines
+    for index, (name, results) in enumerate(groups.items()):
         colour, marker = _style(index)
-        results.sort(key=lambda result: result.guided_share)
+        memory = [(result.peak_bytes or 0) / MEBIBYTE for result in results]
+        accuracy = [100 * result.accuracy for result in results]
         axes.errorbar(
-            [(result.peak_bytes or 0) / MEBIBYTE for result in results],
-            [100 * result.accuracy for result in results],
-            yerr=[100 * (result.accuracy_std or 0) for result in results],
+            memory,
+            accuracy,
+            yerr=_spread(results),
             color=colour,
             marker=marker,
             markersize=9,
@@ -93,11 +112,16 @@ def _draw_memory(figure: Figure, comparison: Comparison) -> bool:
             label=name,
         )
         if len(results) > 1:  # where the line starts
-            start = results[0]
-            axes.plot((start.peak_bytes or 0) / MEBIBYTE, 100 * start.accuracy, marker, color=colour, mfc="white", ms=9)
+            axes.plot(memory[0], accuracy[0], marker, color=colour, mfc="white", ms=9)
     axes.margins(0.12)
     axes.set_xlim(left=0)
     return bool(measured)
+
+
+def _spread(results: Sequence[MethodResult]) -> list[float] | None:
+    """Standard deviations in per cent; None where there is a single seed."""
+    found = [result.accuracy_std for result in results]
+    return None if all(std is None for std in found) else [100 * (std or 0) for std in found]
 
 
 def _draw_depth(figure: Figure, comparison: Comparison) -> bool:
@@ -122,31 +146,17 @@ def _draw_depth(figure: Figure, comparison: Comparison) -> bool:
 
 def _draw_guidance(figure: Figure, comparison: Comparison) -> bool:
     axes = _axes(figure, xlabel="Guided steps (% of all steps)", ylabel="Test accuracy (%)")
-    lines: dict[str, dict[str, MethodResult]] = {}
-    levels: dict[str, MethodResult] = {}
+    groups = _groups(comparison.results)
     by_name = {result.method: result for result in comparison.results}
-    starts = {result.baseline for result in comparison.results}
-    for result in comparison.results:
-        own = result.method in starts and result.method != result.baseline  # it starts a line, so it is on no other
-        if result.guided_share < 1 and not own:
-            line = lines.setdefault(result.baseline, {})
-            line |= {name: by_name[name] for name in (result.baseline, result.method) if name in by_name}
-            levels |= {name: by_name[name] for name in (result.reference,) if name in by_name}
-    drawn = len({result.guided_share for line in lines.values() for result in line.values()}) > 2
-    # Joined where only the share differs; of several with the same share each gets a name.
-    groups: dict[str, list[MethodResult]] = {}
-    for name, line in lines.items():
-        results = sorted(line.values(), key=lambda result: result.guided_share)
-        if len({result.guided_share for result in results}) == len(results):
-            groups[f"from {name}"] = results
-        else:
-            groups |= {result.method: [result] for result in results}
+    drawn_rows = [result for results in groups.values() for result in results]
+    levels = {r.reference: by_name[r.reference] for r in drawn_rows if r.reference in by_name}
+    drawn = len({result.guided_share for result in drawn_rows}) > 2
     for index, (name, results) in enumerate(groups.items()):
         colour, marker = _style(index)
         axes.errorbar(
             [100 * result.guided_share for result in results],
             [100 * result.accuracy for result in results],
-            yerr=[100 * (result.accuracy_std or 0) for result in results],
+            yerr=_spread(results),
             color=colour,
             marker=marker,
             markersize=7,
@@ -176,7 +186,7 @@ FIGURES: dict[str, tuple[Callable[[Figure, Comparison], bool], str, str]] = {
         _draw_memory,
         "Test accuracy against peak memory",
         "Test accuracy (mean over seeds, bars: one standard deviation) against the peak memory of one step: up and "
-        "left is better. Lines lead from local training (hollow) to guided.",
+        "left is better. Where points are joined, the line leads from local training (hollow) to guided.",
     ),
     "guidance": (
         _draw_guidance,

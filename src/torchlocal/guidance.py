@@ -57,7 +57,7 @@ class Guidance:
         if step < warmup:
             return (step + 1) / warmup
         phase = self.phase(step, num_steps)
-        start = max(phase.start, warmup) if warmup < phase.stop else phase.start
+        start = max(phase.start, warmup)
         return 0.5 * (1 + math.cos(math.pi * (step - start) / (phase.stop - start)))
 
     def state_dict(self) -> dict[str, Any]:
@@ -173,8 +173,8 @@ class AnnealedGuidance(Guidance):
         ValueError: an argument is out of range.
     """
 
-    start_share: float = 0.0
-    end_share: float = 0.4
+    start_share: float = 0.4
+    end_share: float = 0.0
     num_steps: int | None = None
 
     def __post_init__(self) -> None:
@@ -241,23 +241,28 @@ class PhasedGuidance(Guidance):
                 raise ValueError(f"periods: must be at most the number of steps ({self.num_steps}), not {self.periods}")
 
     def __call__(self, step: int) -> bool:
-        period, guided_from = self._period(step)
-        return step >= guided_from and guided_from < period.stop
+        return step in self._phases(step)[1]
 
-    def _period(self, step: int) -> tuple[range, int]:
-        """The period of a step, and where its guided phase begins."""
-        if self.num_steps is None:
+    def _phases(self, step: int, num_steps: int | None = None) -> tuple[range, range]:
+        """The local and the guided phase of the period around a step; a share above 0 guides at least one step."""
+        num_steps = self.num_steps or num_steps
+        if num_steps is None:
             raise ValueError("num_steps: a phased schedule needs the length of training; give it or call bind()")
-        k = min(step * self.periods // self.num_steps, self.periods - 1)
-        start, stop = (-(-i * self.num_steps // self.periods) for i in (k, k + 1))
-        return range(start, stop), stop - round(self.share * (stop - start))
+        k = min(step * self.periods // num_steps, self.periods - 1)
+        start, stop = (-(-i * num_steps // self.periods) for i in (k, k + 1))
+        end = max(stop, step + 1)
+        turn = stop - max(1, round(self.share * (stop - start))) if self.share else end
+        return range(start, turn), range(turn, end)
 
     def phase(self, step: int, num_steps: int) -> range:
-        period, guided_from = self._period(step)
-        return range(guided_from, max(period.stop, step + 1)) if self(step) else range(period.start, guided_from)
+        local, guided = self._phases(step, num_steps)
+        return guided if step in guided else local
 
     def cosine(self, step: int, num_steps: int, warmup: int = 0) -> float:
-        return super().cosine(step, num_steps, warmup) * (self.restart if self(step) else 1.0)
+        factor = super().cosine(step, num_steps, warmup)
+        local, guided = self._phases(step, num_steps)
+        # Where nothing local came before, the learning rate does not start over.
+        return factor * self.restart if step in guided and local and step >= warmup else factor
 
     def bind(self, *, num_steps: int, steps_per_epoch: int) -> Guidance:
         return self if self.num_steps is not None else replace(self, num_steps=num_steps)

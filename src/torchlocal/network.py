@@ -87,12 +87,17 @@ class DecoupledNetwork(nn.Module):
         Args:
             options: passed to :func:`torch.compile`.
         """
+        self.compile_parts(range(len(self.auxiliary)), **options)
+
+    def compile_parts(self, modules: Iterable[int], **options: Any) -> None:
+        """Compile what runs of the backbone, and the auxiliary networks of these local modules."""
         # Auxiliary networks run the same forward functions; counted together they would pass the limit of recompiles,
         # and the last of them silently run uncompiled.
         options = {"isolate_recompiles": True, **options}
         self.chain.compile(**options)
-        for network in self.auxiliary:
-            network.compile(**options)
+        for k in modules:
+            if k < len(self.auxiliary):
+                self.auxiliary[k].compile(**options)
 
     def module_parameters(self) -> list[list[nn.Parameter]]:
         """For each local module its parameters and its auxiliary network's, to give each an optimizer of its own."""
@@ -354,6 +359,7 @@ class _AuxiliaryBytes:
                     network = self._rule.auxiliary(site)
             finally:
                 torch.set_default_dtype(default)
+            network.train(features.shape[0] > 1)  # BatchNorm over vectors would refuse a single example
             features = features.detach().requires_grad_()
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
                 self._rule.rehearse(site, network, features)

@@ -166,8 +166,17 @@ def plan(
         if budget is not None:
             # Parameters and what belongs to them stay as they are, the rest grows with the batch.
             fixed = sum(prediction.breakdown[label] for label in ("parameters", "optimizer", "gradients"))
+
+            def total_bytes(num_examples: int) -> int:
+                try:
+                    return max(predicted(net, step, num_examples).total_bytes for step in steps)
+                except ValueError:
+                    if num_examples > 1:
+                        raise
+                    return total_bytes(2)  # BatchNorm over vectors asks for two
+
             largest = _largest_batch(
-                lambda num_examples: max(predicted(net, step, num_examples).total_bytes for step in steps),
+                total_bytes,
                 budget,
                 points={0: fixed + sum(p.nbytes for p in net.auxiliary.parameters()), shape[0]: prediction.total_bytes},
             )

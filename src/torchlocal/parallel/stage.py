@@ -113,10 +113,7 @@ class Stage:
 
     def compile(self, **options: Any) -> None:
         """Compile the local modules of this rank; see :meth:`DecoupledNetwork.compile`."""
-        self.net.chain.compile(**options)
-        for k in self.modules:
-            if k < len(self.net.auxiliary):
-                self.net.auxiliary[k].compile(**options)
+        self.net.compile_parts(self.modules, **options)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of this rank's local modules and auxiliary networks, in the network's order."""
