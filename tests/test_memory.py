@@ -344,9 +344,11 @@ def test_plan_recommends_one_that_fits() -> None:
     assert all(row.largest_batch == 0 for row in nothing.rows) and "no batch size would fit" in nothing.recommendation
     assert json.loads(least.to_json())["method"] == least.method
     # Parameters alone are more than this: a batch of one is looked at, which DGL's BatchNorm over vectors would refuse.
-    small = build_model("resnet20", num_classes=10, in_channels=1, image_size=(8, 8))
-    poor = tl.plan(small, (8, 1, 8, 8), budget=10**6, modules=(2,))
-    assert all(row.largest_batch == 0 for row in poor.rows)
+    vectors = nn.Sequential(
+        nn.Sequential(nn.Linear(64, 64), nn.ReLU()), nn.Sequential(nn.Linear(64, 64), nn.ReLU()), nn.Linear(64, 10)
+    )
+    poor = tl.plan(vectors, (256, 64), budget=30_000, modules=(2,))
+    assert all(row.largest_batch == 0 for row in poor.rows) and "fits into 29.3 KiB at" in poor.recommendation
     assert tl.decouple(model, 3, sample=(1, *shape[1:])).num_modules == 3
     assert len(least.figure().axes[0].patches) == 6 * len(least.rows)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -169,7 +170,9 @@ def plan(
 
             def total_bytes(num_examples: int) -> int:
                 try:
-                    return max(predicted(net, step, num_examples).total_bytes for step in steps)
+                    with warnings.catch_warnings():  # what does not fit at another size is not told
+                        warnings.simplefilter("ignore")
+                        return max(predicted(net, step, num_examples).total_bytes for step in steps)
                 except ValueError:
                     if num_examples > 1:
                         raise
@@ -294,6 +297,8 @@ def _name(row: PlanRow) -> str:
 
 
 def _size(num_bytes: int) -> str:
+    if num_bytes < 2**20:
+        return f"{num_bytes / 2**10:.1f} KiB"
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
