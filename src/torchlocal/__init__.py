@@ -6,7 +6,7 @@ from .network import DecoupledNetwork, decouple
 from .parallel import ParallelNetwork, distribute
 from .partition import Partition, Unit
 from .plan import MemoryPlan, plan
-from .rules import GreedyRule, Rule
+from .rules import DGLRule, GreedyRule, Rule
 from .steps import guided_step, local_step
 
 __version__ = "0.1.0"
@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AlwaysGuidance",
     "AnnealedGuidance",
+    "DGLRule",
     "DecoupledNetwork",
     "GreedyRule",
     "MemoryPlan",

@@ -54,8 +54,8 @@ def mlp_sr(site: Site) -> nn.Module:
     """The "MLP-SR-aux" network of the paper (section 4.2): cheap, since it works on a quarter of the resolution.
 
     Pooled to a quarter of each side, three 1×1 convolutions, pooled to 2×2 (2 tokens of a sequence), two hidden layers
-    of as many units as that leaves features, but at most 2048 (512 channels and more), and a classifier. On vectors
-    only two hidden layers, of at most 1024 units, and the classifier: convolutions would be hidden layers, too.
+    of as many units as that leaves features, but at most 2048 (on images from 512 channels on), and a classifier. On
+    vectors only two hidden layers, of at most 1024 units, and the classifier: convolutions would be hidden layers, too.
     """
     convolution, norm, _ = layers_for(site)
     channels, spatial = site.channels, site.spatial
@@ -78,7 +78,7 @@ AUXILIARY_NETWORKS: dict[str, Callable[[Site], nn.Module]] = {"linear": linear, 
 
 
 class GreedyRule(Rule):
-    """Each module minimises the criterion of the task through its own auxiliary network (DGL).
+    """Each module minimises the criterion of the task through its own auxiliary network.
 
     Args:
         auxiliary: ``"linear"``, ``"conv"``, ``"mlp_sr"``, or a callable that takes a :class:`Site` and returns a module
