@@ -256,7 +256,8 @@ def test_options_of_a_run_reach_the_rule() -> None:
     assert repr(build_rule(config)) == "AugLocalRule(depth=4, pyramid=0)"
     assert config_from_dict(config_to_dict(config)) == config
     assert repr(build_rule(FitConfig(rule="dgl"))) == "DGLRule(auxiliary='mlp_sr')"
-    assert repr(build_rule(FitConfig())) == "GreedyRule(auxiliary='conv')"
+    assert repr(build_rule(FitConfig(rule="greedy"))) == "GreedyRule(auxiliary='conv')"
+    assert repr(build_rule(FitConfig(auxiliary="linear"))) == "DGLRule(auxiliary='linear')"
     infopro = build_rule(FitConfig(rule="infopro", data="stl10", model="resnet110"))
     site = make("infopro").sites[0]
     assert isinstance(infopro, tl.rules.InfoProRule) and infopro.weights(site) == (20, 0.2)

@@ -264,6 +264,8 @@ class _Run:
         measured = measure_split(
             self.net, self.data.validation, config, self.execution, check=partial(self._leave, save=True)
         )
+        if self.team.replicas > 1:  # BatchNorm statistics are each replica's own: what is best is for one to say
+            measured = self.team.at_writer(partial(dict, measured))
         self._read_clock(training=False)
         row = {
             "epoch": epoch + 1,
