@@ -303,7 +303,7 @@ class ParallelNetwork(Stage):
                 device=self.device,
                 group=self._pipe_group,
             )
-        with watched("another rank of this replica", self._timeout):
+        with watched(self._others, self._timeout):
             losses: list[Tensor] = self._schedules[key].step(runs, rehearsal, follow=follow)
         if self._from_previous is not None:
             losses = [*self._from_previous.receive(_LOSSES).tensors[0].unbind(), *losses]
@@ -373,9 +373,6 @@ class ParallelNetwork(Stage):
     def _channel(self, source: int, destination: int, groups: tuple[Any, Any], depth: int) -> Channel:
         me = dist.get_rank()
         peer = destination if source == me else source
-        modules = self.stages[peer % len(self.stages)]
-        single = f"module {modules.stop}"
-        named = single if len(modules) == 1 else f"modules {modules.start + 1} to {modules.stop}"
         return Channel(
             source,
             destination,
@@ -384,7 +381,7 @@ class ParallelNetwork(Stage):
             device=self.device,
             depth=depth,
             timeout=self._timeout,
-            peer=f"rank {peer} (local {named} of {self.num_modules})",
+            peer=self.named(peer),
         )
 
     def _check(self, optimizers: Sequence[SupportsStep] | None) -> None:

@@ -17,8 +17,6 @@ from .channels import watched
 
 __all__ = ["Stage"]
 
-_ROW = "another rank of this replica"
-
 
 class Stage:
     """The local modules of one rank: their parameters, gradients and state among those of all ranks.
@@ -54,6 +52,19 @@ class Stage:
         return [replica * len(self.stages) + stage for stage in range(len(self.stages))]
 
     # --- who is who ---
+
+    def named(self, rank: int) -> str:
+        """A rank of this replica and its local modules, for messages."""
+        modules = self.stages[rank % len(self.stages)]
+        single = f"module {modules.stop}"
+        found = single if len(modules) == 1 else f"modules {modules.start + 1} to {modules.stop}"
+        return f"rank {rank} (local {found} of {self.num_modules})"
+
+    @property
+    def _others(self) -> str:
+        """Whom a call waits for that all ranks of this replica make."""
+        others = [rank for rank in self.row(self.replica) if rank != dist.get_rank()]
+        return self.named(others[0]) if len(others) == 1 else "another rank of this replica"
 
     @property
     def num_modules(self) -> int:
@@ -147,7 +158,7 @@ class Stage:
             each = torch._foreach_norm([gradient for _, gradient in found], 2.0)
             for (i, _), value in zip(found, each, strict=True):
                 norms[:, i] = torch.stack([value.to("cpu", torch.float64), torch.ones((), dtype=torch.float64)])
-        with watched(_ROW, self._timeout):
+        with watched(self._others, self._timeout):
             dist.all_reduce(norms, group=self._control)
         dtype = found[0][1].dtype if found else torch.float32
         total = torch.linalg.vector_norm(norms[0, norms[1] > 0].to(dtype), 2.0)
@@ -163,7 +174,7 @@ class Stage:
         """Bring the whole network up to date on every rank; every rank has to call it."""
         state = self.net.state_dict(keep_vars=True)
         first = self.replica * len(self.stages)
-        with torch.no_grad(), watched(_ROW, self._timeout):
+        with torch.no_grad(), watched(self._others, self._timeout):
             for name, tensor in state.items():
                 if isinstance(tensor, Tensor):
                     # By hand, since a broadcast wants dense memory.
@@ -194,7 +205,7 @@ class Stage:
         part = {numbers[i]: tree_map_only(Tensor, Tensor.cpu, value) for i, value in own["state"].items()}
         first = self.replica * len(self.stages)
         parts: list[Any] | None = [None] * len(self.stages) if self.is_last else None
-        with watched(_ROW, self._timeout):
+        with watched(self._others, self._timeout):
             dist.gather_object(part, parts, dst=first + len(self.stages) - 1, group=self._control)
         if parts is None:
             return None
@@ -212,7 +223,7 @@ class Stage:
     def sum_over_stages(self, values: Tensor) -> Tensor:
         """The sum of a tensor over the stages of this replica, on every one of them."""
         total = values.detach().cpu()
-        with watched(_ROW, self._timeout):
+        with watched(self._others, self._timeout):
             dist.all_reduce(total, group=self._control)
         return total.to(values.device)
 
