@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from torchlocal.config import FitConfig, build_guidance, build_rule, guided_options
 from torchlocal.data import DataBundle, load_data
+from torchlocal.guidance import Guidance
 from torchlocal.models import build_model
 from torchlocal.network import DecoupledNetwork, decouple
 from torchlocal.parallel.network import ParallelNetwork
@@ -221,15 +222,19 @@ def count_steps(config: FitConfig, num_images: int) -> tuple[int, int]:
     return steps_per_epoch, num_steps
 
 
-def learning_rate(config: FitConfig, step: int, *, steps_per_epoch: int, num_steps: int) -> float:
+def learning_rate(
+    config: FitConfig, step: int, *, steps_per_epoch: int, num_steps: int, guidance: Guidance | None = None
+) -> float:
     """Return the learning rate of a step (counted from 0): a function of the step alone.
 
     Warm-up rises linearly, ending at lr; cosine then falls from lr towards 0, which it would reach at num_steps, or
-    with phased guidance at the end of every phase (:meth:`Guidance.cosine`).
+    with phased guidance at the end of every phase (:meth:`Guidance.cosine`). `guidance` is the configuration's,
+    bound to this run; without it, it is made.
     """
     warmup = round(config.warmup_epochs * steps_per_epoch)
     if config.schedule == "cosine":
-        guidance = build_guidance(config).bind(num_steps=num_steps, steps_per_epoch=steps_per_epoch)
+        if guidance is None:
+            guidance = build_guidance(config).bind(num_steps=num_steps, steps_per_epoch=steps_per_epoch)
         return config.lr * guidance.cosine(step, num_steps, warmup)
     if step < warmup:
         return config.lr * (step + 1) / warmup

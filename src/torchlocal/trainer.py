@@ -466,7 +466,13 @@ class _Run:
         )
 
     def _learning_rate(self, step: int) -> float:
-        return learning_rate(self.config, step, steps_per_epoch=self.steps_per_epoch, num_steps=self.num_steps)
+        return learning_rate(
+            self.config,
+            step,
+            steps_per_epoch=self.steps_per_epoch,
+            num_steps=self.num_steps,
+            guidance=self.guidance,
+        )
 
     def _read_clock(self, *, training: bool) -> None:
         now = time.perf_counter()
