@@ -78,10 +78,11 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
 
 
 def read_results(out: Path) -> dict[str, list[dict[str, Any]]]:
-    return {
+    results = {
         method: [json.loads((out / method / f"seed{seed}" / "result.json").read_text()) for seed in SEEDS]
-        for method in METHODS
+        for method in ("end-to-end", "local", "pgl")
     }
+    return {method: results[method.replace("checkpointing", "end-to-end")] for method in METHODS}
 
 
 def read_rows(out: Path) -> list[dict[str, str]]:
@@ -197,18 +198,37 @@ def test_markdown_holds_the_same_rounded(done: tuple[Path, Comparison]) -> None:
     assert "256 training, 64 validation" in text and "Seeds: 0, 1" in text
 
 
-def test_checkpointing_trains_the_same_network_as_end_to_end(done: tuple[Path, Comparison]) -> None:
+def test_checkpointing_is_trained_once_since_it_gives_the_same(done: tuple[Path, Comparison], tmp_path: Path) -> None:
     out, _ = done
+    assert {path.name for path in out.iterdir() if (path / "seed0").exists()} == {"end-to-end", "local", "pgl"}
+    assert "Trained once: checkpointing as end-to-end (" in (out / "report.md").read_text()
+    compare(small_config(tmp_path, methods=("checkpointing",), timing_rounds=0), progress=False)
     for seed in SEEDS:
         a, b = (
-            torch.load(out / method / f"seed{seed}" / "best.pt", weights_only=True)["net"]
-            for method in ("end-to-end", "checkpointing")
+            torch.load(path / f"seed{seed}" / "best.pt", weights_only=True)["net"]
+            for path in (out / "end-to-end", tmp_path / "checkpointing")
         )
         assert a.keys() == b.keys()
         assert all(torch.equal(a[key], b[key]) for key in a)
     weights = [torch.load(out / m / "seed0" / "best.pt", weights_only=True)["net"] for m in ("end-to-end", "local")]
     key = next(iter(weights[0]))
     assert not torch.equal(weights[0][key], weights[1][key])
+
+
+def test_what_rounds_otherwise_is_trained_by_itself(tmp_path: Path) -> None:
+    variants = {
+        "same": {"method": "pgl", "memory": "exact"},
+        "threads": {"method": "pgl", "num_threads": 2},
+        "parts": {"method": "pgl", "memory": 10**9},
+    }
+    config = small_config(
+        tmp_path, methods=("pgl", *variants), variants=variants, memory="full", seeds=(0,), epochs=1, timing_rounds=0
+    )
+    compare(config, progress=False)
+    assert {path.parent.parent.name for path in tmp_path.glob("*/seed0/result.json")} == {"pgl", "threads", "parts"}
+    with (tmp_path / "runs.csv").open(newline="") as file:
+        assert [row["method"] for row in csv.DictReader(file)] == ["pgl", "threads", "parts"]
+    assert [row["method"] for row in read_rows(tmp_path)] == ["pgl", "same", "threads", "parts"]
 
 
 def method_result(method: str, *accuracies: float, **changes: Any) -> MethodResult:
@@ -389,7 +409,7 @@ def test_report_of_little_and_with_awkward_names(tmp_path: Path) -> None:
 def test_finished_runs_are_not_repeated(done: tuple[Path, Comparison], monkeypatch: pytest.MonkeyPatch) -> None:
     out, comparison = done
     before, report = run_files(out), (out / "report.csv").read_bytes()
-    assert len([path for path in before if path.name == "result.json"]) == 8
+    assert len([path for path in before if path.name == "result.json"]) == 6
 
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("a step was trained or measured again")
@@ -420,15 +440,15 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     done: tuple[Path, Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _ = done
-    # In the middle of the second epoch of the third run (local), by a real signal.
+    # In the middle of the second epoch of the second run (local), by a real signal.
     with monkeypatch.context() as patch:
-        stop_after(patch, 2 * 24 + 13, lambda: os.kill(os.getpid(), signal.SIGINT))
+        stop_after(patch, 24 + 13, lambda: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(Interrupted) as caught:
             compare(small_config(tmp_path / "a"), progress=False)
     assert caught.value.signum == signal.SIGINT
     assert "step 13 of 24" in str(caught.value)
     finished = {path.parent.parent.name for path in tmp_path.glob("a/*/seed0/result.json")}
-    assert finished == {"end-to-end", "checkpointing"}
+    assert finished == {"end-to-end"}
     assert not (tmp_path / "a" / "report.csv").exists()
     before = {path: time for path, time in run_files(tmp_path / "a").items() if path.parent.parent.name in finished}
     costs = (tmp_path / "a" / "costs.json").read_bytes()

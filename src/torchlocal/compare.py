@@ -22,7 +22,7 @@ import yaml
 
 from torchlocal import __version__ as torchlocal_version
 from torchlocal.assembly import build_network, build_optimizer, count_steps, load_run_data, resolve_execution
-from torchlocal.checkpoint import check_same_config, write_config, write_file, write_json
+from torchlocal.checkpoint import check_same_config, fixed_fields, write_config, write_file, write_json
 from torchlocal.config import (
     FitConfig,
     GuidanceConfig,
@@ -209,6 +209,18 @@ def method_configs(config: CompareConfig, num_units: int) -> dict[str, Subject]:
     return subjects
 
 
+def _first_alike(configs: Mapping[str, FitConfig]) -> dict[str, str]:
+    """For every method the first one whose runs give the same results bit for bit: itself, if there is no other."""
+    firsts: dict[str, str] = {}
+    found: dict[str, str] = {}
+    for method, config in configs.items():
+        fields = config_to_dict(config)
+        rounding = {name: fields[name] for name in ("device", "channels_last", "num_threads")}
+        key = json.dumps(fixed_fields(fields) | rounding, sort_keys=True)
+        firsts[method] = found.setdefault(key, method)
+    return firsts
+
+
 def _matters(key: str, points: Sequence[Mapping[str, Any]], configs: Sequence[FitConfig]) -> bool:
     """Whether two points that differ in this option alone have different configurations."""
     first: dict[str, FitConfig] = {}
@@ -227,7 +239,8 @@ def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
     """Train one network by several methods and seeds and write a report of how they compare.
 
     Finished runs are not repeated and an interrupted one is resumed, so calling it again completes it. Runs follow each
-    other; all methods with one seed come before the next seed.
+    other; all methods with one seed come before the next seed. Of methods that differ only in what they recompute, such
+    as end-to-end and checkpointing, the first is trained: they give the same bit for bit.
 
     Args:
         config: What to compare.
@@ -243,10 +256,12 @@ def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
     data = load_run_data(config.fit)
     subjects = method_configs(config, _count_units(config.fit, data))
     configs = {method: subject.config for method, subject in subjects.items()}
+    firsts = _first_alike(configs)
     runs = {
         (method, seed): replace(configs[method], out=str(out / method / f"seed{seed}"), seed=seed)
         for seed in config.seeds
         for method in configs
+        if firsts[method] == method
     }
     for run in runs.values():  # before anything is written or takes time
         _check_run_folder(run)
@@ -254,6 +269,9 @@ def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
         _check_parts(configs, data)
     _make_folder(out)
     _say(progress, f"comparing {', '.join(configs)} in {out}")
+    alike = [f"{method} as {first}" for method, first in firsts.items() if first != method]
+    if alike:
+        _say(progress, f"trained once, since recomputation changes no result: {', '.join(alike)}")
     write_config(out / "compare.yaml", _plain(config), [f"torchlocal compare --config {out / 'compare.yaml'}"])
     costs = _costs(out / "costs.json", configs, data, config, progress) if config.timing_rounds else {}
     results: dict[str, dict[int, dict[str, Any]]] = {}
@@ -268,23 +286,24 @@ def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
             warnings.warn(f"{method}, seed {seed}: {error}; it is left out of the table", stacklevel=2)
         except ValueError as error:
             raise ValueError(f"{method}, seed {seed}: {error}") from error
-    results = {method: found for method, found in results.items() if found}
+    trained = {method: found for method, found in results.items() if found}
+    results = {method: trained[firsts[method]] for method in configs if firsts[method] in trained}
     if not results:
         raise Diverged(f"every run diverged ({'; '.join(diverged)}): lower lr={config.fit.lr:g}, or train in fp32")
     comparison = Comparison(
         title=f"{config.fit.model} on {data.name}, {_modules_text(config.fit)}",
         results=tuple(
-            _method_result(method, subjects[method], found, out / method, costs.get(method))
+            _method_result(method, subjects[method], found, out / firsts[method], costs.get(method))
             for method, found in results.items()
         ),
-        facts=tuple(_facts(config, data, results, diverged).items()),
+        facts=tuple(_facts(config, data, trained, diverged, alike).items()),
         configuration=yaml.safe_dump(_plain(config, public=True), sort_keys=False),
         command="torchlocal compare --config compare.yaml --out NEW_FOLDER",
         rounds=config.timing_rounds,
         device=resolve_execution(config.fit).device.type,
     )
     write_report(comparison, out)
-    write_file(out / "runs.csv", _runs_table(results, costs))
+    write_file(out / "runs.csv", _runs_table(trained, costs))
     return comparison
 
 
@@ -432,6 +451,7 @@ def _facts(
     data: DataBundle,
     results: Mapping[str, Mapping[int, Mapping[str, Any]]],
     diverged: Sequence[str],
+    alike: Sequence[str],
 ) -> dict[str, str]:
     fit_config, first = config.fit, next(iter(next(iter(results.values())).values()))
     shape = " x ".join(map(str, data.shape))
@@ -451,6 +471,7 @@ def _facts(
         "Training": f"{length}; {fit_config.optimizer}, lr {fit_config.lr:g}, "
         f"weight decay {fit_config.weight_decay:g}, schedule {fit_config.schedule}",
         "Seeds": ", ".join(map(str, config.seeds)),
+        **({"Trained once": ", ".join(alike) + " (recomputation changes no result)"} if alike else {}),
         **({"Diverged": "; ".join(diverged)} if diverged else {}),
         "Device": f"{device}, {first['precision']}",
         "Versions": _versions(),
