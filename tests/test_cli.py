@@ -323,6 +323,8 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("fit TINY --device tpu", "device='tpu' is not available here"),
         ("compare TINY --methods local bogus", "methods: 'bogus' is unknown"),
         ("compare TINY --seeds 1 1", "holds an element twice"),
+        ("fit TINY --ranks few", "--ranks expects a whole number, got 'few'"),
+        ("fit TINY --timeout soon", "--timeout expects a number, got 'soon'"),
         ("compare TINY --seeds one", "--seeds expects a whole number, got 'one'"),
         ("compare TINY --guidance.name never", "leaves method pgl nothing to do"),
         ("compare TINY --seed 3", "unknown option --seed (did you mean --seeds?)"),

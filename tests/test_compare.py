@@ -266,6 +266,17 @@ def test_no_gap_no_share_of_it(results: tuple[MethodResult, ...]) -> None:
     assert "n = 1" in comparison.notes()[0]
 
 
+def test_what_others_are_measured_from_closes_nothing() -> None:
+    results = (
+        method_result("end-to-end", 0.9),
+        method_result("local", 0.5),
+        method_result("few", 0.7, baseline="local"),
+        method_result("guided few", 0.8, baseline="few"),
+    )
+    rows = Comparison(title="t", results=results).rows()
+    assert [row.gap_closed for row in rows] == pytest.approx([1.0, 0.0, 0.0, 0.5])
+
+
 def test_costs_are_weighted_by_the_guided_share() -> None:
     cost = StepCosts(
         num_modules=2,
@@ -333,7 +344,7 @@ def test_a_variant_of_another_schedule_leaves_the_options_of_the_common_one(tmp_
             "often": {"method": "pgl", "guidance": {"share": 0.5}},
         },
     )
-    found = {name: subject.config for name, subject in method_configs(config, num_units=4).items()}
+    found = {name: subject.config for name, subject in method_configs(config, lambda model: 4).items()}
     assert found["tail"].guidance == GuidanceConfig(period=4, auxiliary="frozen")
     assert found["often"].guidance == GuidanceConfig(share=0.5, auxiliary="frozen")
     assert found["end-to-end"].rule_options == {}  # of a rule that it does not use
@@ -526,7 +537,7 @@ def test_compare_yaml_repeats_the_comparison(done: tuple[Path, Comparison]) -> N
 
 def test_methods_differ_in_their_guidance_only(tmp_path: Path) -> None:
     config = small_config(tmp_path, memory="exact")
-    configs = {name: subject.config for name, subject in method_configs(config, num_units=9).items()}
+    configs = {name: subject.config for name, subject in method_configs(config, lambda model: 9).items()}
     common = config.fit
     assert configs["pgl"] == common
     assert configs["local"] == replace(common, memory=None, guidance=GuidanceConfig(name="never"))
@@ -561,9 +572,47 @@ def test_a_variant_names_its_baseline(tmp_path: Path) -> None:
         "guided two": {"method": "pgl", "modules": 2, "baseline": "two"},
     }
     config = small_config(tmp_path, methods=("guided two", "pgl"), variants=variants)
-    subjects = method_configs(config, num_units=9)
+    subjects = method_configs(config, lambda model: 9)
     assert {name: subject.baseline for name, subject in subjects.items()} == {"guided two": "two", "pgl": "local"}
     assert subjects["guided two"].config == replace(subjects["pgl"].config, modules=2)
+
+
+def test_end_to_end_may_recompute_otherwise(tmp_path: Path) -> None:
+    variants = {
+        "exact": {"method": "end-to-end", "memory": "exact"},
+        "two": {"method": "checkpointing", "recompute": 2},
+    }
+    config = small_config(tmp_path, methods=("exact", "two", "checkpointing"), variants=variants)
+    found = {name: subject.config for name, subject in method_configs(config, lambda model: 16).items()}
+    assert {name: (c.memory, c.recompute) for name, c in found.items()} == {
+        "exact": ("exact", None),
+        "two": (None, 2),
+        "checkpointing": (None, 4),
+    }
+
+
+def test_segments_and_title_are_those_of_every_network(tmp_path: Path) -> None:
+    units = {"resnet20": 9, "resnet110": 49}
+    config = small_config(tmp_path, methods=("checkpointing",), grid={"model": list(units)})
+    found = method_configs(config, units.__getitem__)
+    assert [subject.config.recompute for subject in found.values()] == [3, 7]
+
+
+def test_every_method_is_timed_with_its_own_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[int | None, set[int]] = {}
+
+    def counted(*arguments: Any, config: FitConfig, **options: Any) -> Any:
+        seen.setdefault(config.num_threads, set()).add(torch.get_num_threads())
+        return train_step(*arguments, config=config, **options)
+
+    monkeypatch.setattr("torchlocal.costs.train_step", counted)
+    before = torch.get_num_threads()
+    config = small_config(
+        tmp_path, methods=("local",), seeds=(0,), epochs=1, grid={"num_threads": [1, 2]}, timing_rounds=1
+    )
+    facts = dict(compare(config, progress=False).facts)
+    assert seen == {1: {1}, 2: {2}} and torch.get_num_threads() == before
+    assert facts["Varied"] == "num_threads: 1, 2"
 
 
 def test_a_grid_varies_what_matters(tmp_path: Path) -> None:
@@ -575,7 +624,7 @@ def test_a_grid_varies_what_matters(tmp_path: Path) -> None:
         num_train=128,
         epochs=1,
     )
-    subjects = method_configs(config, num_units=9)
+    subjects = method_configs(config, lambda model: 9)
     combinations = [(2, 2), (2, 4), (3, 2), (3, 4)]
     guided = [f"pgl,modules={modules},period={period}" for modules, period in combinations]
     assert list(subjects) == ["end-to-end", "local,modules=2", "local,modules=3", *guided]
@@ -625,10 +674,26 @@ def test_a_grid_varies_what_matters(tmp_path: Path) -> None:
         ({"timing_rounds": -1}, "timing_rounds=-1 must be"),
         ({"variants": {"pgl": {"method": "local"}}}, "must be a new name"),
         ({"variants": {"../x": {"method": "local"}}}, "must be a new name"),
+        ({"variants": {"x/y": {"method": "local"}}}, "'x/y' must be the name of a folder"),
+        ({"variants": {1: {"method": "local"}}}, "variants: 1 must be a new name"),
+        ({"variants": None}, "variants=None must be `name: value` pairs"),
+        ({"grid": ["modules"]}, "grid=['modules'] must be `name: value` pairs"),
+        ({"grid": {1: [2]}}, "grid: 1 must be the name of an option"),
+        ({"variants": {"x": {"method": ["pgl"]}}}, "must name the method"),
+        (
+            {"variants": {"x": {"method": "end-to-end", "modules": 3}}, "methods": ("x",)},
+            "variants: x: modules means nothing to method end-to-end: leave it out",
+        ),
+        (
+            {"variants": {"x": {"method": "local", "guidance.period": 2}}, "methods": ("x",)},
+            "variants: x: guidance.period means nothing to method local",
+        ),
+        ({"variants": {"x": {"method": "local", "memory": "exact"}}, "methods": ("x",)}, "memory means nothing"),
+        ({"grid": {"image_size": [8, 16]}}, "grid: image_size is common to all methods"),
         ({"variants": {"x": {"lr": 1.0}}}, "must name the method"),
         (
             {"variants": {"x": {"method": "pgl", "baseline": "locl"}}},
-            "x: baseline 'locl' must be another one of end-to-end, ",
+            "x: baseline 'locl' must be one of end-to-end, ",
         ),
         ({"variants": {"x": {"method": "pgl", "lr": -1}}, "methods": ("x",)}, "variants: x: lr=-1 must be"),
         ({"variants": {"x": {"method": "pgl", "learning": 1}}, "methods": ("x",)}, "unknown fields: learning"),

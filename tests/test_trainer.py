@@ -806,6 +806,12 @@ def test_a_finished_run_of_another_configuration(tmp_path: Path) -> None:
     fit(small_config(tmp_path, steps=2), progress=False)
     with pytest.raises(ValueError, match=r"result.json is of another configuration: steps \(2 there, 3 now\)"):
         fit(small_config(tmp_path, steps=3), resume=True, progress=False)
+    told = r"configuration: memory \('1GiB' there, no micro-batches by recompute='modules' now\);"
+    parts, whole = (
+        config_to_dict(small_config(tmp_path, **option)) for option in ({"memory": "1GiB"}, {"recompute": "modules"})
+    )
+    with pytest.raises(ValueError, match=told):
+        checkpoint.check_same_config(tmp_path, parts, whole)
     (tmp_path / "result.json").write_text("{")
     with pytest.raises(ValueError, match=r"result.json is damaged"):
         fit(small_config(tmp_path, steps=2), resume=True, progress=False)

@@ -31,6 +31,7 @@ __all__ = [
 
 FORMAT = "torchlocal checkpoint"
 VERSION = 2  # 1 held an option of every schedule
+_WHOLE = "no micro-batches"
 # What may differ between a checkpoint and the run that resumes it: where things are, and how often they are written.
 FREE_FIELDS = (
     "out", "data_root", "num_workers", "log_every", "checkpoint_every", "num_threads", "device", "channels_last",
@@ -115,7 +116,7 @@ def fixed_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     if fields.get("compile"):
         fields["recompute"] = recompute
     elif whole:
-        fields["memory"] = "whole batches"
+        fields["memory"] = _WHOLE
     return fields
 
 
@@ -134,8 +135,7 @@ def check_same_config(path: Path, saved: Mapping[str, Any], current: Mapping[str
     old, new = fixed_fields(there), fixed_fields(now)
     absent = object()
     differing = [
-        f"{name} ({'absent' if name not in old else repr(there[name])} there, "
-        f"{'absent' if name not in new else repr(now[name])} now)"
+        f"{name} ({_told(old, there, name)} there, {_told(new, now, name)} now)"
         for name in dict.fromkeys([*old, *new])
         if old.get(name, absent) != new.get(name, absent)
     ]
@@ -144,6 +144,16 @@ def check_same_config(path: Path, saved: Mapping[str, Any], current: Mapping[str
             f"{path} is of another configuration: {', '.join(differing)}; resume with the same values, or choose "
             "another out"
         )
+
+
+def _told(fixed: Mapping[str, Any], given: Mapping[str, Any], name: str) -> str:
+    """A field as the user gave it; what came of several options says so."""
+    if name not in fixed:
+        return "absent"
+    if fixed[name] == given[name]:
+        return repr(given[name])
+    reason = next((key for key in ("recompute", "memory") if given.get(key) is not None), "guidance.name")
+    return f"{fixed[name]} by {reason}={given[reason]!r}"
 
 
 def write_config(path: Path, config: Mapping[str, Any], comments: Iterable[str] = ()) -> None:

@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +111,16 @@ class CompareConfig:
     fit: FitConfig = field(default_factory=FitConfig)
 
     def __post_init__(self) -> None:
-        known = [*METHODS, *self.variants]
         for name in ("methods", "seeds"):
             values = getattr(self, name)
             if isinstance(values, str) or not isinstance(values, Sequence) or not values:
                 raise ValueError(f"{name}={values!r} must be a list with at least one element")
             if len(set(values)) < len(values):
                 raise ValueError(f"{name}={list(values)} holds an element twice: name each once")
+        for name in ("variants", "grid"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be `name: value` pairs: fill it or leave it out")
+        known = [*METHODS, *self.variants]
         for method in self.methods:
             if method not in known:
                 raise ValueError(f"methods: {method!r} is unknown, choose from {', '.join(known)}")
@@ -126,20 +130,25 @@ class CompareConfig:
         if not isinstance(self.timing_rounds, int) or self.timing_rounds < 0:
             raise ValueError(f"timing_rounds={self.timing_rounds!r} must be a whole number of at least 0")
         for name, options in self.variants.items():
-            if name in METHODS or not name or name.strip(".") != name or set(name) & set('/\\:*?"<>|'):
+            if not isinstance(name, str) or name in METHODS or not name or name.strip(".") != name:
                 raise ValueError(f"variants: {name!r} must be a new name that can be the name of a folder")
-            if not isinstance(options, Mapping) or options.get("method") not in METHODS:
+            if set(name) & set('/\\:*?"<>|'):
+                raise ValueError(f"variants: {name!r} must be the name of a folder: use letters, digits and -")
+            if not isinstance(options, Mapping) or options.get("method") not in tuple(METHODS):
                 raise ValueError(f"variants: {name} must name the method that it changes, one of {', '.join(METHODS)}")
-            if options.get("baseline", "local") not in known or options.get("baseline") == name:
+            others = [other for other in known if other != name]
+            if options.get("baseline", "local") not in others:
                 raise ValueError(
-                    f"variants: {name}: baseline {options['baseline']!r} must be another one of {', '.join(known)}"
+                    f"variants: {name}: baseline {options['baseline']!r} must be one of {', '.join(others)}"
                 )
         for name, values in self.grid.items():
+            if not isinstance(name, str):
+                raise ValueError(f"grid: {name!r} must be the name of an option, such as modules")
             if isinstance(values, str) or not isinstance(values, Sequence) or not values:
                 raise ValueError(f"grid: {name} must be a list of at least one value, not {values!r}")
             if any(isinstance(value, Mapping | list | tuple) for value in values):
                 raise ValueError(f"grid: the values of {name} must be numbers, words or null, not {list(values)!r}")
-        method_configs(self, num_units=4)  # refuses what cannot work now, not after hours
+        method_configs(self, lambda model: 4)  # refuses what cannot work now, not after hours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +168,7 @@ def _changed(config: FitConfig, changes: Mapping[str, Any], told: str) -> FitCon
     if not isinstance(guidance, Mapping):
         raise ValueError(f"{told}: guidance must hold options such as {{share: 0.1}}, not one value")
     dotted = {key.removeprefix("guidance."): changes.pop(key) for key in list(changes) if key.startswith("guidance.")}
-    for key in ("out", "seed", "data"):
+    for key in ("out", "seed", "data", "data_root", "num_train", "num_validation", "image_size"):
         if key in changes:
             raise ValueError(f"{told}: {key} is common to all methods: leave it out")
     guidance = {**guidance, **dotted}
@@ -176,22 +185,32 @@ def _points(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def _method_config(config: CompareConfig, method: str, point: Mapping[str, Any], num_units: int) -> FitConfig:
+def _method_config(
+    config: CompareConfig, method: str, point: Mapping[str, Any], num_units: Callable[[str], int]
+) -> FitConfig:
     common = _changed(config.fit, point, "grid")
     if method in METHODS:
-        return METHODS[method](common, num_units)
+        return METHODS[method](common, num_units(common.model))
     changes = {key: value for key, value in config.variants[method].items() if key not in ("method", "baseline")}
-    return METHODS[config.variants[method]["method"]](_changed(common, changes, f"variants: {method}"), num_units)
+    changed, base = _changed(common, changes, f"variants: {method}"), config.variants[method]["method"]
+    made = METHODS[base](changed, num_units(changed.model))
+    if made.guidance.name == "always":  # how much it recomputes is what a variant of these may change
+        made = replace(made, **{key: getattr(changed, key) for key in ("memory", "recompute") if key in changes})
+    for key in changes:
+        field_name = key.partition(".")[0]
+        if getattr(made, field_name) != getattr(changed, field_name):
+            raise ValueError(f"variants: {method}: {key} means nothing to method {base}: leave it out")
+    return made
 
 
-def method_configs(config: CompareConfig, num_units: int) -> dict[str, Subject]:
+def method_configs(config: CompareConfig, num_units: Callable[[str], int]) -> dict[str, Subject]:
     """What is trained, by the name of its row, still without `out` and `seed`.
 
     A row's name is its method's, followed by the options of the grid that make a difference to it.
 
     Args:
         config: What to compare.
-        num_units: Number of units of the backbone, from which checkpointing takes its number of segments.
+        num_units: Number of units of a backbone by name, from which checkpointing takes its number of segments.
     """
     points = _points(config.grid)
     names: dict[str, list[str]] = {}
@@ -209,16 +228,18 @@ def method_configs(config: CompareConfig, num_units: int) -> dict[str, Subject]:
     return subjects
 
 
-def _first_alike(configs: Mapping[str, FitConfig]) -> dict[str, str]:
-    """For every method the first one whose runs give the same results bit for bit: itself, if there is no other."""
-    firsts: dict[str, str] = {}
-    found: dict[str, str] = {}
+def _first_alike(configs: Mapping[str, FitConfig], out: Path) -> dict[str, str]:
+    """For every method the one that is trained of all that give the same: one begun before, or the first."""
+    alike: dict[str, list[str]] = {}
     for method, config in configs.items():
         fields = config_to_dict(config)
         rounding = {name: fields[name] for name in ("device", "channels_last", "num_threads")}
-        key = json.dumps(fixed_fields(fields) | rounding, sort_keys=True)
-        firsts[method] = found.setdefault(key, method)
-    return firsts
+        alike.setdefault(json.dumps(fixed_fields(fields) | rounding, sort_keys=True), []).append(method)
+    firsts: dict[str, str] = {}
+    for methods in alike.values():
+        first = next((method for method in methods if any((out / method).glob("seed*/config.yaml"))), methods[0])
+        firsts |= dict.fromkeys(methods, first)
+    return {method: firsts[method] for method in configs}
 
 
 def _matters(key: str, points: Sequence[Mapping[str, Any]], configs: Sequence[FitConfig]) -> bool:
@@ -254,9 +275,9 @@ def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
     """
     out = Path(config.out).expanduser()
     data = load_run_data(config.fit)
-    subjects = method_configs(config, _count_units(config.fit, data))
+    subjects = method_configs(config, cache(partial(_count_units, data)))
     configs = {method: subject.config for method, subject in subjects.items()}
-    firsts = _first_alike(configs)
+    firsts = _first_alike(configs, out)
     runs = {
         (method, seed): replace(configs[method], out=str(out / method / f"seed{seed}"), seed=seed)
         for seed in config.seeds
@@ -291,7 +312,7 @@ def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
     if not results:
         raise Diverged(f"every run diverged ({'; '.join(diverged)}): lower lr={config.fit.lr:g}, or train in fp32")
     comparison = Comparison(
-        title=f"{config.fit.model} on {data.name}, {_modules_text(config.fit)}",
+        title=f"{_several(config, 'model')} on {data.name}, {_modules_text(config)}",
         results=tuple(
             _method_result(method, subjects[method], found, out / firsts[method], costs.get(method))
             for method, found in results.items()
@@ -312,16 +333,22 @@ def _say(progress: bool, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _modules_text(config: FitConfig) -> str:
-    if config.cuts is not None:
-        return f"cut after {', '.join(config.cuts)}"
+def _several(config: CompareConfig, name: str) -> str:
+    """An option of all runs, or its values in the grid."""
+    return ", ".join(map(str, config.grid.get(name, [getattr(config.fit, name)])))
+
+
+def _modules_text(config: CompareConfig) -> str:
+    if config.fit.cuts is not None and "modules" not in config.grid:
+        return f"cut after {', '.join(config.fit.cuts)}"
     words = {"all": "one local module per unit", "fewest": "as few local modules as take no more memory"}
-    return words.get(str(config.modules), f"K = {config.modules}")
+    modules = _several(config, "modules")
+    return words.get(modules, f"K = {modules}")
 
 
-def _count_units(config: FitConfig, data: DataBundle) -> int:
+def _count_units(data: DataBundle, name: str) -> int:
     channels, height, width = data.shape
-    model = build_model(config.model, num_classes=data.num_classes, in_channels=channels, image_size=(height, width))
+    model = build_model(name, num_classes=data.num_classes, in_channels=channels, image_size=(height, width))
     return len(decouple(model, 1, sample=(2, channels, height, width)).partition.units)
 
 
@@ -446,6 +473,11 @@ def _validation_curve(path: Path) -> tuple[float, ...]:
         return ()
 
 
+def _options_text(options: Mapping[str, Any]) -> str:
+    told = ", ".join(f"{name} {value}" for name, value in options.items() if name not in ("method", "baseline"))
+    return re.sub(r"[{}']", "", f"{options['method']}, {told}")
+
+
 def _facts(
     config: CompareConfig,
     data: DataBundle,
@@ -459,17 +491,21 @@ def _facts(
         f"{first['epochs']} epochs, {first['steps']} steps of {fit_config.batch_size * fit_config.accumulate} images"
     )
     seconds = sum(result["seconds"] for found in results.values() for result in found.values())
+    rule = _several(config, "rule") if "rule" in config.grid else repr(build_rule(fit_config))
+    varied = [f"{name}: {', '.join(map(str, values))}" for name, values in config.grid.items()]
+    varied += [f"{name} ({_options_text(config.variants[name])})" for name in config.methods if name in config.variants]
     device = first["device"]
     if device == "cpu":
         device += f" ({fit_config.num_threads or torch.get_num_threads()} threads, {platform.machine()})"
     return {
         "Data": f"{data.name}: {len(data.train):,} training, {len(data.validation):,} validation and "
         f"{len(data.test):,} test images of {shape}, {data.num_classes} classes",
-        "Network": f"{fit_config.model}, {_modules_text(fit_config)}, local rule {build_rule(fit_config)!r}",
+        "Network": f"{_several(config, 'model')}, {_modules_text(config)}, local rule {rule}",
         "Guidance": f"{build_guidance(fit_config)!r}, auxiliary networks {fit_config.guidance.auxiliary}, "
         + ", ".join(f"{name} {value}" for name, value in guided_memory(fit_config).items()),
         "Training": f"{length}; {fit_config.optimizer}, lr {fit_config.lr:g}, "
         f"weight decay {fit_config.weight_decay:g}, schedule {fit_config.schedule}",
+        **({"Varied": "; ".join(varied)} if varied else {}),
         "Seeds": ", ".join(map(str, config.seeds)),
         **({"Trained once": ", ".join(alike) + " (recomputation changes no result)"} if alike else {}),
         **({"Diverged": "; ".join(diverged)} if diverged else {}),

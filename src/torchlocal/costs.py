@@ -71,6 +71,7 @@ class _Subject:
         self.config, self.execution = config, resolve_execution(config)
         steps_per_epoch, num_steps = count_steps(config, len(data.train))
         guidance = build_guidance(config).bind(num_steps=num_steps, steps_per_epoch=steps_per_epoch)
+        self.num_threads = config.num_threads or torch.get_num_threads()
         self.guided_share = sum(guidance(step) for step in range(num_steps)) / num_steps
         self.net = build_network(config, data, self.execution)
         if config.compile:
@@ -87,6 +88,7 @@ class _Subject:
         ]
 
     def step(self, kind: str) -> None:
+        torch.set_num_threads(self.num_threads)
         train_step(
             self.net,
             self.optimizer,
@@ -131,7 +133,6 @@ def measure_costs(configs: Mapping[str, FitConfig], data: DataBundle, *, rounds:
         The costs by method.
     """
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(next(iter(configs.values())).num_threads or num_threads)
     try:
         subjects = {name: _Subject(config, data) for name, config in configs.items()}
         peaks: dict[str, dict[str, int]] = {}

@@ -62,7 +62,7 @@ class Guidance:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a checkpoint needs: the kind of schedule and its arguments. The position is the step itself."""
-        return {"name": _NAMES[type(self)], **asdict(self)}
+        return {"name": _NAMES.get(type(self), type(self).__name__), **asdict(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,7 +285,7 @@ def make_guidance(name: str, **options: Any) -> Guidance:
     Raises:
         ValueError: the name, or an argument, is unknown or out of range.
     """
-    if name not in GUIDANCES:
+    if not isinstance(name, str) or name not in GUIDANCES:
         raise ValueError(f"guidance: no schedule named {name!r}; choose one of {', '.join(GUIDANCES)}")
     known = [f.name for f in fields(GUIDANCES[name])]
     for option in options:

@@ -125,9 +125,11 @@ class Comparison:
     def rows(self) -> list[Row]:
         """The lines of the table, with the ratios to end-to-end and the share of the gap closed."""
         by_name = {result.method: result for result in self.results}
+        baselines = {result.baseline for result in self.results}  # which count from themselves
         rows = []
         for result in self.results:
-            reference, baseline = by_name.get(result.reference), by_name.get(result.baseline)
+            own = result.method if result.method in baselines else result.baseline
+            reference, baseline = by_name.get(result.reference), by_name.get(own)
             gap = reference.accuracy - baseline.accuracy if reference and baseline else 0.0
             rows.append(
                 Row(

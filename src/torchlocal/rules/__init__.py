@@ -54,7 +54,7 @@ def make_rule(name: str, options: Mapping[str, Any] | None = None) -> Rule:
     Raises:
         ValueError: there is no such rule, it has no such option, or an option is out of range.
     """
-    if name not in RULES:
+    if not isinstance(name, str) or name not in RULES:
         raise ValueError(f"rule: no rule named {name!r}; choose one of {', '.join(RULES)}, or pass a Rule")
     known = list(inspect.signature(RULES[name]).parameters)
     for option in options or {}:

@@ -273,7 +273,11 @@ class InfoProRule(Rule):
                 "weights: must be two pairs of numbers of at least 0, [[reconstruction, task] at the first module, the "
                 f"same at the last but one], not {weights!r}"
             )
-        if len(published) != 2 or not all(isinstance(name, str) for name in published):
+        if (
+            not isinstance(published, (list, tuple))
+            or len(published) != 2
+            or not all(isinstance(name, str) for name in published)
+        ):
             raise ValueError(f"published: must be a data set and a network, not {published!r}")
         if not _is_number(temperature) or temperature <= 0:
             raise ValueError(f"temperature: must be a number above 0, not {temperature!r}")
