@@ -14,7 +14,7 @@ from torchlocal.rules import Batch, Rule, Site, make_rule, published_weights
 from torchlocal.rules.auglocal import auxiliary_depth, sampled_units
 from torchlocal.rules.downstream import reinitialise
 from torchlocal.rules.infopro import PUBLISHED_WEIGHTS, UpsampledConv, supervised_contrast
-from torchlocal.rules.layers import BlockMean, SpatialStd
+from torchlocal.rules.layers import BlockMean, GlobalMean, SpatialStd
 from torchlocal.rules.predsim import similarity
 
 
@@ -157,6 +157,10 @@ def test_fast_layers_are_exact(layout: torch.memory_format) -> None:
     torch.testing.assert_close(BlockMean((2, 3))(maps), F.avg_pool2d(maps, (2, 3)))
     assert torch.autograd.gradcheck(SpatialStd.apply, maps)
     assert torch.autograd.gradcheck(BlockMean((2, 3)), maps)
+    torch.testing.assert_close(GlobalMean()(maps), maps.mean((2, 3)))
+    assert torch.autograd.gradcheck(GlobalMean(), maps)
+    (gradient,) = torch.autograd.grad(GlobalMean()(maps).square().sum(), maps)
+    assert gradient.is_contiguous(memory_format=layout)
     constant = torch.ones_like(maps).requires_grad_()
     SpatialStd.apply(constant).sum().backward()
     assert constant.grad is not None and constant.grad.abs().max() == 0

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import nn
 
 from .base import Rule, Site
-from .layers import ToMap, layers_for, pool_to
+from .layers import GlobalMean, ToMap, layers_for, pool_to
 
 _SMALL_MAP = 8  # a map of at most this many rows or columns is not reduced further
 _HIDDEN = 128
@@ -20,8 +20,7 @@ _WIDEST_HIDDEN = 2048
 
 def linear(site: Site) -> nn.Module:
     """Global average pooling and a linear classifier."""
-    _, _, pool = layers_for(site)
-    return nn.Sequential(ToMap(site), pool(1), nn.Flatten(), nn.Linear(site.channels, site.num_outputs))
+    return nn.Sequential(ToMap(site), GlobalMean(), nn.Linear(site.channels, site.num_outputs))
 
 
 def conv(site: Site) -> nn.Module:
@@ -31,7 +30,7 @@ def conv(site: Site) -> nn.Module:
     the width. On tokens (N, T, C) the convolution runs along the sequence; on vectors it is a linear layer of at most
     1024 units (a flattened map may have tens of thousands of features).
     """
-    convolution, norm, pool = layers_for(site)
+    convolution, norm = layers_for(site)
     large = bool(site.spatial) and min(site.spatial) > _SMALL_MAP
     width = max(site.channels, min(2 * site.channels, _HIDDEN)) if large else site.channels
     if not site.spatial:
@@ -42,8 +41,7 @@ def conv(site: Site) -> nn.Module:
         convolution(site.channels, width, kernel, stride=2 if large else 1, padding=kernel // 2, bias=False),
         norm(width),
         nn.ReLU(inplace=True),
-        pool(1),
-        nn.Flatten(),
+        GlobalMean(),
         nn.Linear(width, _HIDDEN),
         nn.ReLU(inplace=True),
         nn.Linear(_HIDDEN, site.num_outputs),
@@ -57,7 +55,7 @@ def mlp_sr(site: Site) -> nn.Module:
     of as many units as that leaves features, but at most 2048 (on images from 512 channels on), and a classifier. On
     vectors only two hidden layers, of at most 1024 units, and the classifier: convolutions would be hidden layers, too.
     """
-    convolution, norm, _ = layers_for(site)
+    convolution, norm = layers_for(site)
     channels, spatial = site.channels, site.spatial
     if spatial:
         small = tuple(-(-side // 4) for side in spatial)

@@ -65,7 +65,7 @@ class _PredSimNetwork(nn.Module):
 
     def __init__(self, site: Site, loss: str, most: int, num_bits: int | None) -> None:
         super().__init__()
-        convolution, _, _ = layers_for(site)
+        convolution, _ = layers_for(site)
         num_classes = site.num_outputs
         spatial = site.spatial or (1,)
         small = _pooled(site.channels, spatial, most)
