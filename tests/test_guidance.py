@@ -80,7 +80,6 @@ def test_every_schedule_has_a_share_a_repr_and_a_state() -> None:
         ({"name": "annealed", "num_steps": 0}, "num_steps: must be a whole number of at least 1"),
         ({"name": "phased", "share": 2}, "share: must be between 0 and 1, not 2"),
         ({"name": "phased", "periods": 0}, "periods: must be a whole number of at least 1, not 0"),
-        ({"name": "phased", "restart": 0.0}, "restart: must be a number above 0, not 0.0"),
         ({"name": "never", "period": 3}, "'never' takes no arguments, but was given 'period'"),
     ],
 )
@@ -114,19 +113,17 @@ def test_phased_guides_the_end_of_each_part_of_training() -> None:
         tl.PhasedGuidance(periods=3, num_steps=2)
 
 
-def test_the_learning_rate_falls_once_per_phase() -> None:
-    """The formula of SGDR written out for each phase; other schedules have one, all of training."""
-    guidance = tl.PhasedGuidance(share=0.25, periods=2, restart=0.3, num_steps=16)
-    phases = [(6, 1.0), (2, 0.3), (6, 1.0), (2, 0.3)]
-    by_hand = [top * (1 + math.cos(math.pi * i / length)) / 2 for length, top in phases for i in range(length)]
-    assert [guidance.cosine(step, 16) for step in range(16)] == pytest.approx(by_hand)
-    warm = [(1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]
-    assert [guidance.cosine(step, 16, warmup=2) for step in range(7)] == pytest.approx([0.5, 1, *warm, 0.3])
-    assert [guidance.cosine(step, 16, warmup=7) for step in (5, 6, 7)] == pytest.approx([6 / 7, 1, 0.3])
-    # Without a local phase before it, a guided one starts at the whole height, as plain training does.
-    alone = tl.PhasedGuidance(share=1.0, num_steps=16)
-    assert [alone.cosine(step, 16) for step in range(16)] == [tl.AlwaysGuidance().cosine(s, 16) for s in range(16)]
-    assert tl.PhasedGuidance(share=0.25, periods=2, restart=0.3).cosine(6, 16) == guidance.cosine(6, 16)
+def test_the_learning_rate_falls_in_guided_phases() -> None:
+    """Half a cosine written out for each of them; that of other schedules falls over all of training."""
+    guidance = tl.PhasedGuidance(share=0.25, periods=2, num_steps=16)
+    fall = [1.0, (1 + math.cos(math.pi / 2)) / 2]
+    assert [guidance.cosine(step, 16) for step in range(16)] == pytest.approx([*[1] * 6, *fall, *[1] * 6, *fall])
+    assert [guidance.cosine(step, 16, warmup=2) for step in range(8)] == pytest.approx([0.5, 1, *[1] * 4, *fall])
+    assert [guidance.cosine(step, 16, warmup=7) for step in (5, 6, 7)] == pytest.approx([6 / 7, 1, 1])
+    assert tl.PhasedGuidance(share=0.25, periods=2).cosine(7, 16) == guidance.cosine(7, 16)
+    # Where all steps are guided, or none, it is that of plain training.
     whole = [(1 + math.cos(math.pi * i / 16)) / 2 for i in range(16)]
+    for share in (0.0, 1.0):
+        assert [tl.PhasedGuidance(share=share).cosine(step, 16) for step in range(16)] == pytest.approx(whole)
     for name in GUIDANCES.keys() - {"phased"}:
         assert [make_guidance(name).cosine(step, 16) for step in range(16)] == pytest.approx(whole)

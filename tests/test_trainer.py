@@ -446,11 +446,11 @@ def test_schedules_equal_torch(tmp_path: Path) -> None:
     )
     assert rates(small_config(tmp_path, schedule="constant"), 10, 60) == [0.1] * 60
     phased = small_config(tmp_path, epochs=6, lr=0.8, guidance=GuidanceConfig(name="phased", share=0.25))
-    assert rates(phased, 10, 60) == pytest.approx(
-        torch_rates(lambda o: schedulers.CosineAnnealingLR(o, 45), 45, 0.8)
-        + torch_rates(lambda o: schedulers.CosineAnnealingLR(o, 15), 15, 0.4),
-        abs=1e-12,
-    )
+    late = [0.8] * 45 + torch_rates(lambda o: schedulers.CosineAnnealingLR(o, 15), 15, 0.8)
+    assert rates(phased, 10, 60) == pytest.approx(late, abs=1e-12)
+    assert rates(replace(phased, decay=1.0), 10, 60) == rates(cosine, 10, 60)
+    assert rates(replace(cosine, decay=0.25), 10, 60) == rates(phased, 10, 60)
+    assert rates(replace(cosine, decay=1e-9), 10, 60) == [0.8] * 60
 
 
 def test_warmup(tmp_path: Path) -> None:
@@ -547,9 +547,11 @@ def sentence(error: pytest.ExceptionInfo[BaseException]) -> str:
         ({"num_threads": 0}, r"^num_threads=0 must"),
         ({"data": ""}, r"^data='' must be a string that is not empty$"),
         ({"guidance": "periodic"}, r"^guidance='periodic' must be a GuidanceConfig"),
+        ({"decay": 0}, r"^decay=0 must be a number above 0 and at most 1, or None$"),
+        ({"decay": 1.5}, r"^decay=1.5 must be a number above 0 and at most 1"),
         (
-            {"guidance": GuidanceConfig(restart=0.1), "schedule": "constant"},
-            r"^guidance.restart=0.1 means nothing to schedule='constant': leave it out, or give schedule=\"cosine\"$",
+            {"decay": 0.1, "schedule": "constant"},
+            r"^decay=0.1 means nothing to schedule='constant': leave it out, or give schedule=\"cosine\"$",
         ),
     ],
     ids=str,
@@ -788,7 +790,7 @@ def test_recomputation_may_differ_as_long_as_batches_are_whole(tmp_path: Path, m
 def test_a_run_that_is_older_than_an_option_has_its_default(tmp_path: Path) -> None:
     config = small_config(tmp_path, steps=2)
     result = fit(config, progress=False)
-    del result["config"]["guidance"]["restart"]
+    del result["config"]["guidance"]["periods"]
     checkpoint.write_json(tmp_path / "result.json", result)
     assert fit(config, resume=True, progress=False) == result
     changed = replace(config, guidance=replace(config.guidance, start=1))

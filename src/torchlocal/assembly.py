@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from torchlocal.config import FitConfig, build_guidance, build_rule, guided_options
 from torchlocal.data import DataBundle, load_data
-from torchlocal.guidance import Guidance
+from torchlocal.guidance import Guidance, cosine_factor
 from torchlocal.models import build_model
 from torchlocal.network import DecoupledNetwork, decouple
 from torchlocal.parallel.network import ParallelNetwork
@@ -227,11 +227,13 @@ def learning_rate(
 ) -> float:
     """Return the learning rate of a step (counted from 0): a function of the step alone.
 
-    Warm-up rises linearly, ending at lr; cosine then falls from lr towards 0, which it would reach at num_steps, or
-    with phased guidance at the end of every phase (:meth:`Guidance.cosine`). `guidance` is the configuration's,
-    bound to this run; without it, it is made.
+    Warm-up rises linearly, ending at lr; cosine falls to 0 over the last `config.decay` of training, or as guidance
+    says (:meth:`Guidance.cosine`). `guidance` is the configuration's, bound to this run; without it, it is made.
     """
     warmup = round(config.warmup_epochs * steps_per_epoch)
+    if config.schedule == "cosine" and config.decay is not None:
+        decay = range(min(round((1 - config.decay) * num_steps), num_steps - 1), max(num_steps, step + 1))
+        return config.lr * cosine_factor(step, decay, warmup)
     if config.schedule == "cosine":
         if guidance is None:
             guidance = build_guidance(config).bind(num_steps=num_steps, steps_per_epoch=steps_per_epoch)

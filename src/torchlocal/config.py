@@ -27,7 +27,7 @@ _SCHEDULES = ("cosine", "step", "constant")
 # The options of each schedule; never and always take none, and leave those of the schedule that they stand in for.
 _OPTIONS = {
     "periodic": ("period", "length", "start", "unit"),
-    "phased": ("share", "periods", "restart"),
+    "phased": ("share", "periods"),
     "random": ("share",),
     "annealed": ("share", "end_share"),
 }
@@ -49,9 +49,7 @@ class GuidanceConfig:
         unit: periodic: "steps" or "epochs" ["steps"].
         share: phased, random: share of guided steps [0.2]; annealed: share at the start of training [0.4].
         end_share: annealed: share at the end of training [0].
-        periods: phased: number of periods, each of which ends with a guided phase [1]. With schedule "cosine" the
-            learning rate starts over with every phase.
-        restart: phased: learning rate at the start of a guided phase, relative to lr [0.5].
+        periods: phased: number of periods, each of which ends with a guided phase [1].
         auxiliary: "follow": in a guided step the auxiliary networks go on learning; "frozen": they stand still.
     """
 
@@ -63,7 +61,6 @@ class GuidanceConfig:
     share: float | None = None
     end_share: float | None = None
     periods: int | None = None
-    restart: float | None = None
     auxiliary: str = "follow"
 
     def __post_init__(self) -> None:
@@ -119,8 +116,9 @@ class FitConfig:
         lr: learning rate at the top of the schedule.
         momentum: for optimizers that have one.
         weight_decay: for optimizers that have one.
-        schedule: "cosine" (to zero; with phased guidance in every phase), "step" (times gamma at each milestone) or
-            "constant".
+        schedule: of the learning rate: "cosine" (falls to zero), "step" (times gamma at each milestone) or "constant".
+        decay: cosine: share of training, at its end, over which it falls; before that it stays at lr. None: all of it,
+            or with phased guidance each guided phase.
         warmup_epochs: epochs over which the learning rate rises linearly.
         milestones: epochs of the "step" schedule, increasing.
         gamma: factor of the "step" schedule.
@@ -164,6 +162,7 @@ class FitConfig:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     schedule: str = "cosine"
+    decay: float | None = None
     warmup_epochs: float = 0.0
     milestones: list[float] = field(default_factory=list)
     gamma: float = 0.1
@@ -223,13 +222,17 @@ class FitConfig:
         build_rule(self)
         if not isinstance(self.guidance, GuidanceConfig):
             raise ValueError(f"guidance={self.guidance!r} must be a GuidanceConfig, such as GuidanceConfig(period=10)")
-        if self.guidance.restart is not None and self.guidance.name == "phased" and self.schedule != "cosine":
-            raise ValueError(
-                f"guidance.restart={self.guidance.restart} means nothing to schedule={self.schedule!r}: leave it out, "
-                'or give schedule="cosine"'
-            )
 
     def _check_schedule(self) -> None:
+        if self.decay is not None:
+            _check_number(
+                "decay", self.decay, 0, math.nextafter(1, 2), "a number above 0 and at most 1, or None", open_low=True
+            )
+            if self.schedule != "cosine":
+                raise ValueError(
+                    f"decay={self.decay} means nothing to schedule={self.schedule!r}: leave it out, or give "
+                    'schedule="cosine"'
+                )
         if not isinstance(self.milestones, list | tuple):
             raise ValueError(f"milestones={self.milestones!r} must be a list of epochs, such as [5, 8]")
         for milestone in self.milestones:

@@ -19,8 +19,23 @@ __all__ = [
     "PeriodicGuidance",
     "PhasedGuidance",
     "RandomGuidance",
+    "cosine_factor",
     "make_guidance",
 ]
+
+
+def cosine_factor(step: int, decay: range, warmup: int = 0) -> float:
+    """A factor for the learning rate: it rises over ``warmup`` steps, stays at 1, and falls along half a cosine.
+
+    Args:
+        step: counted from 0.
+        decay: the steps over which it falls, to reach 0 at ``decay.stop``.
+        warmup: number of steps over which it rises, from 1 / ``warmup`` to 1; what they take of ``decay`` is left out.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    start = max(decay.start, warmup)
+    return 1.0 if step < start else 0.5 * (1 + math.cos(math.pi * (step - start) / (decay.stop - start)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,25 +55,19 @@ class Guidance:
         """The same schedule for a run of this length, with epochs resolved to steps."""
         return self
 
-    def phase(self, step: int, num_steps: int) -> range:
-        """The steps around ``step`` over which the learning rate falls once: all of them, but of phased guidance."""
+    def decay(self, step: int, num_steps: int) -> range:
+        """The steps, around ``step`` or next, over which the learning rate falls: all, but of phased guidance."""
         return range(max(num_steps, step + 1))
 
     def cosine(self, step: int, num_steps: int, warmup: int = 0) -> float:
-        """A factor for the learning rate, half a cosine from 1 to 0 over each phase.
-
-        Loshchilov and Hutter, "SGDR" (2017), equation 5: it restarts where a phase begins.
+        """A factor for the learning rate: half a cosine from 1 to 0 over training, but of phased guidance.
 
         Args:
             step: counted from 0.
             num_steps: length of training.
             warmup: over so many steps at the start it rises linearly instead, from 1 / ``warmup`` to 1.
         """
-        if step < warmup:
-            return (step + 1) / warmup
-        phase = self.phase(step, num_steps)
-        start = max(phase.start, warmup)
-        return 0.5 * (1 + math.cos(math.pi * (step - start) / (phase.stop - start)))
+        return cosine_factor(step, self.decay(step, num_steps), warmup)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a checkpoint needs: the kind of schedule and its arguments. The position is the step itself."""
@@ -208,13 +217,13 @@ class AnnealedGuidance(Guidance):
 class PhasedGuidance(Guidance):
     """Periodic guidance in long phases: each of ``periods`` equal parts of training ends with one guided phase.
 
-    Made for a learning rate that falls to zero over the local phase and starts over for the guided one, from
-    ``restart`` times its height (:meth:`cosine`). With one period, modules that train apart meet but once, at the end.
+    Made for a learning rate that stays high over the local steps and falls to zero in the guided phase
+    (:meth:`cosine`), so that the network settles under the global loss and not under the local ones. With one period,
+    modules that train apart meet but once, at the end.
 
     Args:
         share: guided share of every period, 0 to 1.
         periods: number of periods.
-        restart: learning rate at the start of a guided phase, relative to that of a local phase, above 0.
         num_steps: length of training; left out, :meth:`bind` has to say it. Later steps belong to the last phase.
 
     Raises:
@@ -223,46 +232,31 @@ class PhasedGuidance(Guidance):
 
     share: float = 0.2
     periods: int = 1
-    restart: float = 0.5
     num_steps: int | None = None
 
     def __post_init__(self) -> None:
         _probability("share", self.share)
         _whole("periods", self.periods, 1)
-        if (
-            not isinstance(self.restart, (int, float))
-            or isinstance(self.restart, bool)
-            or not 0 < self.restart < math.inf
-        ):
-            raise ValueError(f"restart: must be a number above 0, not {self.restart!r}")
         if self.num_steps is not None:
             _whole("num_steps", self.num_steps, 1)
             if self.periods > self.num_steps:
                 raise ValueError(f"periods: must be at most the number of steps ({self.num_steps}), not {self.periods}")
 
     def __call__(self, step: int) -> bool:
-        return step in self._phases(step)[1]
+        return step in self._phase(step)
 
-    def _phases(self, step: int, num_steps: int | None = None) -> tuple[range, range]:
-        """The local and the guided phase of the period around a step; a share above 0 guides at least one step."""
+    def _phase(self, step: int, num_steps: int | None = None) -> range:
+        """The guided phase of the period around a step; a share above 0 guides at least one step."""
         num_steps = self.num_steps or num_steps
         if num_steps is None:
             raise ValueError("num_steps: a phased schedule needs the length of training; give it or call bind()")
         k = min(step * self.periods // num_steps, self.periods - 1)
         start, stop = (-(-i * num_steps // self.periods) for i in (k, k + 1))
         end = max(stop, step + 1)
-        turn = stop - max(1, round(self.share * (stop - start))) if self.share else end
-        return range(start, turn), range(turn, end)
+        return range(stop - max(1, round(self.share * (stop - start))) if self.share else end, end)
 
-    def phase(self, step: int, num_steps: int) -> range:
-        local, guided = self._phases(step, num_steps)
-        return guided if step in guided else local
-
-    def cosine(self, step: int, num_steps: int, warmup: int = 0) -> float:
-        factor = super().cosine(step, num_steps, warmup)
-        local, guided = self._phases(step, num_steps)
-        # Where nothing local came before, the learning rate does not start over.
-        return factor * self.restart if step in guided and local and step >= warmup else factor
+    def decay(self, step: int, num_steps: int) -> range:
+        return self._phase(step, num_steps) or super().decay(step, num_steps)
 
     def bind(self, *, num_steps: int, steps_per_epoch: int) -> Guidance:
         return self if self.num_steps is not None else replace(self, num_steps=num_steps)
