@@ -28,7 +28,7 @@ model = build_model("resnet20", num_classes=10, in_channels=1, image_size=data.s
 net = tl.decouple(model, modules=10, sample=(128, *data.shape))
 guidance = tl.PhasedGuidance(num_steps=steps)  # the last fifth of the steps is guided
 optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
-# Falls to zero over the local steps, and starts over for the guided ones.
+# Stays high over the local steps and falls to zero over the guided ones.
 scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: guidance.cosine(step, steps))
 
 batches = (batch for epoch in count() for batch in data.train.batches(128, epoch=epoch, train=True))
