@@ -20,6 +20,7 @@ import yaml
 from torch import nn
 
 from torchlocal import models, trainer
+from torchlocal.assembly import learning_rate
 from torchlocal.compare import METHODS, CompareConfig, compare, method_configs
 from torchlocal.config import FitConfig, GuidanceConfig, config_from_dict
 from torchlocal.costs import StepCosts
@@ -544,6 +545,22 @@ def test_methods_differ_in_their_guidance_only(tmp_path: Path) -> None:
     end_to_end = replace(common, modules=1, memory=None, guidance=GuidanceConfig(name="always"))
     assert configs["end-to-end"] == end_to_end
     assert configs["checkpointing"] == replace(end_to_end, recompute=3)  # the root of 9 units
+
+
+def test_every_method_has_the_learning_rate_of_phased_guidance(tmp_path: Path) -> None:
+    def rates(**changes: Any) -> dict[str, list[float]]:
+        config = small_config(tmp_path, **changes)
+        return {
+            name: [learning_rate(subject.config, i, steps_per_epoch=10, num_steps=50) for i in range(50)]
+            for name, subject in method_configs(config, lambda model: 9).items()
+        }
+
+    phased = rates(guidance=GuidanceConfig(name="phased", share=0.3))
+    assert phased["end-to-end"] == phased["checkpointing"] == phased["local"] == phased["pgl"]
+    assert phased["pgl"][:36] == [0.05] * 36 and phased["pgl"][-1] < 0.001
+    whole = [0.05 * (1 + math.cos(math.pi * i / 50)) / 2 for i in range(50)]
+    assert rates(guidance=GuidanceConfig(period=5))["local"] == pytest.approx(whole)
+    assert rates(guidance=GuidanceConfig(name="phased"), decay=1.0)["local"] == pytest.approx(whole)
 
 
 def test_a_variant_is_a_row_of_its_own(tmp_path: Path) -> None:

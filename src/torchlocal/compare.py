@@ -43,10 +43,18 @@ from torchlocal.trainer import Diverged, fit
 __all__ = ["METHODS", "CompareConfig", "Subject", "compare", "method_configs"]
 
 
+def _same_rate(config: FitConfig) -> FitConfig:
+    """With the learning rate that phased guidance would choose: it is the same for every method."""
+    phased = config.guidance.name == "phased" and config.guidance.periods in (None, 1)
+    if not phased or config.decay is not None or config.schedule != "cosine":
+        return config
+    return replace(config, decay=build_guidance(config).share or None)
+
+
 def _end_to_end(config: FitConfig, num_units: int) -> FitConfig:
     plain = FitConfig()  # what says nothing about one module is the same in every comparison
     return replace(
-        config,
+        _same_rate(config),
         modules=1,
         cuts=None,
         rule=plain.rule,
@@ -65,7 +73,7 @@ def _checkpointing(config: FitConfig, num_units: int) -> FitConfig:
 
 
 def _local(config: FitConfig, num_units: int) -> FitConfig:
-    return replace(config, memory=None, recompute=None, guidance=GuidanceConfig(name="never"))
+    return replace(_same_rate(config), memory=None, recompute=None, guidance=GuidanceConfig(name="never"))
 
 
 def _pgl(config: FitConfig, num_units: int) -> FitConfig:
