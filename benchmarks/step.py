@@ -143,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet32", help="CIFAR ResNet of the library (default: resnet32)")
     parser.add_argument("--modules", type=int, default=16, help="local modules K, one per unit (default: 16)")
-    parser.add_argument("--auxiliary", default="conv", help="auxiliary network (default: conv)")
+    parser.add_argument("--auxiliary", default="mlp_sr", help="auxiliary network (default: mlp_sr, that of DGL)")
     parser.add_argument("--batch-size", type=int, default=128, help="images per step (default: 128)")
     parser.add_argument("--size", type=int, default=32, help="image side in pixels (default: 32)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 also uses channels_last")
