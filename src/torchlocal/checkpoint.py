@@ -150,9 +150,9 @@ def _told(fixed: Mapping[str, Any], given: Mapping[str, Any], name: str) -> str:
     """A field as the user gave it; what came of several options says so."""
     if name not in fixed:
         return "absent"
-    if fixed[name] == given[name]:
+    if fixed[name] == given[name] or given[name] is not None:
         return repr(given[name])
-    reason = next((key for key in ("recompute", "memory") if given.get(key) is not None), "guidance.name")
+    reason = "recompute" if given.get("recompute") is not None else "guidance.name"
     return f"{fixed[name]} by {reason}={given[reason]!r}"
 
 
