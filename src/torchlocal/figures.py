@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -68,16 +69,14 @@ def _draw_accuracy(figure: Figure, comparison: Comparison) -> bool:
     return drawn
 
 
-def _groups(results: Sequence[MethodResult]) -> dict[str, list[MethodResult]]:
+def _groups(comparison: Comparison) -> dict[str, list[MethodResult]]:
     """Local and guided rows by what they start from: in one group where only the share differs, else each by itself."""
-    by_name = {result.method: result for result in results}
-    starts = {result.baseline for result in results}
+    by_name = {result.method: result for result in comparison.results}
     lines: dict[str, dict[str, MethodResult]] = {}
-    for result in results:
-        own = result.method in starts and result.method != result.baseline  # it starts a line, so it is on no other
-        if result.guided_share < 1 and not own:
-            line = lines.setdefault(result.baseline, {})
-            line |= {name: by_name[name] for name in (result.baseline, result.method) if name in by_name}
+    for method, baseline in comparison.baselines().items():
+        if by_name[method].guided_share < 1:
+            line = lines.setdefault(baseline, {})
+            line |= {name: by_name[name] for name in (baseline, method) if name in by_name}
     groups: dict[str, list[MethodResult]] = {}
     for name, line in lines.items():
         ordered = sorted(line.values(), key=lambda result: result.guided_share)
@@ -91,7 +90,8 @@ def _groups(results: Sequence[MethodResult]) -> dict[str, list[MethodResult]]:
 def _draw_memory(figure: Figure, comparison: Comparison) -> bool:
     axes = _axes(figure, xlabel="Peak memory of one step (MiB)", ylabel="Test accuracy (%)")
     measured = [result for result in comparison.results if result.peak_bytes is not None]
-    lines = {name: results for name, results in _groups(measured).items() if len(results) > 1}
+    groups = _groups(replace(comparison, results=tuple(measured)))
+    lines = {name: results for name, results in groups.items() if len(results) > 1}
     lines = lines if len(lines) > 1 else {}  # one line alone says no more than its points
     joined = {result.method for results in lines.values() for result in results}
     singles = [result for result in measured if result.method not in joined]
@@ -146,7 +146,7 @@ def _draw_depth(figure: Figure, comparison: Comparison) -> bool:
 
 def _draw_guidance(figure: Figure, comparison: Comparison) -> bool:
     axes = _axes(figure, xlabel="Guided steps (% of all steps)", ylabel="Test accuracy (%)")
-    groups = _groups(comparison.results)
+    groups = _groups(comparison)
     by_name = {result.method: result for result in comparison.results}
     drawn_rows = [result for results in groups.values() for result in results]
     levels = {r.reference: by_name[r.reference] for r in drawn_rows if r.reference in by_name}

@@ -122,14 +122,18 @@ class Comparison:
     rounds: int = 0
     device: str = "cpu"
 
+    def baselines(self) -> dict[str, str]:
+        """For every method what it is measured from: itself, if others are measured from it."""
+        starts = {result.baseline for result in self.results}
+        return {r.method: r.method if r.method in starts else r.baseline for r in self.results}
+
     def rows(self) -> list[Row]:
         """The lines of the table, with the ratios to end-to-end and the share of the gap closed."""
         by_name = {result.method: result for result in self.results}
-        baselines = {result.baseline for result in self.results}  # which count from themselves
+        baselines = self.baselines()
         rows = []
         for result in self.results:
-            own = result.method if result.method in baselines else result.baseline
-            reference, baseline = by_name.get(result.reference), by_name.get(own)
+            reference, baseline = by_name.get(result.reference), by_name.get(baselines[result.method])
             gap = reference.accuracy - baseline.accuracy if reference and baseline else 0.0
             rows.append(
                 Row(
