@@ -228,16 +228,16 @@ def learning_rate(
     """Return the learning rate of a step (counted from 0): a function of the step alone.
 
     Warm-up rises linearly, ending at lr; cosine falls to 0 over the last `config.decay` of training, or as guidance
-    says (:meth:`Guidance.cosine`). `guidance` is the configuration's, bound to this run; without it, it is made.
+    says (:meth:`Guidance.decay`). `guidance` is the configuration's, bound to this run; without it, it is made.
     """
     warmup = round(config.warmup_epochs * steps_per_epoch)
-    if config.schedule == "cosine" and config.decay is not None:
-        decay = range(min(round((1 - config.decay) * num_steps), num_steps - 1), max(num_steps, step + 1))
-        return config.lr * cosine_factor(step, decay, warmup)
     if config.schedule == "cosine":
-        if guidance is None:
-            guidance = build_guidance(config).bind(num_steps=num_steps, steps_per_epoch=steps_per_epoch)
-        return config.lr * guidance.cosine(step, num_steps, warmup)
+        if config.decay is not None:
+            decay = range(min(round((1 - config.decay) * num_steps), num_steps - 1), max(num_steps, step + 1))
+        else:
+            guidance = guidance or build_guidance(config).bind(num_steps=num_steps, steps_per_epoch=steps_per_epoch)
+            decay = guidance.decay(step, num_steps)
+        return config.lr * cosine_factor(step, decay, warmup)
     if step < warmup:
         return config.lr * (step + 1) / warmup
     if config.schedule == "step":

@@ -31,7 +31,6 @@ __all__ = [
 
 FORMAT = "torchlocal checkpoint"
 VERSION = 2  # 1 held an option of every schedule
-_WHOLE = "no micro-batches"
 # What may differ between a checkpoint and the run that resumes it: where things are, and how often they are written.
 FREE_FIELDS = (
     "out", "data_root", "num_workers", "log_every", "checkpoint_every", "num_threads", "device", "channels_last",
@@ -116,7 +115,7 @@ def fixed_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     if fields.get("compile"):
         fields["recompute"] = recompute
     elif whole:
-        fields["memory"] = _WHOLE
+        fields["memory"] = "no micro-batches"
     return fields
 
 

@@ -238,16 +238,15 @@ def method_configs(config: CompareConfig, num_units: Callable[[str], int]) -> di
 
 def _first_alike(configs: Mapping[str, FitConfig], out: Path) -> dict[str, str]:
     """For every method the one that is trained of all that give the same: one begun before, or the first."""
-    alike: dict[str, list[str]] = {}
+    keys: dict[str, str] = {}
     for method, config in configs.items():
         fields = config_to_dict(config)
         rounding = {name: fields[name] for name in ("device", "channels_last", "num_threads")}
-        alike.setdefault(json.dumps(fixed_fields(fields) | rounding, sort_keys=True), []).append(method)
+        keys[method] = json.dumps(fixed_fields(fields) | rounding, sort_keys=True)
     firsts: dict[str, str] = {}
-    for methods in alike.values():
-        first = next((method for method in methods if any((out / method).glob("seed*/config.yaml"))), methods[0])
-        firsts |= dict.fromkeys(methods, first)
-    return {method: firsts[method] for method in configs}
+    for method in sorted(configs, key=lambda method: not any((out / method).glob("seed*/config.yaml"))):
+        firsts.setdefault(keys[method], method)
+    return {method: firsts[key] for method, key in keys.items()}
 
 
 def _matters(key: str, points: Sequence[Mapping[str, Any]], configs: Sequence[FitConfig]) -> bool:
@@ -303,19 +302,18 @@ def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
         _say(progress, f"trained once, since recomputation changes no result: {', '.join(alike)}")
     write_config(out / "compare.yaml", _plain(config), [f"torchlocal compare --config {out / 'compare.yaml'}"])
     costs = _costs(out / "costs.json", configs, data, config, progress) if config.timing_rounds else {}
-    results: dict[str, dict[int, dict[str, Any]]] = {}
+    trained: dict[str, dict[int, dict[str, Any]]] = {}
     diverged: list[str] = []
     for number, ((method, seed), run) in enumerate(runs.items(), start=1):
         finished = (Path(run.out) / "result.json").exists()
         _say(progress, f"run {number} of {len(runs)}: {method}, seed {seed}{' (finished before)' if finished else ''}")
         try:
-            results.setdefault(method, {})[seed] = fit(run, resume=True, progress=progress)
+            trained.setdefault(method, {})[seed] = fit(run, resume=True, progress=progress)
         except Diverged as error:  # a result too, and no reason to lose the other runs
             diverged.append(f"{method}, seed {seed}")
             warnings.warn(f"{method}, seed {seed}: {error}; it is left out of the table", stacklevel=2)
         except ValueError as error:
             raise ValueError(f"{method}, seed {seed}: {error}") from error
-    trained = {method: found for method, found in results.items() if found}
     results = {method: trained[firsts[method]] for method in configs if firsts[method] in trained}
     if not results:
         raise Diverged(f"every run diverged ({'; '.join(diverged)}): lower lr={config.fit.lr:g}, or train in fp32")
@@ -482,8 +480,8 @@ def _validation_curve(path: Path) -> tuple[float, ...]:
 
 
 def _options_text(options: Mapping[str, Any]) -> str:
-    told = ", ".join(f"{name} {value}" for name, value in options.items() if name not in ("method", "baseline"))
-    return re.sub(r"[{}']", "", f"{options['method']}, {told}")
+    told = [f"{name} {value}" for name, value in options.items() if name not in ("method", "baseline")]
+    return re.sub(r"[{}']", "", ", ".join([options["method"], *told]))
 
 
 def _facts(

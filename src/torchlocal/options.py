@@ -351,10 +351,12 @@ def _explain(message: str, options: Mapping[str, Option], flags: Sequence[str]) 
     if match := re.search(r'Parser key "([\w.-]+)"(?: element \d+)?:', message):
         name = match[1]
         values = re.findall(r"(?:Got|Given) value: (.*)", message)
-        expected = re.search(r"Expected an? <class '(\w+)'>", message)
-        told = {kind.__name__: text for kind, text in _KINDS.items()}
-        kind = told.get(expected[1] if expected else "", "another value")
-        kind = _describe_kind(options[name].kind) if name in options else kind
+        if name in options:
+            kind = _describe_kind(options[name].kind)
+        else:
+            expected = re.search(r"Expected an? <class '(\w+)'>", message)
+            told = {kind.__name__: text for kind, text in _KINDS.items()}
+            kind = told.get(expected[1] if expected else "", "another value")
         return f"{with_dashes('--' + name)} expects {kind}" + (f", got {values[-1]!r}" if values else "")
     if match := re.search(r"unrecognized arguments: (\S+)", message):
         flag = match[1].partition("=")[0]
