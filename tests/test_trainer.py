@@ -832,6 +832,41 @@ def test_damaged_best_checkpoint_is_refused_before_training(tmp_path: Path, monk
         fit(small_config(tmp_path), resume=True, progress=False)
 
 
+def test_killed_between_best_and_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The repeated epoch may be worse (another machine, another rounding): its weights are kept all the same."""
+    real_measure, real_save = trainer.measure_split, checkpoint.save_checkpoint
+    accuracies = [0.1, 0.2]
+
+    def measure(*arguments: Any, **options: Any) -> dict[str, Any]:
+        measured = real_measure(*arguments, **options)
+        return measured if options.get("by_depth") else measured | {"accuracy": accuracies.pop(0)}
+
+    def save(path: Path, state: dict[str, Any]) -> None:
+        if path.name == "last.pt" and len(state["rows"]) == 2:
+            raise KeyboardInterrupt
+        real_save(path, state)
+
+    monkeypatch.setattr(trainer, "measure_split", measure)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
+    with pytest.raises(KeyboardInterrupt):
+        fit(small_config(tmp_path), progress=False)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", real_save)
+    accuracies[:] = [0.09] * 10
+    result = fit(small_config(tmp_path), resume=True, progress=False)
+    assert (result["best_epoch"], result["validation_accuracy"]) == (2, 0.09)
+    assert checkpoint.load_checkpoint(tmp_path / "best.pt")["step"] == int(read_metrics(tmp_path)[1]["step"])
+
+
+def test_best_checkpoint_of_another_step_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    after_steps(monkeypatch, 7, stop())
+    with pytest.raises(Interrupted):
+        fit(small_config(tmp_path), progress=False)
+    best = checkpoint.load_checkpoint(tmp_path / "best.pt")
+    checkpoint.save_checkpoint(tmp_path / "best.pt", best | {"step": 1})
+    with pytest.raises(ValueError, match=r"best.pt is of step 1, but the best was epoch 1: put the right one back"):
+        fit(small_config(tmp_path), resume=True, progress=False)
+
+
 def test_resume_without_a_checkpoint_starts(tmp_path: Path) -> None:
     assert fit(small_config(tmp_path, steps=2), resume=True, progress=False)["steps"] == 2
 

@@ -215,8 +215,8 @@ class _Run:
             if position.step % config.log_every == 0:
                 self._log()
             if config.checkpoint_every and position.step % config.checkpoint_every == 0:
-                self._save()
-            self._leave(save=True)
+                self._save(training=True)
+            self._leave(save=True, training=True)
 
     def _count(self, losses: list[Tensor], guided: bool) -> None:
         """Add up the losses on the device: reading them would wait for it."""
@@ -289,7 +289,7 @@ class _Run:
             position.best_epoch, position.best_accuracy = epoch + 1, measured["accuracy"]
             self._check_parameters()
             self._write(checkpoint.save_checkpoint, self.out / "best.pt", self._identity())
-        # After best.pt: killed in between, the resumed run comes here again and writes the same best.pt.
+        # After best.pt: killed in between, the resumed run comes here again and writes best.pt again (`_restore`).
         self._save()
         self._write(checkpoint.write_metrics, self.out / "metrics.csv", list(row), self.rows)
         self.reporter.scalars(position.step, {f"validation/{name}": measured[name] for name in ("loss", "accuracy")})
@@ -299,11 +299,6 @@ class _Run:
         """Evaluate the test split, this once, with the best weights."""
         config, position = self.config, self.position
         best = self.team.at_writer(partial(checkpoint.load_checkpoint, self.out / "best.pt"))
-        if best["step"] != self.rows[position.best_epoch - 1]["step"]:
-            raise ValueError(
-                f"{self.out / 'best.pt'} is of step {best['step']}, but the best was epoch {position.best_epoch}: put "
-                "the right one back, or train again"
-            )
         checkpoint.load_network(self.network, best, self.out / "best.pt")
         measured = measure_split(
             self.net,
@@ -354,11 +349,11 @@ class _Run:
             "net": self.net.state_dict(),
         }
 
-    def _save(self) -> None:
-        """Write last.pt, unless what it would hold is not finite."""
+    def _save(self, *, training: bool = False) -> None:
+        """Write last.pt, unless what it would hold is not finite; `training`: the time until now went into steps."""
         self._check_losses()
         self._check_parameters()
-        self._read_clock(training=True)
+        self._read_clock(training=training)
         state = self._identity() | {
             "optimizer": self._optimizer_state(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
@@ -410,7 +405,14 @@ class _Run:
         self.loss_sums.copy_(own["loss_sums"])
         if self.position.best_epoch:
             # Refuse a damaged one now and not at the end.
-            self.team.at_writer(partial(_can_be_read, self.out / "best.pt"))
+            step = self.team.at_writer(partial(_step_of, self.out / "best.pt"))
+            if step > self.rows[-1]["step"]:  # killed between best.pt and last.pt: the epoch that comes again writes it
+                self.position.best_accuracy = -1.0
+            elif step != self.rows[self.position.best_epoch - 1]["step"]:
+                raise ValueError(
+                    f"{self.out / 'best.pt'} is of step {step}, but the best was epoch {self.position.best_epoch}: put "
+                    "the right one back, or train again"
+                )
         _set_random_states(own["random"], self.execution.device)
 
     def _write(self, write: Callable[..., None], *arguments: Any) -> None:
@@ -491,14 +493,14 @@ class _Run:
             with contextlib.suppress(OSError):
                 os.write(2, told.encode())
 
-    def _leave(self, *, save: bool) -> None:
+    def _leave(self, *, save: bool, training: bool = False) -> None:
         """Leave if a signal asked for it; several ranks after the same step, which the first stage decides."""
         if self.parallel is not None:
             self.stopped_by = signal.Signals(self.parallel.stopping) if self.parallel.stopping else None
         if self.stopped_by is None:
             return
         if save:
-            self._save()
+            self._save(training=training)
         if self.parallel is not None:
             self.parallel.close()
         if not self.team.writes:
@@ -510,8 +512,8 @@ class _Run:
         )
 
 
-def _can_be_read(path: Path) -> None:
-    checkpoint.load_checkpoint(path)
+def _step_of(path: Path) -> int:
+    return int(checkpoint.load_checkpoint(path)["step"])
 
 
 class _Signals:
