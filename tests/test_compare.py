@@ -271,11 +271,12 @@ def test_what_others_are_measured_from_closes_nothing() -> None:
     results = (
         method_result("end-to-end", 0.9),
         method_result("local", 0.5),
-        method_result("few", 0.7, baseline="local"),
+        replace(method_result("few", 0.7, baseline="local"), guided_share=0.0),
         method_result("guided few", 0.8, baseline="few"),
+        method_result("more guided", 0.85, baseline="guided few"),
     )
     rows = Comparison(title="t", results=results).rows()
-    assert [row.gap_closed for row in rows] == pytest.approx([1.0, 0.0, 0.0, 0.5])
+    assert [row.gap_closed for row in rows] == pytest.approx([1.0, 0.0, 0.0, 0.5, 0.5])
 
 
 def test_costs_are_weighted_by_the_guided_share() -> None:
@@ -706,6 +707,18 @@ def test_a_grid_varies_what_matters(tmp_path: Path) -> None:
             "variants: x: guidance.period means nothing to method local",
         ),
         ({"variants": {"x": {"method": "local", "memory": "exact"}}, "methods": ("x",)}, "memory means nothing"),
+        (
+            {"cuts": ["layer1.0"], "grid": {"modules": [2, 3]}},
+            "grid: modules means nothing next to cuts=['layer1.0']: give one of them",
+        ),
+        (
+            {
+                "cuts": ["layer1.0"],
+                "variants": {"x": {"method": "local", "modules": 3}},
+                "methods": ("x",),
+            },
+            "variants: x: modules means nothing next to cuts",
+        ),
         ({"grid": {"image_size": [8, 16]}}, "grid: image_size is common to all methods"),
         ({"variants": {"x": {"lr": 1.0}}}, "must name the method"),
         (

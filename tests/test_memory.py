@@ -362,13 +362,22 @@ def test_plan_recommends_one_that_fits() -> None:
         (lambda net, x, y: net.guided_step(x, y, memory="small"), "memory: must be 'local'"),
         (lambda net, x, y: net.guided_step(x, y, memory=-5), "memory: must be 'local'"),
         (lambda net, x, y: net.guided_step(x, y, memory="local", recompute=2), "recompute: memory='local' chooses"),
+        (lambda net, x, y: net.guided_step(x, y, memory="full", recompute=2), "recompute: memory='full' chooses"),
         (lambda net, x, y: net.local_step(x, y, recompute="all"), "recompute: must be None or 'largest'"),
         (lambda net, x, y: predict(net, step="global"), "step: must be 'local', 'guided' or 'plain'"),
         (lambda net, x, y: predict(net, (4, 3)), "x: must be a batch"),
         (lambda net, x, y: predict(net, target=torch.zeros(3, dtype=torch.int64)), "target: it has 3 rows"),
         (lambda net, x, y: tl.plan(net.backbone, x, budget=0), "budget: must be a whole number of bytes"),
         (lambda net, x, y: tl.plan(net.backbone, x, guided_share=2), "guided_share: must be between 0 and 1"),
-        (lambda net, x, y: tl.plan(net.backbone, x, modules=(0,)), "modules: must be"),
+        (lambda net, x, y: tl.plan(net.backbone, x, guided_share="a"), "guided_share: must be between 0 and 1"),
+        (lambda net, x, y: tl.plan(net.backbone, x, modules=(0,)), "modules: must "),
+        (lambda net, x, y: tl.plan(net.backbone, x, modules=(None,)), "modules: must hold whole numbers of at least 1"),
+        (
+            lambda net, x, y: tl.decouple(
+                make_network(3), "fewest", sample=x, criterion=lambda out, target: out.mean() + target.wanted
+            ),
+            'modules: "fewest" takes a criterion of class indices',
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(call: Any, message: str) -> None:

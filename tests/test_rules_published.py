@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchlocal as tl
+from torchlocal.config import FitConfig, build_rule
 from torchlocal.models import build_model
 from torchlocal.rules import Batch, Rule, Site, make_rule, published_weights
 from torchlocal.rules.auglocal import auxiliary_depth, sampled_units
@@ -283,6 +286,29 @@ def test_published_weights() -> None:
     rule = tl.rules.InfoProRule(published=("cifar10", "resnet110"))
     assert [rule.weights(site((2, 8, 4, 4), index=k, num_modules=8)) for k in (0, 6)] == [(5, 0), (0, 1)]
     assert rule.weights(site((2, 8, 4, 4), num_modules=2)) == (5, 0.5)
+
+
+def test_the_commands_give_the_runs_published_weights() -> None:
+    options: dict[str, Any] = {"data": "svhn", "model": "resnet110"}
+    for config in (
+        FitConfig(rule="infopro", **options),
+        FitConfig(rule="man", rule_options={"base": "infopro", "base_options": {"task": "contrast"}}, **options),
+    ):
+        assert "published for svhn, resnet110" in repr(build_rule(config))
+    given = {"base": "infopro", "base_options": {"published": ["cifar10", "resnet32"]}}
+    assert "published for cifar10, resnet32" in repr(build_rule(FitConfig(rule="man", rule_options=given, **options)))
+
+
+def test_rules_that_differ_have_other_names() -> None:
+    """Modules on several processes compare them to make sure that all have the same rule."""
+    rules = [
+        tl.rules.InfoProRule(task, **{name: value})
+        for task in ("contrast", "softmax")
+        for name, value in (("temperature", 0.1), ("projection", 64), ("decoder_width", 8), ("auxiliary", "mlp_sr"))
+        if task == "contrast" or name not in ("temperature", "projection")
+    ]
+    rules += [tl.rules.InfoProRule(), tl.rules.InfoProRule(mean=[0.5], std=[0.2]), tl.rules.InfoProRule("contrast")]
+    assert len(set(map(repr, rules))) == len(rules)
 
 
 # --- AugLocal ---

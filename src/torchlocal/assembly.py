@@ -233,7 +233,7 @@ def learning_rate(
     warmup = round(config.warmup_epochs * steps_per_epoch)
     if config.schedule == "cosine":
         if config.decay is not None:
-            decay = range(min(round((1 - config.decay) * num_steps), num_steps - 1), max(num_steps, step + 1))
+            decay = range(min(num_steps - round(config.decay * num_steps), num_steps - 1), max(num_steps, step + 1))
         else:
             guidance = guidance or build_guidance(config).bind(num_steps=num_steps, steps_per_epoch=steps_per_epoch)
             decay = guidance.decay(step, num_steps)
@@ -255,7 +255,8 @@ def train_step(
     guided: bool,
     scaler: torch.amp.GradScaler | None = None,
 ) -> list[Tensor]:
-    """Run one optimizer step, on as many batches as are accumulated. Never waits for the device.
+    """Run one optimizer step, on as many batches as are accumulated. Waits for the device with fp16 only, whose
+    GradScaler has to know whether gradients are finite.
 
     Args:
         net: the network, in training mode.

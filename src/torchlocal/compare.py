@@ -179,6 +179,8 @@ def _changed(config: FitConfig, changes: Mapping[str, Any], told: str) -> FitCon
     for key in ("out", "seed", "data", "data_root", "num_train", "num_validation", "image_size"):
         if key in changes:
             raise ValueError(f"{told}: {key} is common to all methods: leave it out")
+    if "modules" in changes and config.cuts is not None and changes.get("cuts", config.cuts) is not None:
+        raise ValueError(f"{told}: modules means nothing next to cuts={config.cuts}: give one of them")
     guidance = {**guidance, **dotted}
     common = values["guidance"]
     if guidance.get("name", common["name"]) != common["name"]:  # the options of one schedule are not another's
@@ -345,7 +347,7 @@ def _several(config: CompareConfig, name: str) -> str:
 
 
 def _modules_text(config: CompareConfig) -> str:
-    if config.fit.cuts is not None and "modules" not in config.grid:
+    if config.fit.cuts is not None:
         return f"cut after {', '.join(config.fit.cuts)}"
     words = {"all": "one local module per unit", "fewest": "as few local modules as take no more memory"}
     modules = _several(config, "modules")
@@ -411,7 +413,11 @@ def _costs(
     path: Path, configs: Mapping[str, FitConfig], data: DataBundle, config: CompareConfig, progress: bool
 ) -> dict[str, StepCosts]:
     """Measure what the steps cost, or read it if it was measured before under the same conditions."""
+    executions = {method: resolve_execution(fit_config) for method, fit_config in configs.items()}
     key = {
+        "executions": {method: repr(execution) for method, execution in executions.items()},
+        "num_threads": torch.get_num_threads(),
+        "machine": platform.machine(),
         "configs": {
             method: {name: value for name, value in config_to_dict(fit_config).items() if name not in ("out", "seed")}
             for method, fit_config in configs.items()
@@ -480,7 +486,7 @@ def _validation_curve(path: Path) -> tuple[float, ...]:
 
 
 def _options_text(options: Mapping[str, Any]) -> str:
-    told = [f"{name} {value}" for name, value in options.items() if name not in ("method", "baseline")]
+    told = [f"{name} {value}" for name, value in options.items() if name != "method"]
     return re.sub(r"[{}']", "", ", ".join([options["method"], *told]))
 
 
@@ -513,6 +519,11 @@ def _facts(
         f"weight decay {fit_config.weight_decay:g}, schedule {fit_config.schedule}",
         **({"Varied": "; ".join(varied)} if varied else {}),
         "Seeds": ", ".join(map(str, config.seeds)),
+        **(
+            {"Compiled": "yes; memory, but for that on CUDA, and FLOPs are of the same steps without torch.compile"}
+            if fit_config.compile
+            else {}
+        ),
         **({"Trained once": ", ".join(alike) + " (recomputation changes no result)"} if alike else {}),
         **({"Diverged": "; ".join(diverged)} if diverged else {}),
         "Device": f"{device}, {first['precision']}",

@@ -277,14 +277,27 @@ def build_rule(config: FitConfig) -> Rule:
     given = config.rule_options
     if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
         raise ValueError(f"rule_options={given!r} must be `name: value` pairs, such as {{'depth': 3}}")
+    try:
+        json.dumps(given)
+    except TypeError as error:
+        raise ValueError(
+            f"rule_options={given!r} must hold numbers, words and lists, which a file can: give the rule itself to "
+            "torchlocal.decouple"
+        ) from error
     options: dict[str, Any] = {}
     takes = inspect.signature(RULES[config.rule]).parameters
     if config.auxiliary is not None:
         if "auxiliary" not in takes:
             raise ValueError(f"auxiliary={config.auxiliary!r} means nothing to rule={config.rule!r}: leave it out")
         options["auxiliary"] = config.auxiliary
+    published = {"published": [config.data, config.model]}
     if "published" in takes:
-        options["published"] = [config.data, config.model]
+        options |= published
+    base = given.get("base")
+    if "base_options" in takes and base in tuple(RULES) and "published" in inspect.signature(RULES[base]).parameters:
+        base_options = given.get("base_options") or {}
+        if isinstance(base_options, dict):
+            given = given | {"base_options": published | base_options}
     try:
         return make_rule(config.rule, options | given)
     except ValueError as error:

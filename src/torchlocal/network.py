@@ -159,10 +159,11 @@ class DecoupledNetwork(nn.Module):
         optimizers: object = None,
     ) -> GuidedPlan:
         """How a guided step of such a batch runs; found once for each shape of batch and options."""
+        if memory is not None and recompute is not None:
+            raise ValueError(f"recompute: memory={memory!r} chooses what is recomputed; leave recompute out")
         if isinstance(memory, GuidedPlan):
             return memory
         if memory is None or memory == "full":
-            recompute = None if memory == "full" else recompute
             key = ("recompute", type(recompute), recompute)
             if key not in self._plans:
                 self._plans[key] = GuidedPlan(tree=in_segments(self.recompute_segments(recompute)))
@@ -170,8 +171,6 @@ class DecoupledNetwork(nn.Module):
             return known
         if isinstance(memory, bool) or not (memory in ("local", "exact") or (isinstance(memory, int) and memory > 0)):
             raise ValueError(f"memory: must be 'local', 'exact', 'full', a number of bytes or None, not {memory!r}")
-        if recompute is not None:
-            raise ValueError(f"recompute: memory={memory!r} chooses what is recomputed; leave recompute out")
         plan: GuidedPlan = self._found(
             find_guided_plan,
             x,
@@ -304,7 +303,15 @@ def decouple(
 
     if modules == "fewest":
         with ThreadPoolExecutor(1) as executor:  # a thread of its own has none of the caller's modes, such as no_grad
-            modules = executor.submit(_fewest, assemble, len(units), anchor.device).result()
+            try:
+                modules = executor.submit(_fewest, assemble, len(units), anchor.device).result()
+            except ValueError as error:
+                if not str(error).startswith("target:"):
+                    raise
+                raise ValueError(
+                    'modules: "fewest" takes a criterion of class indices (N,) or of a tensor like the output; give a '
+                    "number of modules with this one"
+                ) from error
     return assemble(modules if isinstance(modules, int) else len(units))
 
 

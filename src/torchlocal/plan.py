@@ -141,8 +141,11 @@ def plan(
     """
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
         raise ValueError(f"budget: must be a whole number of bytes of at least 1, or None, not {budget!r}")
-    if not 0 <= guided_share <= 1:
+    if not isinstance(guided_share, int | float) or not 0 <= guided_share <= 1:
         raise ValueError(f"guided_share: must be between 0 and 1, not {guided_share!r}")
+    for k in modules:
+        if k != "all" and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
+            raise ValueError(f'modules: must hold whole numbers of at least 1, or "all", not {k!r}')
     whole = decouple(model, 1, sample=sample, **options)
     num_units, shape = len(whole.partition.units), whole.input_shape
     wanted = dict.fromkeys(num_units if k == "all" else k for k in modules if k != 1)
@@ -273,7 +276,9 @@ def _recommend(rows: Sequence[PlanRow], budget: int | None, batch_size: int) -> 
             "end-to-end": "ordinary training fits, and nothing has to be recomputed or cut",
             "checkpointing": "gradient checkpointing fits, and gives the results of ordinary training",
             "checkpointing, searched": "with every step guided and memory='exact', ordinary training fits, bit for bit",
-        }.get(chosen.method, "of what fits it costs least")
+            "pgl": "of what fits and keeps a share of the steps guided it costs least",
+            "local": "of what fits it costs least",
+        }[chosen.method]
         text = (
             f"Use {_name(chosen)}: {reason} ({_size(chosen.total_bytes)} of {_size(budget)}, "
             f"{chosen.flops_ratio:.2f} × the FLOPs of end-to-end training)."

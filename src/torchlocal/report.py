@@ -123,9 +123,9 @@ class Comparison:
     device: str = "cpu"
 
     def baselines(self) -> dict[str, str]:
-        """For every method what it is measured from: itself, if others are measured from it."""
+        """For every method what it is measured from: itself, if others are and it guides nothing."""
         starts = {result.baseline for result in self.results}
-        return {r.method: r.method if r.method in starts else r.baseline for r in self.results}
+        return {r.method: r.method if r.method in starts and r.guided_share == 0 else r.baseline for r in self.results}
 
     def rows(self) -> list[Row]:
         """The lines of the table, with the ratios to end-to-end and the share of the gap closed."""
@@ -168,7 +168,8 @@ class Comparison:
             spread + "; the weights are those of the epoch with the best validation accuracy, and the test set is "
             "evaluated once, at the end.",
             "Gap closed is the share of the accuracy that local training loses against end-to-end training and the "
-            "method wins back: 0 % is local, 100 % is end-to-end; “-” where no such gap was measured.",
+            "method wins back: 0 % is local, or the baseline that the method names, 100 % is end-to-end; “-” where no "
+            "such gap was measured.",
             "K is the number of local modules, guided the share of steps that train on the global loss through the "
             "whole network; × is relative to end-to-end.",
         ]

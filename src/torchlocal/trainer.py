@@ -357,7 +357,6 @@ class _Run:
         state = self._identity() | {
             "optimizer": self._optimizer_state(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
-            "guidance": self.guidance.state_dict(),
             "random": None,
             "position": dataclasses.asdict(self.position),
             "loss_sums": None,

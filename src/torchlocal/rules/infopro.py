@@ -289,11 +289,17 @@ class InfoProRule(Rule):
         self._task, self._temperature, self._projection = task, float(temperature), projection
         self._weights, self._width, self._mean, self._std = weights, decoder_width, mean, std
         self._published = published[0], published[1]
-        self._network = GreedyRule(auxiliary)
+        self._auxiliary, self._network = auxiliary, GreedyRule(auxiliary)
 
     def __repr__(self) -> str:
         weights = f"published for {', '.join(self._published)}" if self._weights is None else repr(self._weights)
-        return f"InfoProRule(task={self._task!r}, weights={weights})"
+        more = "" if self._mean is None else f", mean={self._mean}, std={self._std}"
+        if self._task == "contrast":
+            more += f", temperature={self._temperature:g}, projection={self._projection}"
+        return (
+            f"InfoProRule(task={self._task!r}, weights={weights}, decoder_width={self._width}, "
+            f"auxiliary={self._auxiliary!r}{more})"
+        )
 
     def weights(self, site: Site) -> tuple[float, float]:
         """Weights of reconstruction and task at ``site``."""

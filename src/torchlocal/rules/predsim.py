@@ -144,7 +144,7 @@ class PredSimRule(Rule):
         self._bits = bits if backpropagation_free else None
 
     def __repr__(self) -> str:
-        free = "" if self._bits is None else ", backpropagation_free=True"
+        free = "" if self._bits is None else f", backpropagation_free=True, bits={self._bits}"
         return f"PredSimRule(loss={self._loss!r}, beta={self._beta:g}, features={self._features}{free})"
 
     def auxiliary(self, site: Site) -> nn.Module:
