@@ -99,7 +99,7 @@ class FitConfig:
         guidance: which steps are guided.
         memory: what a guided step may take: "local": no more than a local step (recomputes, and cuts the batch into
             micro-batches where it takes that); "exact": the least without micro-batches; "full": whatever it takes; or
-            a size such as "8GiB". None: "local", but "full" if every step is guided.
+            a size such as "8GiB". None: "local", but "full" with guidance "always".
         recompute: instead of memory: guided steps keep only the inputs of segments: "modules", or a number of segments.
         data: name of the data set.
         data_root: folder of the data set's files.
