@@ -176,6 +176,16 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
         assert (many["flops_ratio"] > few["flops_ratio"], many["total_bytes"] > few["total_bytes"]) == (larger, larger)
 
 
+def test_plan_by_default_and_with_a_figure(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    argv = ["plan", "--model=small", "--input=1x8x8", "--batch-size=16"]
+    assert main([*argv, "--budget=1GiB"]) == 0
+    assert "Use end-to-end" in capsys.readouterr().out
+    assert main([*argv, "--modules", "fewest", "400", f"--figure={tmp_path / 'plan.png'}"]) == 0
+    out, err = capsys.readouterr()
+    assert "pgl" in out and err == "left out, since small has fewer units: 400\n"
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pt2"])
 def test_export(suffix: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, expected = tmp_path / f"model{suffix}", backbone(run)
@@ -327,6 +337,12 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("fit TINY --timeout soon", "--timeout expects a number, got 'soon'"),
         ("compare TINY --seeds one", "--seeds expects a whole number, got 'one'"),
         ("compare TINY --guidance.name never", "leaves method pgl nothing to do"),
+        ("compare TINY --resume", "--resume: a comparison always goes on where it was; leave it out"),
+        ("compare TINY --seeds 0,1", "got '0,1'; several are separated by spaces"),
+        ("compare TINY --grid modules=2", "--grid expects options as {name: value}"),
+        ("fit TINY --ranks 9", "processes cannot share 3 local modules"),
+        ("plan --figure TMP/none/x.png", "there is no folder"),
+        ("plan --figure TMP/x.abc", "must end in .png, .pdf or .svg"),
         ("compare TINY --seed 3", "unknown option --seed (did you mean --seeds?)"),
         ("fit --config demos", "recipe demos is neither a file nor shipped (did you mean demo?)"),
         ("recipes demos", "recipe demos is neither a file nor shipped (did you mean demo?)"),
@@ -378,6 +394,14 @@ def test_unknown_key_of_compare(tmp_path: Path, capsys: pytest.CaptureFixture[st
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("compare: {method: [pgl]}\n")
     assert "unknown option method (did you mean methods?)" in refused(["compare", f"--config={recipe}"], capsys)
+    recipe.write_text("compare: {seed: 3}\n")
+    assert "unknown option seed (did you mean seeds?)" in refused(["compare", f"--config={recipe}"], capsys)
+
+
+def test_evaluate_of_a_comparison_names_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pgl" / "seed0").mkdir(parents=True)
+    (tmp_path / "pgl" / "seed0" / "best.pt").touch()
+    assert f"such as {tmp_path / 'pgl' / 'seed0'}" in refused(["evaluate", str(tmp_path)], capsys)
 
 
 def test_binary_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

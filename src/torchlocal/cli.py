@@ -62,7 +62,7 @@ _TOPICS: dict[str, tuple[str, ...]] = {
     "data": ("data", "data_root", "num_train", "num_validation", "augment", "image_size", "num_workers"),
     "training": (
         "epochs", "steps", "batch_size", "accumulate", "optimizer", "lr", "momentum", "weight_decay", "schedule",
-        "warmup_epochs", "milestones", "gamma", "clip", "seed",
+        "decay", "warmup_epochs", "milestones", "gamma", "clip", "seed",
     ),
     "machine": ("device", "precision", "replicas", "channels_last", "compile", "num_threads"),
     "run folder": ("out", "log_every", "checkpoint_every", "tensorboard"),
@@ -154,6 +154,13 @@ def _fit(argv: Sequence[str]) -> int:
             raise ValueError(
                 f"--ranks {values['ranks']} must be a multiple of --replicas {config.replicas}, at least 1"
             )
+        stages = values["ranks"] // config.replicas
+        most = len(config.cuts) + 1 if config.cuts else config.modules
+        if isinstance(most, int) and stages > most:
+            raise ValueError(
+                f"--ranks {values['ranks']}: {stages} processes cannot share {most} local modules, of which each needs "
+                "at least one; start fewer, or cut the network into more"
+            )
         if values["ranks"] > 1:
             from torchlocal.parallel.launch import launch
 
@@ -162,6 +169,10 @@ def _fit(argv: Sequence[str]) -> int:
 
     from torchlocal.parallel.team import Team, process_group, restarted
     from torchlocal.trainer import fit
+
+    out = Path(config.out).expanduser()
+    if values["resume"] and not values["quiet"] and not any((out / n).exists() for n in ("last.pt", "result.json")):
+        print(f"nothing to resume in {out}: starting", file=sys.stderr)
 
     with (
         _continue_with(_resume_command(config)),
@@ -192,6 +203,8 @@ def _compare(argv: Sequence[str]) -> int:
     from torchlocal.config import FitConfig
     from torchlocal.report import terminal_table
 
+    if "--resume" in argv:
+        raise ValueError("--resume: a comparison always goes on where it was; leave it out")
     own = {name: option for name, option in config_options(CompareConfig).items() if not name.startswith("fit.")}
     run = {name: option for name, option in config_options(FitConfig).items() if name not in ("out", "seed")}
     parser = make_parser("compare", "[--config RECIPE] [options]", _COMMANDS["compare"])
@@ -323,6 +336,8 @@ def _plan(argv: Sequence[str]) -> int:
     from torchlocal.plan import parse_size, plan
     from torchlocal.tables import plan_table
 
+    if values.figure is not None:
+        _check_figure(Path(values.figure).expanduser())
     channels, height, width = map(int, parts)
     budget = None if values.budget is None else parse_size(values.budget)
     model = build_model(values.model, num_classes=values.num_classes, in_channels=channels, image_size=(height, width))
@@ -335,14 +350,25 @@ def _plan(argv: Sequence[str]) -> int:
         autocast=torch.bfloat16 if values.precision == "bf16" else None,
         rule=build_rule(config),
     )
-    if values.figure is not None:
-        result.figure().savefig(values.figure, dpi=150)
+    absent = set(map(int, set(numbers) - set(words))) - {row.modules for row in result.rows}
+    if values.modules and absent:
+        print(f"left out, since {values.model} has fewer units: {', '.join(map(str, sorted(absent)))}", file=sys.stderr)
     if values.json:
         print(result.to_json())
-        return 0
-    _console().print(plan_table(result, title=values.model))
-    print(result.recommendation)
+    else:
+        _console().print(plan_table(result, title=values.model))
+        print(result.recommendation)
+    if values.figure is not None:
+        result.figure().savefig(Path(values.figure).expanduser(), dpi=150)
     return 0
+
+
+def _check_figure(path: Path) -> None:
+    """Refuse a figure that cannot be written: now, not after the work."""
+    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--figure {path} must end in .png, .pdf or .svg")
+    if not path.parent.is_dir():
+        raise ValueError(f"--figure {path}: there is no folder {path.parent}; make it first")
 
 
 def _export(argv: Sequence[str]) -> int:

@@ -154,7 +154,10 @@ def _load_folder(
     pairs: bool,
 ) -> DataBundle:
     if root is None:
-        raise ValueError(f"data={name!r} needs a root: give the folder that holds train/ and val/ (or test/)")
+        raise ValueError(
+            f"data={name!r} needs a root (data_root in recipes, --data-root): give the folder that holds train/ and "
+            "val/ (or test/)"
+        )
     image_size = 224 if image_size is None else image_size
     height, width = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if height < 1 or width < 1:

@@ -45,7 +45,9 @@ def evaluate(
     if path.is_dir():
         found = [path / name for name in ("best.pt", "last.pt") if (path / name).exists()]
         if not found:
-            raise FileNotFoundError(f"{path} holds no checkpoint (best.pt, last.pt): give the folder of a run")
+            runs = sorted(path.glob("*/seed*/best.pt"))
+            such = f", such as {runs[0].parent}" if runs else ""
+            raise FileNotFoundError(f"{path} holds no checkpoint (best.pt, last.pt): give the folder of a run{such}")
         path = found[0]
     config, execution, data, net = load_run(path, device=device, data_root=data_root)
     images = getattr(data, split)

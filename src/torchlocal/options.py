@@ -112,7 +112,7 @@ def recipe_options(
     if section == "compare":
         options |= _flatten(own, name)
     for key in options:
-        if key not in known and key not in ignored:
+        if key not in known and (key not in ignored or (section == "compare" and key in own)):
             raise ValueError(f"recipe {name}: unknown option {key}{suggestion(key, list(known))}")
     # A list of one may be written without brackets.
     return {
@@ -222,7 +222,7 @@ def _item_kind(kind: Any) -> Any | None:
 def _describe_kind(kind: Any) -> str:
     if item := _item_kind(kind):
         return _KINDS[item] if item is not str else "names"
-    return " or ".join(_KINDS.get(member, "a section of options") for member in _members(kind))
+    return " or ".join(_KINDS.get(member, "options as {name: value}") for member in _members(kind))
 
 
 def _metavar(kind: Any) -> str:
@@ -357,7 +357,9 @@ def _explain(message: str, options: Mapping[str, Option], flags: Sequence[str]) 
             expected = re.search(r"Expected an? <class '(\w+)'>", message)
             told = {kind.__name__: text for kind, text in _KINDS.items()}
             kind = told.get(expected[1] if expected else "", "another value")
-        return f"{with_dashes('--' + name)} expects {kind}" + (f", got {values[-1]!r}" if values else "")
+        several = name in options and _item_kind(options[name].kind) and values and "," in values[-1]
+        hint = "; several are separated by spaces" if several else ""
+        return f"{with_dashes('--' + name)} expects {kind}" + (f", got {values[-1]!r}" if values else "") + hint
     if match := re.search(r"unrecognized arguments: (\S+)", message):
         flag = match[1].partition("=")[0]
         if flag.startswith("-"):

@@ -130,7 +130,7 @@ class Units:
             if name not in ends:
                 close = difflib.get_close_matches(name, ends, n=1)
                 hint = (
-                    f"did you mean {close[0]!r}?" if close else f"the model has cut points after: {', '.join(possible)}"
+                    f"did you mean {close[0]!r}" if close else f"the model has cut points after: {', '.join(possible)}"
                 )
                 raise ValueError(f"cuts: the model runs no submodule named {name!r}; {hint}")
             end = ends[name]

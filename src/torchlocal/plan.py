@@ -144,8 +144,8 @@ def plan(
     if not isinstance(guided_share, int | float) or not 0 <= guided_share <= 1:
         raise ValueError(f"guided_share: must be between 0 and 1, not {guided_share!r}")
     for k in modules:
-        if k != "all" and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
-            raise ValueError(f'modules: must hold whole numbers of at least 1, or "all", not {k!r}')
+        if k not in ("all", "fewest") and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
+            raise ValueError(f'modules: must hold whole numbers of at least 1, "all" or "fewest", not {k!r}')
     whole = decouple(model, 1, sample=sample, **options)
     num_units, shape = len(whole.partition.units), whole.input_shape
     wanted = dict.fromkeys(num_units if k == "all" else k for k in modules if k != 1)
