@@ -303,6 +303,20 @@ def test_pair_labels_are_sums() -> None:
     assert torch.equal(all_batches(data.test, 60, train=False)[1], data.test.labels)
 
 
+def test_other_partners() -> None:
+    test = load_data("pairs:digits").test
+    own, same, other = (
+        halves(all_batches(split, 60, train=False)[0]) for split in (test, test.with_partners(0), test.with_partners(1))
+    )
+    assert own == same and [a for a, _ in own] == [a for a, _ in other]
+    assert sorted(b for _, b in own) == sorted(b for _, b in other)
+    assert sum(a == b for a, b in zip(own, other, strict=True)) < 0.05 * len(own)
+    with pytest.raises(ValueError, match="this split has no pairs"):
+        load_data("digits").test.with_partners(1)
+    with pytest.raises(ValueError, match="index=-1 must be at least 0"):
+        test.with_partners(-1)
+
+
 def test_partners_are_redrawn_in_training_and_fixed_elsewhere() -> None:
     data = load_data("pairs:digits", num_train=300, num_validation=100)
     epochs = [dict(halves(all_batches(data.train, 100, train=True, epoch=e)[0])) for e in (0, 1)]

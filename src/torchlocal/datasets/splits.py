@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 from collections.abc import Iterable, Iterator
@@ -220,6 +221,20 @@ class Split:
         if self._fixed_partners is None:
             return self._labels
         return (self._labels + self._labels[self._fixed_partners]) % self.num_classes
+
+    def with_partners(self, index: int) -> Split:
+        """The same split, whose pairs (outside training) are the `index`-th drawing of partners; 0 are its own.
+
+        Raises:
+            ValueError: it is not a split of pairs, or `index` is below 0.
+        """
+        if self._fixed_partners is None:
+            raise ValueError("this split has no pairs: load the data set as pairs:NAME")
+        if not 0 <= index < 2**32:
+            raise ValueError(f"index={index} must be at least 0 and below 2**32")
+        other = copy.copy(self)
+        other._fixed_partners = _permutation(len(self), make_generator(_FIXED_PARTNERS, index=index))
+        return other
 
     def num_batches(self, batch_size: int, train: bool) -> int:
         """Returns the number of batches of one pass.
