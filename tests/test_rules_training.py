@@ -18,6 +18,7 @@ from torchvision.models import ConvNeXt, SwinTransformer, VisionTransformer
 from torchvision.models.convnext import CNBlockConfig
 
 import torchlocal as tl
+from torchlocal.compare import CompareConfig
 from torchlocal.config import FitConfig, build_rule, config_from_dict, config_to_dict
 from torchlocal.models import LocalVGG, build_model, mlp
 from torchlocal.options import config_options, recipe_names, recipe_options
@@ -288,22 +289,9 @@ def test_every_rule_in_every_regime(recipe: str, name: str) -> None:
 
 
 def test_the_comparison_of_all_rules_names_them_all() -> None:
-    values = recipe_options(
-        "fashion-mnist-rules", section="compare", known={"grid": _option()}, ignored=list(_fields())
-    )  # fmt: skip
+    known = config_options(FitConfig) | config_options(CompareConfig)
+    values = recipe_options("fashion-mnist-rules", section="compare", known=known, ignored=[])
     assert values["grid"] == {"rule": list(RULES)}
-
-
-def _option() -> Any:
-    from torchlocal.compare import CompareConfig
-
-    return config_options(CompareConfig)["grid"]
-
-
-def _fields() -> list[str]:
-    from torchlocal.compare import CompareConfig
-
-    return [*config_options(FitConfig), *(name for name in config_options(CompareConfig) if name != "grid")]
 
 
 # --- rules of one's own, dense prediction ---
