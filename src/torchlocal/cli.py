@@ -154,16 +154,13 @@ def _fit(argv: Sequence[str]) -> int:
             raise ValueError(
                 f"--ranks {values['ranks']} must be a multiple of --replicas {config.replicas}, at least 1"
             )
-        stages = values["ranks"] // config.replicas
-        most = len(config.cuts) + 1 if config.cuts else config.modules
-        if isinstance(most, int) and stages > most:
-            raise ValueError(
-                f"--ranks {values['ranks']}: {stages} processes cannot share {most} local modules, of which each needs "
-                "at least one; start fewer, or cut the network into more"
-            )
         if values["ranks"] > 1:
             from torchlocal.parallel.launch import launch
+            from torchlocal.parallel.setup import assign
 
+            num_modules = len(config.cuts) + 1 if config.cuts else config.modules
+            if isinstance(num_modules, int):  # too many ranks are refused here, and not by each of them
+                assign([1.0] * num_modules, values["ranks"] // config.replicas)
             with _continue_with(_resume_command(config), ChildProcessError):
                 return launch(["fit", *argv], values["ranks"], num_threads=config.num_threads)
 

@@ -413,9 +413,8 @@ def _costs(
     path: Path, configs: Mapping[str, FitConfig], data: DataBundle, config: CompareConfig, progress: bool
 ) -> dict[str, StepCosts]:
     """Measure what the steps cost, or read it if it was measured before under the same conditions."""
-    executions = {method: resolve_execution(fit_config) for method, fit_config in configs.items()}
     key = {
-        "executions": {method: repr(execution) for method, execution in executions.items()},
+        "executions": {method: repr(resolve_execution(fit_config)) for method, fit_config in configs.items()},
         "num_threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "configs": {
