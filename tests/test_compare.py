@@ -26,6 +26,7 @@ from torchlocal.config import FitConfig, GuidanceConfig, config_from_dict
 from torchlocal.costs import StepCosts
 from torchlocal.figures import draw_figures
 from torchlocal.report import Comparison, MethodResult, Row, format_bytes, format_count, markdown_table, write_report
+from torchlocal.sharing import find_branches
 from torchlocal.trainer import Interrupted, train_step
 
 SEEDS = (0, 1)
@@ -475,6 +476,91 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert without_times(read_results(tmp_path / "a")) == without_times(read_results(whole))
     rows = [{k: v for k, v in row.items() if k not in TIMED} for row in read_rows(tmp_path / "a")]
     assert rows == [{k: v for k, v in row.items() if k not in TIMED} for row in read_rows(whole)]
+
+
+def late_config(out: Path, **changes: Any) -> CompareConfig:
+    """Local learning, and rows that guide the last third and the last 3 of 24 steps."""
+    options = {"methods": ("local", "pgl", "late"), "seeds": (0,), "timing_rounds": 0, **changes}
+    variants = {"late": {"method": "pgl", "guidance": {"share": 0.125}}}
+    guidance = GuidanceConfig(name="phased", share=1 / 3)
+    return small_config(out, variants=variants, guidance=guidance, memory="exact", decay=0.125, **options)
+
+
+def same_run(a: Path, b: Path) -> None:
+    """Two run folders hold the same, bit for bit, but for times and places."""
+    assert without_times(json.loads((a / "result.json").read_text())) == without_times(
+        json.loads((b / "result.json").read_text())
+    )
+    for name in ("last.pt", "best.pt"):
+        states = [torch.load(folder / name, weights_only=True) for folder in (a, b)]
+        assert states[0]["config"] | {"out": ""} == states[1]["config"] | {"out": ""}
+        assert states[0]["net"].keys() == states[1]["net"].keys()
+        assert all(torch.equal(tensor, states[1]["net"][key]) for key, tensor in states[0]["net"].items())
+    tables = [list(csv.DictReader((folder / "metrics.csv").open(newline=""))) for folder in (a, b)]
+    assert len(tables[0]) == len(tables[1]) == 3
+    for rows in zip(*tables, strict=True):
+        assert without_times(rows[0]) == without_times(rows[1])
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_first_steps_in_common_are_trained_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stopped: bool
+) -> None:
+    config = late_config(tmp_path / "whole", tensorboard=True)
+    num_steps = 0
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal num_steps
+        num_steps += 1
+        return train_step(*arguments, **options)
+
+    if stopped:  # in the epoch after which `pgl` goes on from `local`, and after the first step of `pgl`
+        for steps in (13, 24 - 13 + 1):
+            with monkeypatch.context() as patch:
+                stop_after(patch, steps, lambda: os.kill(os.getpid(), signal.SIGINT))
+                with pytest.raises(Interrupted):
+                    compare(config)
+            num_steps += steps
+    monkeypatch.setattr(trainer, "train_step", counted)
+    comparison = compare(config)
+    assert num_steps == 24 + (24 - 16) + (24 - 21)  # late goes on from local in the middle of an epoch
+    assert dict(comparison.facts)["First steps in common"] == "pgl and local (16 steps), late and local (21 steps)"
+    assert "first steps in common, trained once: pgl and local (16 steps)" in capsys.readouterr().err
+    shares = {result.method: result.guided_share for result in comparison.results}
+    assert shares == {"local": 0.0, "pgl": pytest.approx(8 / 24), "late": pytest.approx(3 / 24)}
+    for method in ("local", "pgl", "late"):
+        alone = tmp_path / "alone" / method
+        assert list((tmp_path / "whole" / method / "seed0" / "tensorboard").iterdir())
+        compare(late_config(alone, methods=(method,), tensorboard=True), progress=False)
+        same_run(tmp_path / "whole" / method / "seed0", alone / method / "seed0")
+    assert num_steps == 35 + 3 * 24
+
+
+def test_only_the_same_local_steps_are_in_common(tmp_path: Path) -> None:
+    fit = late_config(tmp_path).fit
+    never = replace(fit, memory=None, guidance=GuidanceConfig(name="never"))
+
+    def branches(*configs: FitConfig) -> dict[str, tuple[str, int]]:
+        return find_branches({str(number): config for number, config in enumerate(configs)}, 256)
+
+    assert branches(never, fit) == {"1": ("0", 16)}
+    assert branches(fit, never) == {"1": ("0", 16)}
+    assert branches(never, fit, replace(fit, guidance=replace(fit.guidance, auxiliary="frozen"))) == {
+        "1": ("0", 16),
+        "2": ("0", 16),
+    }
+    # The one with the most steps in common, which need not be the first.
+    half = replace(fit, guidance=replace(fit.guidance, share=0.5))
+    assert branches(half, fit, replace(fit, guidance=replace(fit.guidance, share=0.25))) == {
+        "1": ("0", 12),
+        "2": ("1", 16),
+    }
+    for changes in ({"lr": 0.1}, {"seed": 1}, {"rule": "greedy"}, {"modules": 2}, {"decay": 1.0}, {"num_threads": 2}):
+        assert not branches(never, replace(fit, **changes)), changes
+    assert branches(never, replace(fit, decay=0.5)) == {"1": ("0", 12 + 1)}  # the fall begins at 1
+    for guidance in (GuidanceConfig(period=3), GuidanceConfig(name="always"), replace(fit.guidance, share=0.9)):
+        assert not branches(never, replace(fit, guidance=guidance)), guidance
+    assert not branches(never, never)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ import yaml
 
 from torchlocal import __version__ as torchlocal_version
 from torchlocal.assembly import build_network, build_optimizer, count_steps, load_run_data, resolve_execution
-from torchlocal.checkpoint import check_same_config, fixed_fields, write_config, write_file, write_json
+from torchlocal.checkpoint import check_same_config, write_config, write_file, write_json
 from torchlocal.config import (
     FitConfig,
     GuidanceConfig,
@@ -38,6 +38,7 @@ from torchlocal.data import DataBundle
 from torchlocal.models import build_model
 from torchlocal.network import decouple
 from torchlocal.report import Comparison, MethodResult, write_report
+from torchlocal.sharing import Branch, find_branches, first_alike
 from torchlocal.trainer import Diverged, fit
 
 __all__ = ["METHODS", "CompareConfig", "Subject", "compare", "method_configs"]
@@ -238,19 +239,6 @@ def method_configs(config: CompareConfig, num_units: Callable[[str], int]) -> di
     return subjects
 
 
-def _first_alike(configs: Mapping[str, FitConfig], out: Path) -> dict[str, str]:
-    """For every method the one that is trained of all that give the same: one begun before, or the first."""
-    keys: dict[str, str] = {}
-    for method, config in configs.items():
-        fields = config_to_dict(config)
-        rounding = {name: fields[name] for name in ("device", "channels_last", "num_threads")}
-        keys[method] = json.dumps(fixed_fields(fields) | rounding, sort_keys=True)
-    firsts: dict[str, str] = {}
-    for method in sorted(configs, key=lambda method: not any((out / method).glob("seed*/config.yaml"))):
-        firsts.setdefault(keys[method], method)
-    return {method: firsts[key] for method, key in keys.items()}
-
-
 def _matters(key: str, points: Sequence[Mapping[str, Any]], configs: Sequence[FitConfig]) -> bool:
     """Whether two points that differ in this option alone have different configurations."""
     first: dict[str, FitConfig] = {}
@@ -269,8 +257,10 @@ def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
     """Train one network by several methods and seeds and write a report of how they compare.
 
     Finished runs are not repeated and an interrupted one is resumed, so calling it again completes it. Runs follow each
-    other; all methods with one seed come before the next seed. Of methods that differ only in what they recompute, such
-    as end-to-end and checkpointing, the first is trained: they give the same bit for bit.
+    other; all methods with one seed come before the next seed. What methods have in common is trained once: of those
+    that differ only in what they recompute, such as end-to-end and checkpointing, the first; and the local steps with
+    which methods begin that differ only in their guidance, such as local and PGL with the guided steps at the end. The
+    results are those of each run by itself, bit for bit.
 
     Args:
         config: What to compare.
@@ -286,7 +276,7 @@ def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
     data = load_run_data(config.fit)
     subjects = method_configs(config, cache(partial(_count_units, data)))
     configs = {method: subject.config for method, subject in subjects.items()}
-    firsts = _first_alike(configs, out)
+    firsts = first_alike(configs, out)
     runs = {
         (method, seed): replace(configs[method], out=str(out / method / f"seed{seed}"), seed=seed)
         for seed in config.seeds
@@ -302,6 +292,12 @@ def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
     alike = [f"{method} as {first}" for method, first in firsts.items() if first != method]
     if alike:
         _say(progress, f"trained once, since recomputation changes no result: {', '.join(alike)}")
+    trunks = find_branches(
+        {method: runs[method, config.seeds[0]] for method in configs if firsts[method] == method}, len(data.train)
+    )
+    begun = [f"{method} and {trunk} ({step:,} steps)" for method, (trunk, step) in trunks.items()]
+    if begun:
+        _say(progress, f"first steps in common, trained once: {', '.join(begun)}")
     write_config(out / "compare.yaml", _plain(config), [f"torchlocal compare --config {out / 'compare.yaml'}"])
     costs = _costs(out / "costs.json", configs, data, config, progress) if config.timing_rounds else {}
     trained: dict[str, dict[int, dict[str, Any]]] = {}
@@ -310,7 +306,12 @@ def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
         finished = (Path(run.out) / "result.json").exists()
         _say(progress, f"run {number} of {len(runs)}: {method}, seed {seed}{' (finished before)' if finished else ''}")
         try:
-            trained.setdefault(method, {})[seed] = fit(run, resume=True, progress=progress)
+            branches = [
+                Branch(step=step, config=runs[other, seed])
+                for other, (trunk, step) in trunks.items()
+                if trunk == method and not (Path(runs[other, seed].out) / "result.json").exists()
+            ]
+            trained.setdefault(method, {})[seed] = fit(run, resume=True, progress=progress, branches=branches)
         except Diverged as error:  # a result too, and no reason to lose the other runs
             diverged.append(f"{method}, seed {seed}")
             warnings.warn(f"{method}, seed {seed}: {error}; it is left out of the table", stacklevel=2)
@@ -325,7 +326,7 @@ def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
             _method_result(method, subjects[method], found, out / firsts[method], costs.get(method))
             for method, found in results.items()
         ),
-        facts=tuple(_facts(config, data, trained, diverged, alike).items()),
+        facts=tuple(_facts(config, data, trained, diverged, alike, begun).items()),
         configuration=yaml.safe_dump(_plain(config, public=True), sort_keys=False),
         command="torchlocal compare --config compare.yaml --out NEW_FOLDER",
         rounds=config.timing_rounds,
@@ -495,6 +496,7 @@ def _facts(
     results: Mapping[str, Mapping[int, Mapping[str, Any]]],
     diverged: Sequence[str],
     alike: Sequence[str],
+    begun: Sequence[str],
 ) -> dict[str, str]:
     fit_config, first = config.fit, next(iter(next(iter(results.values())).values()))
     shape = " x ".join(map(str, data.shape))
@@ -502,6 +504,7 @@ def _facts(
         f"{first['epochs']} epochs, {first['steps']} steps of {fit_config.batch_size * fit_config.accumulate} images"
     )
     seconds = sum(result["seconds"] for found in results.values() for result in found.values())
+    shared = ", first steps in common counted for each" if begun else ""
     rule = _several(config, "rule") if "rule" in config.grid else repr(build_rule(fit_config))
     varied = [f"{name}: {', '.join(map(str, values))}" for name, values in config.grid.items()]
     varied += [f"{name} ({_options_text(config.variants[name])})" for name in config.methods if name in config.variants]
@@ -524,8 +527,9 @@ def _facts(
             else {}
         ),
         **({"Trained once": ", ".join(alike) + " (recomputation changes no result)"} if alike else {}),
+        **({"First steps in common": ", ".join(begun)} if begun else {}),
         **({"Diverged": "; ".join(diverged)} if diverged else {}),
         "Device": f"{device}, {first['precision']}",
         "Versions": _versions(),
-        "Time of all runs": f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.0f} seconds",
+        "Time of all runs": (f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.0f} seconds") + shared,
     }

@@ -1,5 +1,6 @@
 """What a run tells while it trains: a progress bar or plain lines, and TensorBoard events."""
 
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -59,6 +60,7 @@ class Reporter:
             )
             self._task = self._bar.add_task("", total=num_steps, completed=step, told="")
         self._writer: Any = None
+        self._events = events
         if events is not None:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not always wanted
 
@@ -99,6 +101,12 @@ class Reporter:
             for name, value in values.items():
                 if value == value:
                     self._writer.add_scalar(name, value, step)
+
+    def copy_events(self, folder: Path) -> None:
+        """Copy what was written to TensorBoard until now."""
+        if self._events is not None:
+            self._writer.flush()
+            shutil.copytree(self._events, folder, dirs_exist_ok=True)
 
     def epoch(self, num_epochs: int, row: dict[str, float], losses: Sequence[float]) -> None:
         """Tell one epoch: into the scroll-back above a bar, as a plain line otherwise."""

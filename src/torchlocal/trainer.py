@@ -39,6 +39,7 @@ from torchlocal.network import DecoupledNetwork
 from torchlocal.parallel.network import ParallelNetwork
 from torchlocal.parallel.team import Elsewhere, Team
 from torchlocal.progress import Reporter
+from torchlocal.sharing import Branch
 
 __all__ = [
     "Diverged",
@@ -70,7 +71,14 @@ class Diverged(ValueError):
     """A loss or a parameter became NaN or infinite."""
 
 
-def fit(config: FitConfig, *, resume: bool = False, progress: bool = True, timeout: float = 300.0) -> dict[str, Any]:
+def fit(
+    config: FitConfig,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    timeout: float = 300.0,
+    branches: Sequence[Branch] = (),
+) -> dict[str, Any]:
     """Train a network and write everything about it into the folder config.out.
 
     The first SIGINT (Ctrl-C) or SIGTERM finishes the current step, saves and leaves; the second one acts at once.
@@ -84,6 +92,8 @@ def fit(config: FitConfig, *, resume: bool = False, progress: bool = True, timeo
         resume: continue the run in config.out, bit for bit; without one there, start it.
         progress: show a progress bar on a terminal, or else one line per epoch.
         timeout: longest time in seconds that a rank waits for another one in a step.
+        branches: runs that are the same as this one up to a step; in the folders of those that have not begun, this
+            run leaves its state at that step, for them to be resumed from there.
 
     Returns:
         What result.json holds: test accuracy and loss of the weights that were best on the validation split, the
@@ -105,7 +115,7 @@ def fit(config: FitConfig, *, resume: bool = False, progress: bool = True, timeo
     num_threads = torch.get_num_threads()
     torch.set_num_threads(config.num_threads or num_threads)
     try:
-        return _Run(config, saved, progress and team.writes, team).train()
+        return _Run(config, saved, progress and team.writes, team, branches).train()
     finally:
         torch.set_num_threads(num_threads)
 
@@ -141,8 +151,10 @@ class _Position:
 class _Run:
     """One training run: its parts, and where it is."""
 
-    def __init__(self, config: FitConfig, saved: dict[str, Any] | None, progress: bool, team: Team) -> None:
-        self.progress, self.team = progress, team
+    def __init__(
+        self, config: FitConfig, saved: dict[str, Any] | None, progress: bool, team: Team, branches: Sequence[Branch]
+    ) -> None:
+        self.progress, self.team, self.branches = progress, team, branches
         self.config, self.out = config, Path(config.out).expanduser()
         self.clock = time.perf_counter()
         self.execution = resolve_execution(config)
@@ -198,6 +210,9 @@ class _Run:
         self.net.train()
         self._read_clock(training=False)
         for step in range(position.step, min(first + self.steps_per_epoch, self.num_steps)):
+            for branch in self.branches:
+                if branch.step == step:
+                    self._begin(branch.config)
             for group in self.optimizer.param_groups:
                 group["lr"] = self._learning_rate(step)
             guided = self.guidance(step)
@@ -351,6 +366,26 @@ class _Run:
 
     def _save(self, *, training: bool = False) -> None:
         """Write last.pt, unless what it would hold is not finite; `training`: the time until now went into steps."""
+        self._write(checkpoint.save_checkpoint, self.out / "last.pt", self._state(training))
+        self._read_clock(training=False)
+
+    def _begin(self, config: FitConfig) -> None:
+        """Begin another run with the state of this one; last.pt, which says that it began, comes last."""
+        out, state = Path(config.out).expanduser(), self._state(training=True)
+        if not self.team.writes or (out / "last.pt").exists():
+            return
+        other = {"config": config_to_dict(config)}
+        self._make_folder(out, config)
+        if self.position.best_epoch:
+            best = checkpoint.load_checkpoint(self.out / "best.pt")
+            checkpoint.save_checkpoint(out / "best.pt", best | other)
+        if self.config.tensorboard and config.tensorboard:
+            self.reporter.copy_events(out / "tensorboard")
+        checkpoint.save_checkpoint(out / "last.pt", state | other)
+        self._read_clock(training=False)
+
+    def _state(self, training: bool) -> dict[str, Any]:
+        """All that a run needs to go on; refused if it is not finite."""
         self._check_losses()
         self._check_parameters()
         self._read_clock(training=training)
@@ -371,8 +406,7 @@ class _Run:
         state |= per_replica[0]
         if self.team.replicas > 1:
             state["replicas"] = per_replica[1:]
-        self._write(checkpoint.save_checkpoint, self.out / "last.pt", state)
-        self._read_clock(training=False)
+        return state
 
     def _check_config(self, saved: dict[str, Any]) -> None:
         # "auto" precision that turns out differently here is another precision.
@@ -428,22 +462,22 @@ class _Run:
         return self.loss_sums if self.parallel is None else self.parallel.average_over_replicas(self.loss_sums)
 
     def _write_folder(self) -> None:
-        self.team.at_writer(self._make_folder)
+        self.team.at_writer(partial(self._make_folder, self.out, self.config))
 
-    def _make_folder(self) -> None:
+    def _make_folder(self, out: Path, config: FitConfig) -> None:
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
+            out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(
-                f"out={self.config.out!r} cannot be made a folder ({error.strerror}): choose another"
+                f"out={config.out!r} cannot be made a folder ({error.strerror}): choose another"
             ) from error
         execution = self.execution
         chosen = f"{execution.device}, {execution.precision}{', channels_last' if execution.channels_last else ''}"
         checkpoint.write_config(
-            self.out / "config.yaml", config_to_dict(self.config), [f"ran on {chosen}, torch {torch.__version__}"]
+            out / "config.yaml", config_to_dict(config), [f"ran on {chosen}, torch {torch.__version__}"]
         )
         if self.rows:  # a run that was killed may have written a row that its last.pt does not know
-            checkpoint.write_metrics(self.out / "metrics.csv", list(self.rows[0]), self.rows)
+            checkpoint.write_metrics(out / "metrics.csv", list(self.rows[0]), self.rows)
 
     def _check_losses(self) -> list[float]:
         sums: list[float] = self._loss_sums().tolist()

@@ -1,0 +1,83 @@
+"""What the runs of a comparison have in common, so that it is trained once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchlocal.assembly import count_steps, learning_rate
+from torchlocal.checkpoint import fixed_fields
+from torchlocal.config import FitConfig, build_guidance, config_to_dict
+
+__all__ = ["Branch", "find_branches", "first_alike"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branch:
+    """A run that is the same as another one up to a step: from there on it is trained from that one's state."""
+
+    step: int
+    config: FitConfig
+
+
+def first_alike(configs: Mapping[str, FitConfig], out: Path) -> dict[str, str]:
+    """For every method the one that is trained of all that give the same: one begun before, or the first."""
+    keys = {method: json.dumps(_trained_fields(config), sort_keys=True) for method, config in configs.items()}
+    firsts: dict[str, str] = {}
+    for method in sorted(configs, key=lambda method: not any((out / method).glob("seed*/config.yaml"))):
+        firsts.setdefault(keys[method], method)
+    return {method: firsts[key] for method, key in keys.items()}
+
+
+def find_branches(runs: Mapping[str, FitConfig], num_images: int) -> dict[str, tuple[str, int]]:
+    """Which runs can go on from an earlier one, and from which step: the earlier one with most steps in common.
+
+    Runs have those steps in common that are local in both, at the same learning rate, before anything else. Less than
+    an epoch is not worth a checkpoint.
+
+    Args:
+        runs: the configurations by name, in the order in which they are trained.
+        num_images: number of training images.
+    """
+    found: dict[str, tuple[str, int]] = {}
+    earlier: dict[str, FitConfig] = {}
+    for name, config in runs.items():
+        steps_per_epoch, num_steps = count_steps(config, num_images)
+        common = {other: _common_steps(config, begun, steps_per_epoch, num_steps) for other, begun in earlier.items()}
+        trunk = max(common, key=lambda other: common[other], default=None)
+        if trunk is not None and steps_per_epoch <= common[trunk] < num_steps:
+            found[name] = trunk, common[trunk]
+        earlier[name] = config
+    return found
+
+
+def _trained_fields(config: FitConfig) -> dict[str, Any]:
+    """The fields on which the weights depend, also by how sums are rounded."""
+    fields = config_to_dict(config)
+    rounding = {name: fields[name] for name in ("device", "channels_last", "num_threads")}
+    return fixed_fields(fields) | rounding
+
+
+def _local_fields(config: FitConfig) -> dict[str, Any]:
+    """Those on which local steps depend, but for their learning rate."""
+    fields = {name: value for name, value in _trained_fields(config).items() if not name.startswith("guidance.")}
+    for name in ("decay",) if config.compile else ("decay", "memory"):
+        del fields[name]
+    return fields
+
+
+def _common_steps(a: FitConfig, b: FitConfig, steps_per_epoch: int, num_steps: int) -> int:
+    if _local_fields(a) != _local_fields(b):
+        return 0
+    guidances = [build_guidance(config).bind(num_steps=num_steps, steps_per_epoch=steps_per_epoch) for config in (a, b)]
+    for step in range(num_steps):
+        rates = {
+            learning_rate(config, step, steps_per_epoch=steps_per_epoch, num_steps=num_steps, guidance=guidance)
+            for config, guidance in zip((a, b), guidances, strict=True)
+        }
+        if len(rates) > 1 or any(guidance(step) for guidance in guidances):
+            return step
+    return num_steps
