@@ -364,6 +364,9 @@ def test_memory_joins_each_local_row_to_those_measured_from_it() -> None:
     assert list(points) == ["end-to-end (K = 1)", "from local,rule=dgl", "from local,rule=man"]
     assert points["from local,rule=dgl"] == [[100, pytest.approx(70)], [120, pytest.approx(80)]]
     assert points["from local,rule=man"] == [[100, pytest.approx(60)], [120, pytest.approx(75)]]
+    hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert [line.get_xydata().tolist() for line in hollow] == [[[100, pytest.approx(70)]], [[100, pytest.approx(60)]]]
+    assert min(line.get_zorder() for line in hollow) > max(bars.lines[0].get_zorder() for bars in axes.containers)
 
 
 def test_html_needs_no_network_and_holds_the_figures(done: tuple[Path, Comparison]) -> None:

@@ -111,8 +111,8 @@ def _draw_memory(figure: Figure, comparison: Comparison) -> bool:
             linestyle="-" if len(results) > 1 else "none",
             label=name,
         )
-        if len(results) > 1:  # where the line starts
-            axes.plot(memory[0], accuracy[0], marker, color=colour, mfc="white", ms=9)
+        if len(results) > 1:  # where the line starts; errorbar draws its own marker above other lines
+            axes.plot(memory[0], accuracy[0], marker, color=colour, mfc="white", ms=9, zorder=3)
     axes.margins(0.12)
     axes.set_xlim(left=0)
     return bool(measured)
