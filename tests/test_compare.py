@@ -481,11 +481,11 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert rows == [{k: v for k, v in row.items() if k not in TIMED} for row in read_rows(whole)]
 
 
-def late_config(out: Path, **changes: Any) -> CompareConfig:
+def late_config(out: Path, share: float = 1 / 3, **changes: Any) -> CompareConfig:
     """Local learning, and rows that guide the last third and the last 3 of 24 steps."""
     options = {"methods": ("local", "pgl", "late"), "seeds": (0,), "timing_rounds": 0, **changes}
     variants = {"late": {"method": "pgl", "guidance": {"share": 0.125}}}
-    guidance = GuidanceConfig(name="phased", share=1 / 3)
+    guidance = GuidanceConfig(name="phased", share=share)
     return small_config(out, variants=variants, guidance=guidance, memory="exact", decay=0.125, **options)
 
 
@@ -528,7 +528,7 @@ def test_first_steps_in_common_are_trained_once(
     comparison = compare(config)
     assert num_steps == 24 + (24 - 16) + (24 - 21)  # late goes on from local in the middle of an epoch
     assert dict(comparison.facts)["First steps in common"] == "pgl and local (16 steps), late and local (21 steps)"
-    assert "first steps in common, trained once: pgl and local (16 steps)" in capsys.readouterr().err
+    assert "first steps in common: pgl and local (16 steps)" in capsys.readouterr().err
     shares = {result.method: result.guided_share for result in comparison.results}
     assert shares == {"local": 0.0, "pgl": pytest.approx(8 / 24), "late": pytest.approx(3 / 24)}
     for method in ("local", "pgl", "late"):
@@ -564,6 +564,24 @@ def test_only_the_same_local_steps_are_in_common(tmp_path: Path) -> None:
     for guidance in (GuidanceConfig(period=3), GuidanceConfig(name="always"), replace(fit.guidance, share=0.9)):
         assert not branches(never, replace(fit, guidance=guidance)), guidance
     assert not branches(never, never)
+    # Which steps are guided must not depend on the seed; what a step is compiled to depends on steps before.
+    assert not branches(never, replace(fit, guidance=GuidanceConfig(name="random", share=0.01)))
+    assert not branches(replace(never, compile=True), replace(fit, compile=True))
+
+
+def test_a_best_of_later_steps_is_not_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def config(name: str, *methods: str) -> CompareConfig:
+        return late_config(tmp_path / name, methods=methods, share=10 / 24)
+
+    with monkeypatch.context() as patch:  # before step 14, from which pgl would go on
+        stop_after(patch, 13, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted):
+            compare(config("a", "local"), progress=False)
+    best = tmp_path / "a" / "local" / "seed0" / "best.pt"  # as if killed at the end of that epoch, before last.pt
+    torch.save(torch.load(best, weights_only=True) | {"step": 16}, best)
+    compare(config("a", "local", "pgl"), progress=False)
+    compare(config("b", "pgl"), progress=False)
+    same_run(tmp_path / "a" / "pgl" / "seed0", tmp_path / "b" / "pgl" / "seed0")
 
 
 @pytest.mark.parametrize(

@@ -259,8 +259,8 @@ def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
     Finished runs are not repeated and an interrupted one is resumed, so calling it again completes it. Runs follow each
     other; all methods with one seed come before the next seed. What methods have in common is trained once: of those
     that differ only in what they recompute, such as end-to-end and checkpointing, the first; and the local steps with
-    which methods begin that differ only in their guidance, such as local and PGL with the guided steps at the end. The
-    results are those of each run by itself, bit for bit.
+    which methods begin that differ only in their guidance, such as local and PGL with the guided steps at the end
+    (but what had passed them before). The results are those of each run by itself, bit for bit.
 
     Args:
         config: What to compare.
@@ -297,7 +297,7 @@ def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
     )
     begun = [f"{method} and {trunk} ({step:,} steps)" for method, (trunk, step) in trunks.items()]
     if begun:
-        _say(progress, f"first steps in common, trained once: {', '.join(begun)}")
+        _say(progress, f"first steps in common: {', '.join(begun)}")
     write_config(out / "compare.yaml", _plain(config), [f"torchlocal compare --config {out / 'compare.yaml'}"])
     costs = _costs(out / "costs.json", configs, data, config, progress) if config.timing_rounds else {}
     trained: dict[str, dict[int, dict[str, Any]]] = {}

@@ -106,7 +106,10 @@ class Reporter:
         """Copy what was written to TensorBoard until now."""
         if self._events is not None:
             self._writer.flush()
-            shutil.copytree(self._events, folder, dirs_exist_ok=True)
+            try:
+                shutil.copytree(self._events, folder, dirs_exist_ok=True)
+            except OSError as error:  # shutil's lists every file
+                raise OSError(f"{folder} could not be written: make room on the disk, or see who may write") from error
 
     def epoch(self, num_epochs: int, row: dict[str, float], losses: Sequence[float]) -> None:
         """Tell one epoch: into the scroll-back above a bar, as a plain line otherwise."""

@@ -14,6 +14,8 @@ from torchlocal.config import FitConfig, build_guidance, config_to_dict
 
 __all__ = ["Branch", "find_branches", "first_alike"]
 
+_GUIDED_FIELDS = ("memory", "decay")  # of guided steps alone, and of the learning rate, which is compared by itself
+
 
 @dataclass(frozen=True, kw_only=True)
 class Branch:
@@ -35,8 +37,9 @@ def first_alike(configs: Mapping[str, FitConfig], out: Path) -> dict[str, str]:
 def find_branches(runs: Mapping[str, FitConfig], num_images: int) -> dict[str, tuple[str, int]]:
     """Which runs can go on from an earlier one, and from which step: the earlier one with most steps in common.
 
-    Runs have those steps in common that are local in both, at the same learning rate, before anything else. Less than
-    an epoch is not worth a checkpoint.
+    Runs have those steps in common that are local in both, at the same learning rate, before anything else, whatever
+    the seed. Less than an epoch is not worth a checkpoint. Compiled runs are left alone: what a step is compiled to
+    depends on the shapes of steps before it.
 
     Args:
         runs: the configurations by name, in the order in which they are trained.
@@ -46,7 +49,9 @@ def find_branches(runs: Mapping[str, FitConfig], num_images: int) -> dict[str, t
     earlier: dict[str, FitConfig] = {}
     for name, config in runs.items():
         steps_per_epoch, num_steps = count_steps(config, num_images)
-        common = {other: _common_steps(config, begun, steps_per_epoch, num_steps) for other, begun in earlier.items()}
+        common = {
+            other: _common_steps(config, trained, steps_per_epoch, num_steps) for other, trained in earlier.items()
+        }
         trunk = max(common, key=lambda other: common[other], default=None)
         if trunk is not None and steps_per_epoch <= common[trunk] < num_steps:
             found[name] = trunk, common[trunk]
@@ -63,14 +68,14 @@ def _trained_fields(config: FitConfig) -> dict[str, Any]:
 
 def _local_fields(config: FitConfig) -> dict[str, Any]:
     """Those on which local steps depend, but for their learning rate."""
-    fields = {name: value for name, value in _trained_fields(config).items() if not name.startswith("guidance.")}
-    for name in ("decay",) if config.compile else ("decay", "memory"):
-        del fields[name]
-    return fields
+    fields = _trained_fields(config)
+    return {name: fields[name] for name in fields if not name.startswith("guidance.") and name not in _GUIDED_FIELDS}
 
 
 def _common_steps(a: FitConfig, b: FitConfig, steps_per_epoch: int, num_steps: int) -> int:
-    if _local_fields(a) != _local_fields(b):
+    if a.compile or _local_fields(a) != _local_fields(b):
+        return 0
+    if "random" in (a.guidance.name, b.guidance.name):  # which steps are guided depends on the seed
         return 0
     guidances = [build_guidance(config).bind(num_steps=num_steps, steps_per_epoch=steps_per_epoch) for config in (a, b)]
     for step in range(num_steps):

@@ -371,13 +371,16 @@ class _Run:
 
     def _begin(self, config: FitConfig) -> None:
         """Begin another run with the state of this one; last.pt, which says that it began, comes last."""
-        out, state = Path(config.out).expanduser(), self._state(training=True)
+        out = Path(config.out).expanduser()
+        state = self._state(training=True)  # every rank has a part of it
         if not self.team.writes or (out / "last.pt").exists():
             return
         other = {"config": config_to_dict(config)}
+        best = checkpoint.load_checkpoint(self.out / "best.pt") if self.position.best_epoch else None
+        if best is not None and best["step"] > self.rows[-1]["step"]:
+            return  # killed between best.pt and last.pt: the best until here is gone, and that run trains by itself
         self._make_folder(out, config)
-        if self.position.best_epoch:
-            best = checkpoint.load_checkpoint(self.out / "best.pt")
+        if best is not None:
             checkpoint.save_checkpoint(out / "best.pt", best | other)
         if self.config.tensorboard and config.tensorboard:
             self.reporter.copy_events(out / "tensorboard")
