@@ -305,12 +305,10 @@ def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
     for number, ((method, seed), run) in enumerate(runs.items(), start=1):
         finished = (Path(run.out) / "result.json").exists()
         _say(progress, f"run {number} of {len(runs)}: {method}, seed {seed}{' (finished before)' if finished else ''}")
+        branches = [
+            Branch(step=step, config=runs[other, seed]) for other, (trunk, step) in trunks.items() if trunk == method
+        ]
         try:
-            branches = [
-                Branch(step=step, config=runs[other, seed])
-                for other, (trunk, step) in trunks.items()
-                if trunk == method and not (Path(runs[other, seed].out) / "result.json").exists()
-            ]
             trained.setdefault(method, {})[seed] = fit(run, resume=True, progress=progress, branches=branches)
         except Diverged as error:  # a result too, and no reason to lose the other runs
             diverged.append(f"{method}, seed {seed}")

@@ -127,9 +127,13 @@ def _look(out: Path, config: FitConfig, resume: bool) -> tuple[dict[str, Any] | 
             return _finished_result(out / "result.json", config), None
         if (out / "last.pt").exists():
             return None, checkpoint.load_checkpoint(out / "last.pt", resumable=True)
-    elif (out / "last.pt").exists() or (out / "result.json").exists():
+    elif _holds_run(out):
         raise ValueError(f"out={config.out!r} already holds a run: resume it, or choose another folder")
     return None, None
+
+
+def _holds_run(out: Path) -> bool:
+    return (out / "last.pt").exists() or (out / "result.json").exists()
 
 
 @dataclass(kw_only=True)
@@ -373,7 +377,7 @@ class _Run:
         """Begin another run with the state of this one; last.pt, which says that it began, comes last."""
         out = Path(config.out).expanduser()
         state = self._state(training=True)  # every rank has a part of it
-        if not self.team.writes or (out / "last.pt").exists():
+        if not self.team.writes or _holds_run(out):
             return
         other = {"config": config_to_dict(config)}
         best = checkpoint.load_checkpoint(self.out / "best.pt") if self.position.best_epoch else None
