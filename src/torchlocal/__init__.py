@@ -1,13 +1,26 @@
 """Train any network as gradient-isolated local modules, and reinstate the global objective periodically."""
 
-from . import guidance, memory, parallel, rules
-from .guidance import AlwaysGuidance, AnnealedGuidance, NeverGuidance, PeriodicGuidance, PhasedGuidance, RandomGuidance
-from .network import DecoupledNetwork, decouple
-from .parallel import ParallelNetwork, distribute
-from .partition import Partition, Unit
-from .plan import MemoryPlan, plan
-from .rules import DGLRule, GreedyRule, Rule
-from .steps import guided_step, local_step
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import guidance, memory, parallel, rules
+    from .guidance import (
+        AlwaysGuidance,
+        AnnealedGuidance,
+        NeverGuidance,
+        PeriodicGuidance,
+        PhasedGuidance,
+        RandomGuidance,
+    )
+    from .network import DecoupledNetwork, decouple
+    from .parallel import ParallelNetwork, distribute
+    from .partition import Partition, Unit
+    from .plan import MemoryPlan, plan
+    from .rules import DGLRule, GreedyRule, Rule
+    from .steps import guided_step, local_step
 
 __version__ = "0.1.0"
 
@@ -36,3 +49,48 @@ __all__ = [
     "plan",
     "rules",
 ]
+
+# Public names are imported when they are first asked for, so that the command answers without loading torch.
+_MODULES = {
+    "guidance": (
+        "AlwaysGuidance",
+        "AnnealedGuidance",
+        "NeverGuidance",
+        "PeriodicGuidance",
+        "PhasedGuidance",
+        "RandomGuidance",
+    ),
+    "network": ("DecoupledNetwork", "decouple"),
+    "parallel": ("ParallelNetwork", "distribute"),
+    "partition": ("Partition", "Unit"),
+    "plan": ("MemoryPlan", "plan"),
+    "rules": ("DGLRule", "GreedyRule", "Rule"),
+    "steps": ("guided_step", "local_step"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+if not TYPE_CHECKING:  # a type checker would take it for a promise that every name exists
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOMES:
+            value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        elif name in __all__:
+            value = import_module(f"{__name__}.{name}")
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """`torchlocal.plan` is the function, although importing the file of that name would put the file there."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name == "plan" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

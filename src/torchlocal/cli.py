@@ -31,6 +31,7 @@ from torchlocal.options import (
     suggestion,
     with_dashes,
 )
+from torchlocal.sizes import parse_size
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -196,9 +197,8 @@ def _resume_command(config: FitConfig) -> str:
 
 
 def _compare(argv: Sequence[str]) -> int:
-    from torchlocal.compare import CompareConfig, compare
     from torchlocal.config import FitConfig
-    from torchlocal.report import terminal_table
+    from torchlocal.methods import CompareConfig
 
     if "--resume" in argv:
         raise ValueError("--resume: a comparison always goes on where it was; leave it out")
@@ -214,6 +214,10 @@ def _compare(argv: Sequence[str]) -> int:
     values = _parse_run(parser, argv, own | run, section="compare")
     fit_values = {name: value for name, value in values.items() if name != "out"}
     config = build_config(CompareConfig, {**values, "fit": fit_values})
+
+    from torchlocal.compare import compare
+    from torchlocal.report import terminal_table
+
     with _continue_with(f"torchlocal compare --config {Path(config.out).expanduser() / 'compare.yaml'}"):
         comparison = compare(config, progress=not values["quiet"])
     _console().print(terminal_table(comparison))
@@ -325,18 +329,18 @@ def _plan(argv: Sequence[str]) -> int:
     wrong = [number for number in numbers if number not in words and not (number.isdigit() and int(number) > 1)]
     if wrong:
         raise ValueError(f"--modules {wrong[0]} must be a whole number of at least 2, fewest or all")
+    budget = None if values.budget is None else parse_size(values.budget)
+    if values.figure is not None:
+        _check_figure(Path(values.figure).expanduser())
 
     import torch
 
     from torchlocal.config import build_rule
     from torchlocal.models import build_model
-    from torchlocal.plan import parse_size, plan
+    from torchlocal.plan import plan
     from torchlocal.tables import plan_table
 
-    if values.figure is not None:
-        _check_figure(Path(values.figure).expanduser())
     channels, height, width = map(int, parts)
-    budget = None if values.budget is None else parse_size(values.budget)
     model = build_model(values.model, num_classes=values.num_classes, in_channels=channels, image_size=(height, width))
     result = plan(
         model,

@@ -6,11 +6,13 @@ import inspect
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchlocal.guidance import Guidance, make_guidance
-from torchlocal.plan import parse_size
-from torchlocal.rules import RULES, Rule, make_rule
+from torchlocal.sizes import parse_size
+
+if TYPE_CHECKING:
+    from torchlocal.rules import Rule
 
 __all__ = [
     "FitConfig",
@@ -32,6 +34,7 @@ _OPTIONS = {
     "annealed": ("share", "end_share"),
 }
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+_RULES = ("greedy", "dgl", "predsim", "infopro", "auglocal", "man")  # those of `rules.RULES`, which loads torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +222,9 @@ class FitConfig:
         if self.clip is not None:
             _check_number("clip", self.clip, 0, math.inf, "a number above 0, or None", open_low=True)
         self._check_schedule()
-        build_rule(self)
+        _check_rule(self)
+        if self.auxiliary is not None or self.rule_options:  # a rule with its defaults has nothing to refuse
+            build_rule(self)
         if not isinstance(self.guidance, GuidanceConfig):
             raise ValueError(f"guidance={self.guidance!r} must be a GuidanceConfig, such as GuidanceConfig(period=10)")
 
@@ -270,20 +275,11 @@ def guided_memory(config: FitConfig) -> dict[str, int | str | None]:
     return {"memory": _memory(config.memory)}
 
 
-def build_rule(config: FitConfig) -> Rule:
+def build_rule(config: FitConfig) -> "Rule":
     """Make the local rule of a run, with its auxiliary network."""
-    if config.rule not in RULES:
-        raise ValueError(f"rule={config.rule!r} is unknown: give one of {', '.join(RULES)}")
+    from torchlocal.rules import RULES, make_rule  # loads torch, which is not needed to refuse other options
+
     given = config.rule_options
-    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
-        raise ValueError(f"rule_options={given!r} must be `name: value` pairs, such as {{'depth': 3}}")
-    try:
-        json.dumps(given)
-    except TypeError as error:
-        raise ValueError(
-            f"rule_options={given!r} must hold numbers, words and lists, which a file can: give the rule itself to "
-            "torchlocal.decouple"
-        ) from error
     options: dict[str, Any] = {}
     takes = inspect.signature(RULES[config.rule]).parameters
     if config.auxiliary is not None:
@@ -303,6 +299,21 @@ def build_rule(config: FitConfig) -> Rule:
     except ValueError as error:
         known = str(error).partition(":")[0] in given
         raise ValueError(f"rule_options.{error}" if known else str(error)) from error
+
+
+def _check_rule(config: FitConfig) -> None:
+    if config.rule not in _RULES:
+        raise ValueError(f"rule={config.rule!r} is unknown: give one of {', '.join(_RULES)}")
+    given = config.rule_options
+    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
+        raise ValueError(f"rule_options={given!r} must be `name: value` pairs, such as {{'depth': 3}}")
+    try:
+        json.dumps(given)
+    except TypeError as error:
+        raise ValueError(
+            f"rule_options={given!r} must hold numbers, words and lists, which a file can: give the rule itself to "
+            "torchlocal.decouple"
+        ) from error
 
 
 def config_to_dict(config: FitConfig) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from .memory import LABELS, Prediction, predict
 from .network import DecoupledNetwork, decouple
+from .sizes import parse_size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -305,18 +305,3 @@ def _size(num_bytes: int) -> str:
     if num_bytes < 2**20:
         return f"{num_bytes / 2**10:.1f} KiB"
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as ``8GiB``, ``500MB`` or ``1000000``.
-
-    Raises:
-        ValueError: it is none.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b?)\s*", text.lower())
-    size = 0
-    if match:
-        size = int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " "))
-    if size < 1:
-        raise ValueError(f"budget: {text!r} is not a size; give one such as 8GiB, 500MB or a number of bytes")
-    return size
