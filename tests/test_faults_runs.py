@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import torchlocal
-from torchlocal import config, rules
+from torchlocal import checkpoint, config, rules
+from torchlocal.cli import main
+from torchlocal.compare import CompareConfig, compare
+from torchlocal.config import FitConfig
+from torchlocal.folder import Owned, Ownership, temporary_name
+from torchlocal.trainer import fit
 
 # --- the command answers ---
 
@@ -76,11 +89,178 @@ def test_names_of_rules_are_those_of_the_rules() -> None:
 
 def refused(argv: list[str], capsys: Any) -> str:
     """The one line that tells what is wrong with a command line."""
-    from torchlocal.cli import main
-
     capsys.readouterr()
     code = main(argv)
     out, err = capsys.readouterr()
     assert (code, out) == (2, "") and len(err.splitlines()) == 1, (code, out, err)
     assert err.startswith("torchlocal: ") and err.endswith(".\n")
     return err.removeprefix("torchlocal: ").rstrip("\n")
+
+
+# --- a run folder has one owner ---
+
+
+def small_config(out: Path, **changes: Any) -> FitConfig:
+    """Two epochs of two steps."""
+    values: dict[str, Any] = {
+        "out": str(out), "model": "mlp", "modules": 2, "data": "digits", "num_train": 64, "num_validation": 32,
+        "batch_size": 32, "epochs": 2, "precision": "fp32", "device": "cpu", "num_threads": 1, "tensorboard": False,
+    }  # fmt: skip
+    return FitConfig(**(values | changes))
+
+
+TINY = [
+    "--model=mlp", "--modules=2", "--data=digits", "--num-train=64", "--num-validation=32", "--batch-size=32",
+    "--precision=fp32", "--device=cpu", "--num-threads=1", "--tensorboard=false",
+]  # fmt: skip
+
+
+def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """A process that runs the command, in a process group of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen(
+        [sys.executable, "-m", "torchlocal", *arguments], env=environment, text=True, start_new_session=True, **streams
+    )
+
+
+def wait_for(holds: Callable[[], Any], process: subprocess.Popen[str] | None = None, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it takes too long"
+        assert process is None or process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def test_a_folder_that_another_process_writes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    with start("fit", *TINY, "--epochs=100000", f"--out={out}", stderr=subprocess.DEVNULL) as process:
+        wait_for((out / "last.pt").exists, process)
+        before = (out / "config.yaml").read_bytes()
+        for argv in (["fit", *TINY, "--epochs=1", "--seed=5"], ["fit", *TINY, "--epochs=100000", "--resume"]):
+            told = refused([*argv, f"--out={out}"], capsys)
+            assert re.fullmatch(
+                rf"out='{out}' is being written by process {process.pid} on \S+, since [-\d]+ [:\d]+: wait until it "
+                "has ended, stop it, or choose another out.",
+                told,
+            )
+        assert (out / "config.yaml").read_bytes() == before
+        process.kill()
+    with Ownership(out, str(out)):  # its lock has died with it
+        pass
+    assert not (out / ".lock").exists()
+
+
+def test_a_comparison_owns_its_folder(tmp_path: Path) -> None:
+    config = CompareConfig(out=str(tmp_path / "c"), methods=("local",), timing_rounds=0, fit=small_config(tmp_path))
+    with Ownership(tmp_path / "c", "c"), pytest.raises(Owned, match=f"process {os.getpid()} on "):
+        compare(config, progress=False)
+    with Ownership(tmp_path / "c/local/seed0", "c"), pytest.raises(ValueError, match=f"local, seed 0: .*{os.getpid()}"):
+        compare(config, progress=False)
+    assert not (tmp_path / "c/report.html").exists()
+    compare(config, progress=False)
+    assert (tmp_path / "c/report.html").exists() and not list(tmp_path.rglob(".lock"))
+
+
+def test_the_lock_dies_with_its_process_though_a_fork_lives_on(tmp_path: Path) -> None:
+    """A worker that reads data is such a fork."""
+    code = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from torchlocal.folder import Ownership\n"
+        f"owned = Ownership(Path({str(tmp_path)!r}), 'x')\n"
+        "if os.fork() == 0:\n"
+        "    time.sleep(60)\n"
+        "    os._exit(0)\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        try:
+            with pytest.raises(Owned):
+                Ownership(tmp_path, "x")
+            process.kill()
+            process.wait(60)
+            Ownership(tmp_path, "x", patience=30).release()
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_of_many_that_come_and_go_one_is_the_owner(tmp_path: Path) -> None:
+    """Each of three processes adds 1 two hundred times, in a folder that comes and goes with its owner."""
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from torchlocal import folder as room\n"
+        "room._WAIT = 0.0\n"
+        f"folder, count = Path({str(tmp_path / 'a/b')!r}), Path({str(tmp_path / 'count')!r})\n"
+        "for _ in range(200):\n"
+        "    with room.Ownership(folder, 'x', patience=100):\n"
+        "        value = int(count.read_text())\n"
+        "        count.write_text(str(value + 1))\n"
+    )
+    (tmp_path / "count").write_text("0")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
+    assert [process.wait(120) for process in processes] == [0, 0, 0]
+    assert (tmp_path / "count").read_text() == "600"
+    assert not list(tmp_path.rglob(".lock"))
+
+
+def test_what_a_killed_owner_left_half_written_is_removed(tmp_path: Path) -> None:
+    half = temporary_name(tmp_path / "last.pt")
+    assert half != temporary_name(tmp_path / "last.pt") and half.parent == tmp_path
+    kept = tmp_path / ".notes.tmp"
+    for path in (half, kept):
+        path.write_text("x")
+    with Ownership(tmp_path, "x"):
+        assert kept.exists() and not half.exists()
+
+
+def test_a_folder_made_for_nothing_is_removed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="batch_size=999"):
+        fit(small_config(tmp_path / "a" / "b", batch_size=999), progress=False)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_best_checkpoint_of_another_run_is_never_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit(small_config(tmp_path / "other", seed=1), progress=False)
+    for moment, resume in (("before resuming", True), ("before the end", False)):
+        out = tmp_path / moment
+        real = checkpoint.save_checkpoint
+
+        def save(path: Path, state: Any, out: Path = out, real: Any = real, resume: bool = resume) -> None:
+            real(path, state)
+            if path.name == "last.pt" and len(state["rows"]) == 2 - resume:
+                shutil.copy(tmp_path / "other/best.pt", out / "best.pt")
+                if resume:
+                    raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "save_checkpoint", save)
+            with pytest.raises(KeyboardInterrupt if resume else ValueError) as error:
+                fit(small_config(out), progress=False)
+        if resume:
+            with pytest.raises(ValueError) as error:
+                fit(small_config(out), resume=True, progress=False)
+        assert str(error.value) == (
+            f"{out}/best.pt is of another run than last.pt beside it: put the right one back, or train again"
+        )
+        assert not (out / "result.json").exists()
+
+
+def test_a_failed_clean_up_does_not_mask_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fail_otherwise(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(Path, "unlink", fail_otherwise)
+    with pytest.raises(OSError, match=r"x\.json could not be written: No space left on device; make room on the disk$"):
+        checkpoint.write_json(tmp_path / "x.json", {})

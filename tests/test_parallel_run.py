@@ -24,7 +24,7 @@ from torchlocal.config import FitConfig, GuidanceConfig
 from torchlocal.parallel.team import Elsewhere, RemoteSplit
 from torchlocal.trainer import Interrupted, fit
 
-TIMES = ("seconds", "train_seconds", "epoch_seconds", "images_per_second", "out", "tensorboard")
+TIMES = ("seconds", "train_seconds", "epoch_seconds", "images_per_second", "out", "tensorboard", "run")
 
 
 def small_config(out: Path, **changes: Any) -> FitConfig:

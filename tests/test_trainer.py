@@ -40,7 +40,7 @@ from torchlocal.trainer import (
     train_step,
 )
 
-TIMES = ("seconds", "train_seconds", "epoch_seconds", "images_per_second")
+TIMES = ("seconds", "train_seconds", "epoch_seconds", "images_per_second", "run")
 
 
 def build_small_net(name: str, *, num_classes: int, in_channels: int, **options: Any) -> nn.Module:

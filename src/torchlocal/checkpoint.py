@@ -1,5 +1,6 @@
 """The files of a run folder: written whole or not at all, and refused when they do not fit."""
 
+import contextlib
 import csv
 import errno
 import io
@@ -16,6 +17,7 @@ import yaml
 from torch import nn
 
 from torchlocal.config import FitConfig, config_to_dict
+from torchlocal.folder import temporary_name
 
 __all__ = [
     "check_same_config",
@@ -187,9 +189,9 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def _write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_name(path)
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())  # else a power cut could leave the new name on an empty file
@@ -201,7 +203,8 @@ def _write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         remedy = "make room on the disk" if full else "see whether the folder can be written to"
         raise OSError(f"{path} could not be written: {_first_line(error)}; {remedy}{kept}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what went wrong above is what has to be told
+            temporary.unlink(missing_ok=True)
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

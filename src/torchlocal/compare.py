@@ -25,6 +25,7 @@ from torchlocal.checkpoint import check_same_config, write_config, write_file, w
 from torchlocal.config import FitConfig, build_guidance, build_rule, config_to_dict, guided_memory
 from torchlocal.costs import StepCosts, measure_costs
 from torchlocal.data import DataBundle
+from torchlocal.folder import Ownership, expand
 from torchlocal.methods import METHODS, CompareConfig, Subject, method_configs
 from torchlocal.models import build_model
 from torchlocal.network import decouple
@@ -52,9 +53,15 @@ def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
         The comparison; its report is `report.html`, `.md` and `.csv` in `config.out`.
 
     Raises:
-        ValueError: a value cannot work, or `config.out` holds runs of another configuration.
+        ValueError: a value cannot work, `config.out` holds runs of another configuration, or another process writes
+            there.
     """
-    out = Path(config.out).expanduser()
+    out = expand(config.out)
+    with Ownership(out, config.out):
+        return _compare(config, out, progress)
+
+
+def _compare(config: CompareConfig, out: Path, progress: bool) -> Comparison:
     data = load_run_data(config.fit)
     subjects = method_configs(config, cache(partial(_count_units, data)))
     configs = {method: subject.config for method, subject in subjects.items()}
@@ -69,7 +76,6 @@ def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
         _check_run_folder(run)
     if not all((Path(run.out) / "result.json").exists() for run in runs.values()):
         _check_parts(configs, data)
-    _make_folder(out)
     _say(progress, f"comparing {', '.join(configs)} in {out}")
     alike = [f"{method} as {first}" for method, first in firsts.items() if first != method]
     if alike:
@@ -160,13 +166,6 @@ def _check_parts(configs: Mapping[str, FitConfig], data: DataBundle) -> None:
     for config in configs.values():
         count_steps(config, len(data.train))
         build_optimizer(config, build_network(config, data, resolve_execution(config)))
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"out={str(path)!r} cannot be made a folder ({error.strerror}): choose another") from error
 
 
 def _plain(config: CompareConfig, *, public: bool = False) -> dict[str, Any]:

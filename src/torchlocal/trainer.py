@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,11 +36,14 @@ from torchlocal.assembly import (
 )
 from torchlocal.config import FitConfig, GuidanceConfig, build_guidance, config_to_dict
 from torchlocal.evaluation import evaluate, measure_split
+from torchlocal.folder import Owned, Ownership, expand
 from torchlocal.network import DecoupledNetwork
 from torchlocal.parallel.network import ParallelNetwork
 from torchlocal.parallel.team import Elsewhere, Team
 from torchlocal.progress import Reporter
 from torchlocal.sharing import Branch
+
+_PATIENCE = 3.0  # seconds
 
 __all__ = [
     "Diverged",
@@ -100,24 +104,36 @@ def fit(
         accuracy by depth, and how the run went.
 
     Raises:
-        ValueError: if a value cannot work, or config.out holds another run.
+        ValueError: if a value cannot work, config.out holds another run, or another process writes there.
         Diverged: if a loss or a parameter is no longer finite; the checkpoint before stays.
         Interrupted: after a signal.
         OSError: if something cannot be written; the checkpoint before stays.
     """
-    out = Path(config.out).expanduser()
+    out = expand(config.out)
     team = Team(config.replicas, timeout)
     modes = {"resume": resume, "memory": config.memory, "recompute": config.recompute}
     team.check_same(checkpoint.fixed_fields(config_to_dict(config)) | modes)
-    result, saved = team.at_writer(partial(_look, out, config, resume))
-    if result is not None:
-        return cast(dict[str, Any], result)
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(config.num_threads or num_threads)
-    try:
-        return _Run(config, saved, progress and team.writes, team, branches).train()
-    finally:
-        torch.set_num_threads(num_threads)
+    with contextlib.ExitStack() as owned:
+        result, saved = team.at_writer(partial(_enter, owned, out, config, resume))
+        if result is not None:
+            return cast(dict[str, Any], result)
+        torch.set_num_threads(config.num_threads or num_threads)
+        try:
+            return _Run(config, saved, progress and team.writes, team, branches).train()
+        finally:
+            torch.set_num_threads(num_threads)
+
+
+def _enter(
+    owned: contextlib.ExitStack, out: Path, config: FitConfig, resume: bool
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Become the owner of the run folder, unless its run has ended, and look what is there."""
+    if resume and (out / "result.json").exists():  # only read, and perhaps where nothing can be written
+        return _look(out, config, resume)
+    # One that was killed may be about to end: its ranks, or the process that torchrun has replaced.
+    owned.enter_context(Ownership(out, config.out, patience=_PATIENCE if resume else 0.0))
+    return _look(out, config, resume)
 
 
 def _look(out: Path, config: FitConfig, resume: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -159,7 +175,10 @@ class _Run:
         self, config: FitConfig, saved: dict[str, Any] | None, progress: bool, team: Team, branches: Sequence[Branch]
     ) -> None:
         self.progress, self.team, self.branches = progress, team, branches
-        self.config, self.out = config, Path(config.out).expanduser()
+        self.config, self.out = config, expand(config.out)
+        self.run = (
+            uuid.uuid4().hex if saved is None else saved.get("run")
+        )  # None: of a torchlocal that had no such name
         self.clock = time.perf_counter()
         self.execution = resolve_execution(config)
         if saved is not None:
@@ -317,7 +336,7 @@ class _Run:
     def _finish(self) -> dict[str, Any]:
         """Evaluate the test split, this once, with the best weights."""
         config, position = self.config, self.position
-        best = self.team.at_writer(partial(checkpoint.load_checkpoint, self.out / "best.pt"))
+        best = self.team.at_writer(partial(self._load_best, self.out / "best.pt"))
         checkpoint.load_network(self.network, best, self.out / "best.pt")
         measured = measure_split(
             self.net,
@@ -355,6 +374,7 @@ class _Run:
     def _identity(self) -> dict[str, Any]:
         """What every checkpoint holds: the weights, and what they belong to."""
         return {
+            "run": self.run,
             "config": config_to_dict(self.config),
             "precision": self.execution.precision,
             "data": {
@@ -375,21 +395,26 @@ class _Run:
 
     def _begin(self, config: FitConfig) -> None:
         """Begin another run with the state of this one; last.pt, which says that it began, comes last."""
-        out = Path(config.out).expanduser()
+        out = expand(config.out)
         state = self._state(training=True)  # every rank has a part of it
-        if not self.team.writes or _holds_run(out):
+        if not self.team.writes:
             return
-        other = {"config": config_to_dict(config)}
-        best = checkpoint.load_checkpoint(self.out / "best.pt") if self.position.best_epoch else None
+        with contextlib.suppress(Owned), Ownership(out, config.out):  # what another process writes is left to it
+            if not _holds_run(out):
+                self._begin_in(out, config, state)
+        self._read_clock(training=False)
+
+    def _begin_in(self, out: Path, config: FitConfig, state: dict[str, Any]) -> None:
+        other = {"config": config_to_dict(config), "run": uuid.uuid4().hex}
+        best = self._load_best(self.out / "best.pt") if self.position.best_epoch else None
         if best is not None and best["step"] > self.rows[-1]["step"]:
             return  # killed between best.pt and last.pt: the best until here is gone, and that run trains by itself
-        self._make_folder(out, config)
+        self._write_config(out, config)
         if best is not None:
             checkpoint.save_checkpoint(out / "best.pt", best | other)
         if self.config.tensorboard and config.tensorboard:
             self.reporter.copy_events(out / "tensorboard")
         checkpoint.save_checkpoint(out / "last.pt", state | other)
-        self._read_clock(training=False)
 
     def _state(self, training: bool) -> dict[str, Any]:
         """All that a run needs to go on; refused if it is not finite."""
@@ -445,7 +470,7 @@ class _Run:
         self.loss_sums.copy_(own["loss_sums"])
         if self.position.best_epoch:
             # Refuse a damaged one now and not at the end.
-            step = self.team.at_writer(partial(_step_of, self.out / "best.pt"))
+            step = self.team.at_writer(lambda: self._load_best(self.out / "best.pt")["step"])
             if step > self.rows[-1]["step"]:  # killed between best.pt and last.pt: the epoch that comes again writes it
                 self.position.best_accuracy = -1.0
             elif step != self.rows[self.position.best_epoch - 1]["step"]:
@@ -454,6 +479,12 @@ class _Run:
                     "the right one back, or train again"
                 )
         _set_random_states(own["random"], self.execution.device)
+
+    def _load_best(self, path: Path) -> dict[str, Any]:
+        best = checkpoint.load_checkpoint(path)
+        if best.get("run") != self.run:
+            raise ValueError(f"{path} is of another run than last.pt beside it: put the right one back, or train again")
+        return best
 
     def _write(self, write: Callable[..., None], *arguments: Any) -> None:
         """Write a file of the run folder, on the rank that does so."""
@@ -469,15 +500,9 @@ class _Run:
         return self.loss_sums if self.parallel is None else self.parallel.average_over_replicas(self.loss_sums)
 
     def _write_folder(self) -> None:
-        self.team.at_writer(partial(self._make_folder, self.out, self.config))
+        self.team.at_writer(partial(self._write_config, self.out, self.config))
 
-    def _make_folder(self, out: Path, config: FitConfig) -> None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(
-                f"out={config.out!r} cannot be made a folder ({error.strerror}): choose another"
-            ) from error
+    def _write_config(self, out: Path, config: FitConfig) -> None:
         execution = self.execution
         chosen = f"{execution.device}, {execution.precision}{', channels_last' if execution.channels_last else ''}"
         checkpoint.write_config(
@@ -550,10 +575,6 @@ class _Run:
             f"{self.out / 'last.pt'}, to be resumed.",
             self.stopped_by,
         )
-
-
-def _step_of(path: Path) -> int:
-    return int(checkpoint.load_checkpoint(path)["step"])
 
 
 class _Signals:
