@@ -1,5 +1,6 @@
 """What a run tells while it trains: a progress bar or plain lines, and TensorBoard events."""
 
+import contextlib
 import shutil
 import sys
 import time
@@ -64,7 +65,10 @@ class Reporter:
         if events is not None:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not always wanted
 
-            self._writer = SummaryWriter(events, purge_step=step + 1)
+            try:
+                self._writer = SummaryWriter(events, purge_step=step + 1)
+            except OSError as error:
+                raise self._unwritten(error) from error
 
     def __enter__(self) -> "Reporter":
         if self._bar is not None:
@@ -77,7 +81,11 @@ class Reporter:
         if self._bar is not None:
             self._bar.stop()
         if self._writer is not None:
-            self._writer.close()
+            try:
+                self._writer.close()
+            except OSError as failed:
+                if error is None:  # else that one is what has to be told
+                    raise self._unwritten(failed) from failed
 
     def advance(self, step: int, epoch: str) -> None:
         """Move the bar; costs nothing without one."""
@@ -100,13 +108,22 @@ class Reporter:
         if self._writer is not None:
             for name, value in values.items():
                 if value == value:
-                    self._writer.add_scalar(name, value, step)
+                    try:
+                        self._writer.add_scalar(name, value, step)
+                    except OSError as error:
+                        raise self._unwritten(error) from error
+
+    def _unwritten(self, error: OSError) -> OSError:
+        return OSError(
+            f"{self._events} could not be written ({error.strerror or type(error).__name__}): make room, or give "
+            "tensorboard=False; the checkpoint before is untouched"
+        )
 
     def copy_events(self, folder: Path) -> None:
         """Copy what was written to TensorBoard until now."""
         if self._events is not None:
-            self._writer.flush()
             try:
+                self._writer.flush()
                 shutil.copytree(self._events, folder, dirs_exist_ok=True)
             except OSError as error:  # shutil's lists every file
                 raise OSError(f"{folder} could not be written: make room on the disk, or see who may write") from error
@@ -137,7 +154,8 @@ class Reporter:
         if self._bar is not None:
             self._bar.console.print(Text(text))
         elif self._enabled:
-            print(text, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # nobody reads it any more, which is no reason to end a run
+                print(text, file=sys.stderr, flush=True)
 
 
 class _Remaining(ProgressColumn):

@@ -37,6 +37,7 @@ from torchlocal.assembly import (
 from torchlocal.config import FitConfig, GuidanceConfig, build_guidance, config_to_dict
 from torchlocal.evaluation import evaluate, measure_split
 from torchlocal.folder import Owned, Ownership, expand
+from torchlocal.lifetime import STOPPING
 from torchlocal.network import DecoupledNetwork
 from torchlocal.parallel.network import ParallelNetwork
 from torchlocal.parallel.team import Elsewhere, Team
@@ -85,7 +86,8 @@ def fit(
 ) -> dict[str, Any]:
     """Train a network and write everything about it into the folder config.out.
 
-    The first SIGINT (Ctrl-C) or SIGTERM finishes the current step, saves and leaves; the second one acts at once.
+    The first SIGINT (Ctrl-C), SIGTERM, SIGHUP or SIGUSR1 finishes the current step, saves and leaves; the second one
+    acts at once.
     Sets torch's global random number generators.
 
     Where torch.distributed is initialised, the local modules are shared out to the ranks, each of which calls this. The
@@ -578,7 +580,7 @@ class _Run:
 
 
 class _Signals:
-    """Hands the first SIGINT or SIGTERM to a function; the second one acts as if nobody had listened."""
+    """Hands the first signal that asks to leave to a function; the second one acts as if nobody had listened."""
 
     def __init__(self, handle: Callable[[signal.Signals], None]) -> None:
         self._handle = handle
@@ -587,7 +589,7 @@ class _Signals:
     def __enter__(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # Python delivers signals to the main thread only
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in STOPPING:
             if signal.getsignal(signum) is not signal.SIG_IGN:  # ignored on purpose, as under nohup
                 self._previous[signum] = signal.signal(signum, self._receive)
 

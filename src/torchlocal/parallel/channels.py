@@ -43,9 +43,8 @@ def watched(peer: str, timeout: float) -> Iterator[None]:
             raise
         if "timed out" in text.lower() or "timeout" in text.lower():
             raise PeerLost(_silent(peer, timeout)) from error
-        lines = text.strip().splitlines()
-        reason = lines[0].partition("] ")[2] or lines[0] if lines else type(error).__name__
-        raise PeerLost(f"{peer} is gone ({reason.split('. ')[0]}): see what it said last") from error
+        how = next((word for word in ("closed", "reset", "refused") if word in text.lower()), "lost")
+        raise PeerLost(f"{peer} is gone (connection {how}): see what it said last") from error
 
 
 def _silent(peer: str, timeout: float) -> str:

@@ -56,11 +56,22 @@ def process_group(timeout: float) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     limit = timedelta(seconds=timeout)
-    store, rank, world = next(dist.rendezvous("env://", timeout=limit))
-    store = _fresh(store, rank, world, limit)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
-    yield
-    dist.destroy_process_group()  # not after an error: it would wait for those who are gone
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+        store = _fresh(store, rank, world, limit)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    except (RuntimeError, ValueError) as error:  # in many lines of torch's own
+        if isinstance(error, PeerLost):
+            raise
+        place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise PeerLost(
+            f"the {os.environ['WORLD_SIZE']} ranks have not met at {place} within {timeout:g} s: see whether all have "
+            "started, with the same address and a port that is free"
+        ) from error
+    with watched("another rank", timeout):
+        yield
+    with watched("another rank", timeout):
+        dist.destroy_process_group()  # not after an error: it would wait for those who are gone
 
 
 def _fresh(store: dist.Store, rank: int, world: int, limit: timedelta) -> dist.Store:
