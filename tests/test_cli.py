@@ -589,5 +589,5 @@ def test_the_process_ends_with_the_code_of_the_signal(tmp_path: Path) -> None:
         rest = process.stderr.read()
         assert process.wait(timeout=60) == 143
     assert "Traceback" not in rest
-    assert "stopped by SIGTERM" in rest.splitlines()[-1] and "--resume`" in rest.splitlines()[-1]
+    assert "stopped by SIGTERM" in rest.splitlines()[-1] and "--resume " in rest.splitlines()[-1]
     assert (tmp_path / "out" / "last.pt").is_file()

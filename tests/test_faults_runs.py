@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,7 +20,7 @@ from typing import Any
 import pytest
 
 import torchlocal
-from torchlocal import checkpoint, config, rules
+from torchlocal import checkpoint, config, rules, trainer
 from torchlocal.cli import main
 from torchlocal.compare import CompareConfig, compare
 from torchlocal.config import FitConfig
@@ -264,3 +267,165 @@ def test_a_failed_clean_up_does_not_mask_what_failed(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Path, "unlink", fail_otherwise)
     with pytest.raises(OSError, match=r"x\.json could not be written: No space left on device; make room on the disk$"):
         checkpoint.write_json(tmp_path / "x.json", {})
+
+
+# --- a run that is stopped, and how it goes on ---
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("signum", "ranks"), [(signal.SIGHUP, 1), (signal.SIGUSR1, 2)])
+def test_a_hang_up_and_a_scheduler_save_like_sigterm(tmp_path: Path, signum: signal.Signals, ranks: int) -> None:
+    """And the hint is a command that goes on, as it stands, with the ranks; in a folder with a space in its name."""
+    out = tmp_path / "a run"
+    argv = ["fit", *TINY, "--epochs=100000", f"--out={out}", "--quiet", f"--ranks={ranks}"]
+    with start(*argv, stdout=subprocess.DEVNULL) as process:
+        wait_for((out / "last.pt").exists, process)
+        process.send_signal(signum)
+        _, told = process.communicate(timeout=100)
+    assert process.returncode == 128 + signum
+    assert len(re.findall(rf"stopped by {signum.name} after step \d+ of 200000; saved in", told)) == 1, told
+    hints = re.findall(r"Continue with `torchlocal (.*?)`\.", told)
+    assert hints == [f"fit --resume '{out}'" + (" --ranks 2" if ranks > 1 else "")]
+    assert len(told.splitlines()) == ranks  # what was saved, and with ranks what to do
+    step = checkpoint.load_checkpoint(out / "last.pt")["step"]
+    with start(*shlex.split(hints[0]), "--quiet", stdout=subprocess.DEVNULL) as process:
+        wait_for(lambda: checkpoint.load_checkpoint(out / "last.pt")["step"] > step, process)
+        end(process)
+
+
+def test_nothing_is_offered_to_go_on_with_where_nothing_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    fit(small_config(tmp_path / "old", epochs=1), progress=False)
+    before = {path: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+    monkeypatch.setattr(trainer, "load_shared_data", stop)
+    for out in ("new", "old"):
+        (tmp_path / "old/result.json").unlink(missing_ok=True)
+        argv = ["fit", *TINY, "--epochs=2", f"--out={tmp_path / out}", *(["--resume"] if out == "old" else [])]
+        monkeypatch.setattr(checkpoint, "check_same_config", lambda *_: None)
+        assert main(argv) == 143
+        assert capsys.readouterr().err.splitlines()[-1] == "torchlocal: Terminated."
+    assert not (tmp_path / "new").exists()
+    del before[tmp_path / "old/result.json"]
+    assert before == {path: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+
+
+def test_ranks_end_with_their_launcher(tmp_path: Path) -> None:
+    """Killed, it cannot tell them; they save and leave, and their folder is free again."""
+    out = tmp_path / "run"
+    argv = ["fit", *TINY, "--modules=3", "--epochs=100000", f"--out={out}", "--ranks=2"]
+    with start(*argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        wait_for((out / "last.pt").exists, process)
+        ranks = processes_of(str(out)) - {process.pid}
+        assert len(ranks) == 2
+        process.kill()
+        process.wait(60)
+        wait_for(lambda: not ranks & processes_of(str(out)))
+    Ownership(out, str(out)).release()
+    assert checkpoint.load_checkpoint(out / "last.pt", resumable=True)["step"] > 0
+
+
+def processes_of(argument: str) -> set[int]:
+    """The processes with this in their command line that are alive."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if argument in (folder / "cmdline").read_text():
+                found.add(int(folder.name))
+    return found
+
+
+def test_ranks_leave_nothing_in_the_temporary_folder(tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    argv = [sys.executable, "-m", "torchlocal", "fit", *TINY, "--epochs=1", "--ranks=2", f"--out={tmp_path / 'run'}"]
+    told = subprocess.run([*argv, "--quiet"], env=environment, capture_output=True, text=True, timeout=200)
+    assert (told.returncode, told.stderr) == (0, "")
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_closed_pipe_does_not_end_the_training(tmp_path: Path, ranks: int) -> None:
+    """`torchlocal fit ... 2>&1 | head -1`."""
+    argv = ["fit", *TINY, "--epochs=20", f"--out={tmp_path / 'run'}", f"--ranks={ranks}"]
+    with start(*argv, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("epoch 1/20")
+        process.stdout.close()
+        assert process.wait(200) == 0
+    assert json.loads((tmp_path / "run/result.json").read_text())["epochs"] == 20
+
+
+def test_a_closed_pipe_does_not_hide_an_error(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with start("fit", *TINY, "--lr=1e30", f"--out={tmp_path / 'run'}", stdout=write, stderr=write) as process:
+        os.close(write)
+        assert process.wait(200) == 2
+
+
+@pytest.mark.parametrize("module", ["torchlocal.options", "numpy", "torch.nn", "torchlocal.trainer"])
+def test_ctrl_c_during_the_imports_is_one_line(tmp_path: Path, module: str) -> None:
+    told = python(
+        "import os, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from torchlocal.__main__ import main\n"
+        "sys.exit(main())\n",
+        *("fit", *TINY, "--epochs=1", "--quiet", f"--out={tmp_path / 'run'}"),
+    )
+    assert (told.returncode, told.stdout, told.stderr) == (130, "", "torchlocal: Interrupted.\n")
+
+
+def test_a_moved_run_goes_on_where_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    old, new = tmp_path / "old", tmp_path / "new"
+    real = checkpoint.save_checkpoint
+
+    def save(path: Path, state: Any) -> None:
+        real(path, state)
+        if path.name == "last.pt":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_checkpoint", save)
+        assert main(["fit", *TINY, "--epochs=2", "--out=old"]) == 130
+    assert "Continue with `torchlocal fit --resume old`." in capsys.readouterr().err
+    old.rename(new)
+    told = refused(["fit", "--config=new/config.yaml", "--resume"], capsys)
+    assert told == (
+        "new/config.yaml is of a run that was moved here from old: go on with `torchlocal fit --resume new`."
+    )
+    assert main(["fit", "--resume", "new", "--quiet"]) == 0
+    assert not old.exists() and json.loads((new / "result.json").read_text())["epochs"] == 2
+    assert main(["fit", "--resume=new", "--quiet"]) == 0  # it has ended: the result is told again
+    capsys.readouterr()
+    assert "give the folder of a run" in refused(["fit", "--resume", "nowhere"], capsys)
+    assert "leave --out out" in refused(["fit", "--resume", "new", "--out=old"], capsys)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/compare.yaml").write_text("")
+    told = refused(["fit", "--resume", "c"], capsys)
+    assert "go on with `torchlocal compare --config c/compare.yaml --out c`" in told
+
+
+def test_a_finished_run_cannot_be_made_longer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(small_config(tmp_path / "run"), progress=False)
+    told = refused(["fit", "--resume", str(tmp_path / "run"), "--epochs=5"], capsys)
+    assert told == (
+        f"{tmp_path}/run/result.json is of another configuration: epochs (2 there, 5 now); learning rate and guidance "
+        "are spread over the length of a run, so it is not made longer or shorter: leave it as it is, or train "
+        "anew with another out."
+    )

@@ -260,7 +260,7 @@ def test_a_killed_rank_ends_the_run_and_is_named(tmp_path: Path) -> None:
     assert any(line.startswith("torchlocal (rank 0): rank 1 (local module") and " is gone (" in line for line in lines)
     assert lines[-1] == (
         "torchlocal: rank 1 of 2 was killed (SIGKILL), which ended the run. Continue with "
-        f"`torchlocal fit --config {out}/config.yaml --resume`."
+        f"`torchlocal fit --resume {out} --ranks 2`."
     )
 
 

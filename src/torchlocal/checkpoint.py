@@ -141,10 +141,14 @@ def check_same_config(path: Path, saved: Mapping[str, Any], current: Mapping[str
         if old.get(name, absent) != new.get(name, absent)
     ]
     if differing:
-        raise ValueError(
-            f"{path} is of another configuration: {', '.join(differing)}; resume with the same values, or choose "
-            "another out"
-        )
+        names = [told.partition(" ")[0] for told in differing]
+        remedy = "resume with the same values, or choose another out"
+        if set(names) <= {"epochs", "steps"}:
+            remedy = (
+                "learning rate and guidance are spread over the length of a run, so it is not made longer or shorter: "
+                "leave it as it is, or train anew with another out"
+            )
+        raise ValueError(f"{path} is of another configuration: {', '.join(differing)}; {remedy}")
 
 
 def _told(fixed: Mapping[str, Any], given: Mapping[str, Any], name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -16,6 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from torchlocal.folder import expand
+from torchlocal.lifetime import STOPPING, end_with_parent, unbroken_streams
 from torchlocal.options import (
     Option,
     add_config_option,
@@ -25,6 +28,7 @@ from torchlocal.options import (
     inline_recipes,
     make_parser,
     parse,
+    read_recipe,
     recipe_names,
     recipe_options,
     recipe_path,
@@ -96,8 +100,17 @@ _SHAPES = {
 }
 
 
+_TIMEOUT = 300.0  # seconds
+_OF_A_RUN = ("last.pt", "result.json")
+_LAUNCHER = "TORCHLOCAL_LAUNCHER"  # set by `parallel.launch`, which is not imported for --help
+
+
 class _Terminated(BaseException):
-    """SIGTERM arrived where there was no run to save."""
+    """A signal asked to leave where there was no run to save."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__()
+        self.signum = signum
 
 
 def _add_run_options(parser: ArgumentParser, options: Mapping[str, Option]) -> None:
@@ -141,15 +154,24 @@ def _fit(argv: Sequence[str]) -> int:
     options = config_options(FitConfig)
     parser = make_parser("fit", "[--config RECIPE] [options]", _COMMANDS["fit"])
     add_config_option(parser)
-    parser.add_argument("--resume", action="store_true", help="Continue the interrupted run in --out where it stopped.")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="Continue the interrupted run in --out where it stopped; --resume FOLDER: the run in that folder, with "
+        "the configuration that lies there.",
+    )
     parser.add_argument("--quiet", action="store_true", help="Show no progress.")
     parser.add_argument("--ranks", type=int, metavar="N", help="Share the local modules out to N processes (torchrun).")
     parser.add_argument(
-        "--timeout", type=float, default=300.0, metavar="N", help="Seconds that a process waits for a silent one."
+        "--timeout", type=float, default=_TIMEOUT, metavar="N", help="Seconds that a process waits for a silent one."
     )
     _add_run_options(parser, options)
-    values = _parse_run(parser, argv, options)
+    values = _parse_run(parser, _at_folder(argv), options)
     config = build_config(FitConfig, values)
+    out = expand(config.out)
+    begins = values["resume"] and not any((out / name).exists() for name in _OF_A_RUN)
+    if begins:
+        _refuse_moved(argv, out, "config.yaml", _OF_A_RUN, "fit --resume {}")
     if values["ranks"] is not None and "TORCHELASTIC_RUN_ID" not in os.environ:
         if values["ranks"] < 1 or values["ranks"] % config.replicas:
             raise ValueError(
@@ -162,18 +184,17 @@ def _fit(argv: Sequence[str]) -> int:
             num_modules = len(config.cuts) + 1 if config.cuts else config.modules
             if isinstance(num_modules, int):  # too many ranks are refused here, and not by each of them
                 assign([1.0] * num_modules, values["ranks"] // config.replicas)
-            with _continue_with(_resume_command(config), ChildProcessError):
+            with _continue_with(lambda: _resume_command(config, values), ChildProcessError):
                 return launch(["fit", *argv], values["ranks"], num_threads=config.num_threads)
+
+    if begins and not values["quiet"] and _rank() in (None, "0"):
+        print(f"nothing to resume in {out}: starting", file=sys.stderr)
 
     from torchlocal.parallel.team import Team, process_group, restarted
     from torchlocal.trainer import fit
 
-    out = Path(config.out).expanduser()
-    if values["resume"] and not values["quiet"] and not any((out / n).exists() for n in ("last.pt", "result.json")):
-        print(f"nothing to resume in {out}: starting", file=sys.stderr)
-
     with (
-        _continue_with(_resume_command(config)),
+        _continue_with(lambda: _resume_command(config, values)),
         process_group(values["timeout"]),
     ):
         result = fit(
@@ -192,8 +213,74 @@ def _fit(argv: Sequence[str]) -> int:
     return 0
 
 
-def _resume_command(config: FitConfig) -> str:
-    return f"torchlocal fit --config {Path(config.out).expanduser() / 'config.yaml'} --resume"
+def _at_folder(argv: Sequence[str]) -> list[str]:
+    """`--resume FOLDER` as the options of the run that lies there, wherever it was trained."""
+    words = list(argv)
+    for i, word in enumerate(words):
+        name = word.removeprefix("--resume=") if word.startswith("--resume=") else None
+        if word == "--resume" and i + 1 < len(words) and not words[i + 1].startswith("-"):
+            name = words.pop(i + 1)
+        if name is None:
+            continue
+        words[i] = "--resume"
+        folder = expand(name)
+        if any(other == "--out" or other.startswith("--out=") for other in words):
+            raise ValueError(f"--resume {name} and --out: the run goes on in the folder where it lies; leave --out out")
+        if not (folder / "config.yaml").is_file():
+            if (folder / "compare.yaml").is_file():
+                command = f"torchlocal compare --config {_quoted(folder / 'compare.yaml')} --out {_quoted(folder)}"
+                raise ValueError(f"--resume {name} is the folder of a comparison: go on with `{command}`")
+            raise ValueError(
+                f"--resume {name}: there is no {folder / 'config.yaml'}; give the folder of a run, or the options of "
+                "the run beside --out"
+            )
+        return ["--config", str(folder / "config.yaml"), *words, "--out", str(folder)]
+    return words
+
+
+def _refuse_moved(argv: Sequence[str], out: Path, name: str, of_a_run: Sequence[str], command: str) -> None:
+    """Refuse to begin anew in a folder where nothing is, with the configuration of a run that has been moved."""
+    given = [after.removeprefix("--config=") for word, after in _pairs(argv) if word == "--config"]
+    if not given or any(word == "--out" for word, _ in _pairs(argv)):
+        return
+    path = Path(given[-1])
+    if path.name != name or path.parent.resolve() == out.resolve():
+        return
+    if any(found for pattern in of_a_run for found in path.parent.glob(pattern)):
+        told = command.format(*[_quoted(path.parent)] * command.count("{}"))
+        raise ValueError(f"{path} is of a run that was moved here from {out}: go on with `torchlocal {told}`")
+
+
+def _pairs(argv: Sequence[str]) -> list[tuple[str, str]]:
+    """Every option with the word that follows it, or its value behind the equals sign."""
+    return [
+        (word.partition("=")[0], word.partition("=")[2] if "=" in word else after)
+        for word, after in zip(argv, [*argv[1:], ""], strict=True)
+    ]
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
+def _resume_command(config: FitConfig, values: Mapping[str, Any]) -> str | None:
+    """How to go on with a run, if it has begun; the ranks that a launcher started leave it to that to say."""
+    from torchlocal.config import config_to_dict
+
+    out = expand(config.out)
+    try:
+        saved = read_recipe(str(out / "config.yaml"))
+    except (ValueError, OSError):
+        return None
+    if saved != config_to_dict(config):
+        return None
+    command = f"fit --resume {_quoted(out)}"
+    if _rank() is not None:
+        return None if _LAUNCHER in os.environ else f"`-m torchlocal {command}` in the same torchrun command"
+    if (values["ranks"] or 1) > 1:
+        command += f" --ranks {values['ranks']}"
+        command += f" --timeout {values['timeout']:g}" if values["timeout"] != _TIMEOUT else ""
+    return f"`torchlocal {command}`"
 
 
 def _compare(argv: Sequence[str]) -> int:
@@ -218,10 +305,14 @@ def _compare(argv: Sequence[str]) -> int:
     from torchlocal.compare import compare
     from torchlocal.report import terminal_table
 
-    with _continue_with(f"torchlocal compare --config {Path(config.out).expanduser() / 'compare.yaml'}"):
+    out = expand(config.out)
+    if not (out / "compare.yaml").exists():
+        _refuse_moved(argv, out, "compare.yaml", ("*/seed*/last.pt",), "compare --config {}/compare.yaml --out {}")
+    path = out / "compare.yaml"
+    with _continue_with(lambda: f"`torchlocal compare --config {_quoted(path)}`" if path.is_file() else None):
         comparison = compare(config, progress=not values["quiet"])
     _console().print(terminal_table(comparison))
-    print(f"Report: {Path(config.out).expanduser() / 'report.html'}")
+    print(f"Report: {out / 'report.html'}")
     return 0
 
 
@@ -331,7 +422,7 @@ def _plan(argv: Sequence[str]) -> int:
         raise ValueError(f"--modules {wrong[0]} must be a whole number of at least 2, fewest or all")
     budget = None if values.budget is None else parse_size(values.budget)
     if values.figure is not None:
-        _check_figure(Path(values.figure).expanduser())
+        _check_figure(expand(values.figure))
 
     import torch
 
@@ -360,7 +451,7 @@ def _plan(argv: Sequence[str]) -> int:
         _console().print(plan_table(result, title=values.model))
         print(result.recommendation)
     if values.figure is not None:
-        result.figure().savefig(Path(values.figure).expanduser(), dpi=150)
+        result.figure().savefig(expand(values.figure), dpi=150)
     return 0
 
 
@@ -433,26 +524,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name, `sys.argv[1:]` by default.
 
     Returns:
-        The exit code: 0; 2 after a mistake of the user's; 130 and 143 after Ctrl-C and SIGTERM; 1 after other errors.
+        The exit code: 0; 2 after a mistake of the user's; 128 and the number of the signal that ended it; 1 after other errors.
     """
     arguments = [with_dashes(token) for token in (sys.argv[1:] if argv is None else argv)]
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    try:
-        with _sigterm(), _short_warnings():
-            return _run(arguments)
-    except SystemExit as error:  # --help
-        return error.code if isinstance(error.code, int) else 0
-    except BrokenPipeError:  # torchlocal ... | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except BaseException as error:
-        if debug:
-            traceback.print_exc()
-        code = _report_error(error)
-        if _rank() is not None:  # a thread that waits for a rank that is lost would keep the process
-            os._exit(code)
-        return code
+    if _rank() is not None:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings are no sentences for a reader at a prompt
+        end_with_parent(int(os.environ[_LAUNCHER]) if _LAUNCHER in os.environ else None)
+    received: list[int] = []
+    with unbroken_streams():
+        try:
+            with _signals(received), _short_warnings():
+                return _run(arguments)
+        except SystemExit as error:  # --help
+            return error.code if isinstance(error.code, int) else 0
+        except BaseException as error:
+            if debug:
+                traceback.print_exc()
+            code = _report_error(error, received)
+    if _rank() is not None:  # a thread that waits for a rank that is lost would keep the process
+        os._exit(code)
+    return code
 
 
 def _rank() -> str | None:
@@ -509,21 +602,23 @@ def _version() -> str:
 
 
 @contextlib.contextmanager
-def _sigterm() -> Iterator[None]:
-    """Leave by an exception at SIGTERM, so that files are closed and temporary ones removed."""
+def _signals(received: list[int]) -> Iterator[None]:
+    """Leave by an exception at a signal, so that files are closed and temporary ones removed; notes which came."""
 
-    def terminate(signum: int, frame: FrameType | None) -> None:
-        raise _Terminated
+    def leave(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        raise KeyboardInterrupt if signum == signal.SIGINT else _Terminated(signum)
 
-    try:
-        previous = signal.signal(signal.SIGTERM, terminate)
-    except ValueError:  # not the main thread: signals are not ours
-        yield
-        return
+    previous = {}
+    for signum in STOPPING:
+        with contextlib.suppress(ValueError):  # not the main thread: signals are not ours
+            if signal.getsignal(signum) not in (signal.SIG_IGN, None):  # ignored on purpose, as under nohup
+                previous[signum] = signal.signal(signum, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
 @contextlib.contextmanager
@@ -538,13 +633,13 @@ def _short_warnings() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _continue_with(command: str, *others: type[BaseException]) -> Iterator[None]:
-    """Add to an interruption, and to other exceptions, how to go on."""
+def _continue_with(command: Callable[[], str | None], *others: type[BaseException]) -> Iterator[None]:
+    """Add to an interruption, and to other exceptions, how to go on, where there is something to go on with."""
     try:
         yield
     except BaseException as error:
-        if _interruption(error) or isinstance(error, others):
-            error.add_note(f"Continue with `{command}`.")
+        if (_interruption(error) or isinstance(error, others)) and (told := command()):
+            error.add_note(f"Continue with {told}.")
         raise
 
 
@@ -552,22 +647,36 @@ def _interruption(error: BaseException) -> int | None:
     """Exit code of an interruption, None for an error."""
     if isinstance(error, KeyboardInterrupt):
         return 130
-    if isinstance(error, _Terminated):
-        return 143
-    if type(error).__name__ == "Interrupted":  # the trainer's, which is not imported for --help
+    if isinstance(error, _Terminated) or type(error).__name__ in (
+        "Interrupted",
+        "Stopped",
+    ):  # the trainer's, launcher's
         return 128 + int(getattr(error, "signum", signal.SIGINT))
     return None
 
 
-def _report_error(error: BaseException) -> int:
-    """Tell an error in one sentence on the standard error stream, and choose the exit code."""
+def _report_error(error: BaseException, received: Sequence[int] = ()) -> int:
+    """Tell an error in one sentence on the standard error stream, and choose the exit code.
+
+    Args:
+        error: what ended the command.
+        received: signals before: an import that is interrupted may fail with another error.
+    """
     code = _interruption(error)
     rank = _rank()
     if type(error).__name__ == "Elsewhere":  # of several ranks, the one that made the mistake tells it
         return 2
     text = " ".join(" ".join([str(error), *getattr(error, "__notes__", [])]).split())
-    if code is not None:
-        text = text if str(error) else f"{'Terminated' if code == 143 else 'Interrupted'}. {text}"
+    if code is None and received and not isinstance(error, (ValueError, OSError)):
+        code, text = 128 + received[0], ""
+    if code is not None and not str(error):
+        if rank not in (None, "0") or (rank and _LAUNCHER in os.environ):
+            return code  # one of all tells it
+        signum = signal.Signals(code - 128)
+        told = {signal.SIGINT: "Interrupted", signal.SIGTERM: "Terminated"}.get(signum, f"Stopped by {signum.name}")
+        text = f"{told}. {text}"
+    elif code is not None:
+        pass
     elif isinstance(error, (ValueError, OSError)) or type(error).__name__ == "PeerLost":
         code = 2
     else:
