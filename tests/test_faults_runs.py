@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import torchlocal
 from torchlocal import checkpoint, config, rules, trainer
@@ -25,6 +26,7 @@ from torchlocal.cli import main
 from torchlocal.compare import CompareConfig, compare
 from torchlocal.config import FitConfig
 from torchlocal.folder import Owned, Ownership, temporary_name
+from torchlocal.guidance import PeriodicGuidance, PhasedGuidance, RandomGuidance
 from torchlocal.trainer import fit
 
 # --- the command answers ---
@@ -429,3 +431,157 @@ def test_a_finished_run_cannot_be_made_longer(tmp_path: Path, capsys: pytest.Cap
         "are spread over the length of a run, so it is not made longer or shorter: leave it as it is, or train "
         "anew with another out."
     )
+
+
+# --- what cannot work is one sentence ---
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr: 2020-01-01", "lr holds 2020-01-01, which is of the kind date: give numbers and words"),
+        ("lr: 2020-13-45", "is not valid YAML"),
+        ("lr: " + "[" * 3000, "holds brackets in brackets without end"),
+        ("rule_options: " + "[" * 3000 + "]" * 3000, "holds brackets in brackets without end"),
+        (
+            "rule_options: {a: " + "[" * 50 + "]" * 50 + "}",
+            "rule_options holds too many values, or one inside the other",
+        ),
+        ("rule_options: &a {x: *a}", "rule_options holds too many values, or one inside the other"),
+        ("rule_options: {2020-01-01: 3}", "rule_options holds 2020-01-01, which is of the kind date"),
+        ("lr: !!binary aGVsbG8=", "lr holds b'hello', which is of the kind bytes"),
+        ("lr: !!set {a, b}", "of the kind set"),
+        (
+            "rule_options:\n  a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+            + "".join(f"  a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)),
+            "rule_options holds too many values",
+        ),
+        ("epochs: 99999999999999", "epochs=99999999999999 is larger than anything that could be counted"),
+        ("lr: 1.0e+308", "lr=1e+308 must be a number above 0 and below 1e38"),
+    ],
+)
+def test_a_recipe_that_cannot_work(text: str, message: str, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    for command in ("fit", "compare"):
+        told = refused([command, "--config", str(tmp_path / "r.yaml"), f"--out={tmp_path / 'out'}"], capsys)
+        assert message in told and len(told) < 300
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("fit TINY --steps 3000000000", "steps=3000000000 is more than 100,000,000: make it smaller."),
+        ("fit TINY --epochs 99999999999", "epochs=99999999999 make 199,999,999,998 steps, more than 100,000,000"),
+        ("compare TINY --steps 3000000000", "steps=3000000000 is more than 100,000,000"),
+        (
+            "compare TINY --methods local --timing-rounds 99999999999",
+            "timing_rounds=99999999999 is more than 1,000",
+        ),
+        ("fit TINY --num-threads 99999999999", "num_threads=99999999999 is more than 4,096"),
+        ("fit TINY --num-workers 99999999999", "num_workers=99999999999 is more than 1,024"),
+        ("fit TINY --weight-decay 1e308", "weight_decay=1e+308 must be a number of at least 0 and below 1e38"),
+        ("fit TINY --out ~nobody-here/x", "~nobody-here/x: there is no user 'nobody-here': write ./~nobody-here/x for"),
+        ("fit TINY --data-root ~nobody-here", "there is no user 'nobody-here'"),
+        ("fit --resume ~nobody-here", "there is no user 'nobody-here'"),
+        ("evaluate ~nobody-here", "there is no user 'nobody-here'"),
+        ("export ~nobody-here --to x.pt", "there is no user 'nobody-here'"),
+        ("plan --figure ~nobody-here/x.png", "there is no user 'nobody-here'"),
+        ("fit --rule-options LONG", "--rule-options expects options as {name: value}, got '[[["),
+        ("fit --config LONG", "cannot be read (File name too long): give another name."),
+        ("evaluate LONG", "File name too long."),
+        ("plan --batch-size 99999999999999", "--batch-size 99999999999999 makes a batch of more than a pebibyte"),
+        ("plan --modules 99999", "--modules 99999: resnet32 can be cut into 16 at most; give fewer, or all."),
+        ("plan --budget 1B", "--budget 1B is less than the 1.8 MiB that the parameters of resnet32 take by themselves"),
+        ("plan --budget 9999999999999GiB", "is more than any memory has; give a size such as 8GiB or 500MB."),
+        ("plan --num-classes 99999999999", "--num-classes: 99999999999 is more than 16,777,216: make it smaller."),
+        ("plan --input 3x99999999999x3", "channels, height and width: 99999999999 is more than 16,777,216"),
+        (
+            "plan --model mlp --input 3x99999x99999",
+            "there is not enough memory for another 122877542412288 bytes",
+        ),
+        ("partition --shape 3 99999999999 3", "channels, height and width: 99999999999 is more than 16,777,216"),
+    ],
+)
+def test_a_command_line_that_cannot_work(
+    argv: str, message: str, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [word for given in argv.split() for word in (TINY if given == "TINY" else [given])]
+    told = refused(["[" * 3000 if word == "LONG" else word for word in words], capsys)
+    assert message in told and len(told) < 400
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "version",
+            None,
+            "has checkpoint version None, this torchlocal reads version 2: use the torchlocal",
+        ),
+        ("config", None, "lacks config, as every checkpoint has it: use a copy, or the torchlocal that wrote it"),
+        ("net", {"backbone.0.weight": 3}, "lacks net.backbone.0.weight"),
+        ("data", {}, "lacks data.num_train, data.num_validation, data.num_classes, data.shape"),
+        ("modules", "x", "lacks modules"),
+    ],
+)
+def test_a_checkpoint_without_its_parts(name: str, value: Any, message: str, tmp_path: Path, capsys: Any) -> None:
+    fit(small_config(tmp_path, epochs=1), progress=False)
+    (tmp_path / "result.json").unlink()
+    for file in ("best.pt", "last.pt"):
+        state = torch.load(tmp_path / file, weights_only=True)
+        if value is None:
+            del state[name]
+        else:
+            state[name] = value
+        torch.save(state, tmp_path / file)
+    for argv in (["evaluate", str(tmp_path)], ["export", str(tmp_path), f"--to={tmp_path / 'x.pt'}"]):
+        assert f"best.pt {message}" in refused(argv, capsys)
+    assert f"last.pt {message}" in refused(["fit", "--resume", str(tmp_path)], capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("position", lambda value: value | {"bogus": 1}),
+        ("position", lambda value: value | {"best_epoch": 7}),
+        ("rows", lambda value: [{}]),
+        ("loss_sums", lambda value: value[:1].repeat(5)),
+        ("random", lambda value: {}),
+        ("random", lambda value: {"cpu": torch.zeros(3)}),
+        ("optimizer", lambda value: {}),
+        ("optimizer", lambda value: value | {"param_groups": []}),
+    ],
+)
+def test_a_checkpoint_with_other_parts(name: str, change: Any, tmp_path: Path, capsys: Any) -> None:
+    fit(small_config(tmp_path, epochs=1), progress=False)
+    (tmp_path / "result.json").unlink()
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    torch.save(state | {name: change(state[name])}, tmp_path / "last.pt")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    told = refused(["fit", "--resume", str(tmp_path)], capsys)
+    assert told.startswith(f"{tmp_path}/last.pt does not hold what this torchlocal writes (")
+    assert told.endswith("): use a copy, or the torchlocal that wrote it.")
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_a_result_without_its_parts(tmp_path: Path, capsys: Any) -> None:
+    result = fit(small_config(tmp_path, epochs=1), progress=False)
+    checkpoint.write_json(tmp_path / "result.json", {"config": result["config"]})
+    assert "result.json is damaged: delete it, and resume to write it again" in refused(
+        ["fit", "--resume", str(tmp_path)], capsys
+    )
+
+
+def test_a_long_run_is_looked_through_at_once() -> None:
+    for guidance, expected in (
+        (PhasedGuidance(share=0.2), True),
+        (PeriodicGuidance(period=10**8 + 1), True),  # 1 of so many in the long run: not looked for
+        (RandomGuidance(share=0.0), False),
+        (PeriodicGuidance(period=5), True),
+    ):
+        bound = guidance.bind(num_steps=10**8, steps_per_epoch=10)
+        assert trainer._guides_any(bound, 10**8) == expected
+    assert not trainer._guides_any(PeriodicGuidance(period=7), 6)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchlocal.config import FitConfig, build_guidance, build_rule, guided_options
+from torchlocal.config import MOST_STEPS, FitConfig, build_guidance, build_rule, guided_options
 from torchlocal.data import DataBundle, load_data
 from torchlocal.guidance import Guidance, cosine_factor
 from torchlocal.models import build_model
@@ -214,6 +214,8 @@ def count_steps(config: FitConfig, num_images: int) -> tuple[int, int]:
             "make it smaller"
         )
     num_steps = config.steps or config.epochs * steps_per_epoch
+    if num_steps > MOST_STEPS:
+        raise ValueError(f"epochs={config.epochs} make {num_steps:,} steps, more than {MOST_STEPS:,}: make it smaller")
     if config.warmup_epochs * steps_per_epoch >= num_steps:
         raise ValueError(
             f"warmup_epochs={config.warmup_epochs} leaves nothing of the {num_steps} steps: make it smaller than "

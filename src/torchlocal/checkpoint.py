@@ -8,13 +8,13 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from torchlocal.config import FitConfig, config_to_dict
 from torchlocal.folder import temporary_name
@@ -24,6 +24,7 @@ __all__ = [
     "fixed_fields",
     "load_checkpoint",
     "load_network",
+    "reading",
     "save_checkpoint",
     "write_config",
     "write_file",
@@ -33,6 +34,12 @@ __all__ = [
 
 FORMAT = "torchlocal checkpoint"
 VERSION = 2  # 1 held an option of every schedule
+# What every checkpoint holds, and what is added to resume from it.
+_FIELDS: dict[str, Any] = {"config": dict, "precision": str, "data": dict, "modules": list, "step": int, "net": dict}
+_DATA_FIELDS = ("num_train", "num_validation", "num_classes", "shape")
+_RESUMED_FIELDS: dict[str, Any] = {
+    "optimizer": dict, "random": dict, "position": dict, "rows": list, "loss_sums": Tensor,
+}  # fmt: skip
 # What may differ between a checkpoint and the run that resumes it: where things are, and how often they are written.
 FREE_FIELDS = (
     "out", "data_root", "num_workers", "log_every", "checkpoint_every", "num_threads", "device", "channels_last",
@@ -76,14 +83,40 @@ def load_checkpoint(path: Path, *, resumable: bool = False) -> dict[str, Any]:
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of torchlocal: give the last.pt or best.pt of a run folder")
-    if state["version"] != VERSION:
+    if state.get("version") != VERSION:
         raise ValueError(
-            f"{path} has checkpoint version {state['version']}, this torchlocal reads version {VERSION}: "
+            f"{path} has checkpoint version {state.get('version')}, this torchlocal reads version {VERSION}: "
             "use the torchlocal that wrote it"
         )
     if resumable and "optimizer" not in state:
         raise ValueError(f"{path} holds weights only and cannot be resumed: resume from a last.pt")
+    fields = _FIELDS | (_RESUMED_FIELDS if resumable else {})
+    wrong = [name for name, kind in fields.items() if not isinstance(state.get(name), kind)]
+    wrong += [f"data.{name}" for name in _DATA_FIELDS if not wrong and name not in state["data"]]
+    wrong += [f"net.{name}" for name, value in state["net"].items() if not wrong and not isinstance(value, Tensor)]
+    if wrong:
+        raise ValueError(
+            f"{path} lacks {', '.join(wrong)}, as every checkpoint has it: use a copy, or the torchlocal that wrote it"
+        )
     return state
+
+
+@contextlib.contextmanager
+def reading(path: Path, *others: type[Exception]) -> Iterator[None]:
+    """Refuse in one sentence a file that has the right fields, but not the right things in them.
+
+    Raises:
+        ValueError: in place of what comes of that, and of the other errors.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, (KeyError, TypeError, IndexError, AttributeError, *others)):
+            raise
+        raise ValueError(
+            f"{path} does not hold what this torchlocal writes ({_first_line(error)}): use a copy, or the torchlocal "
+            "that wrote it"
+        ) from error
 
 
 def load_network(net: nn.Module, state: Mapping[str, Any], path: Path) -> None:

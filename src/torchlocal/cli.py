@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -35,7 +37,7 @@ from torchlocal.options import (
     suggestion,
     with_dashes,
 )
-from torchlocal.sizes import parse_size
+from torchlocal.sizes import parse_size, shorten
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -100,6 +102,8 @@ _SHAPES = {
 }
 
 
+_NO_MEMORY = re.compile(r"out of memory|[Cc]an't allocate memory|[Cc]annot allocate memory|not enough memory")
+_MOST_OF_ONE, _MOST_BYTES = 2**24, 2**50  # of classes, channels, height or width; of the images of a batch
 _TIMEOUT = 300.0  # seconds
 _OF_A_RUN = ("last.pt", "result.json")
 _LAUNCHER = "TORCHLOCAL_LAUNCHER"  # set by `parallel.launch`, which is not imported for --help
@@ -328,7 +332,7 @@ def _evaluate(argv: Sequence[str]) -> int:
     from torchlocal.tables import depth_table
     from torchlocal.trainer import evaluate
 
-    result = evaluate(values.run, split=values.split)
+    result = evaluate(expand(values.run), split=values.split)
     if values.json:
         print(json.dumps(result, indent=2))
     else:
@@ -353,9 +357,11 @@ def _partition(argv: Sequence[str]) -> int:
     if shape is not None and (len(shape) != 3 or min(shape) < 1):
         raise ValueError(f"--shape {' '.join(map(str, shape))} must be channels, height and width, such as 3 32 32")
 
+    config = build_config(FitConfig, {name: value for name, value in values.items() if name in options})
+    _check_sizes(values["num_classes"], shape or [], config.batch_size)
+
     from torchlocal.tables import partition_tables
 
-    config = build_config(FitConfig, {name: value for name, value in values.items() if name in options})
     net = _decouple(config, shape, values["num_classes"])
     console = _console()
     for table in partition_tables(net, batch_size=config.batch_size, title=config.model):
@@ -413,6 +419,7 @@ def _plan(argv: Sequence[str]) -> int:
         raise ValueError(f"--input {values.input} must be channels, height and width, such as 3x224x224")
     if values.batch_size < 1:
         raise ValueError(f"--batch-size {values.batch_size} must be at least 1")
+    _check_sizes(values.num_classes, [int(part) for part in parts], values.batch_size)
     if values.precision not in ("fp32", "bf16"):
         raise ValueError(f"--precision {values.precision} is unknown: choose fp32 or bf16")
     words = ("fewest", "all")
@@ -428,11 +435,26 @@ def _plan(argv: Sequence[str]) -> int:
 
     from torchlocal.config import build_rule
     from torchlocal.models import build_model
+    from torchlocal.network import decouple
     from torchlocal.plan import plan
     from torchlocal.tables import plan_table
 
     channels, height, width = map(int, parts)
     model = build_model(values.model, num_classes=values.num_classes, in_channels=channels, image_size=(height, width))
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    if budget is not None and budget < size:
+        raise ValueError(
+            f"--budget {values.budget} is less than the {size / 2**20:.1f} MiB that the parameters of {values.model} "
+            "take by themselves: give more, or a smaller network"
+        )
+    counts = [int(number) for number in numbers if number not in words]
+    if values.modules and len(counts) == len(numbers):
+        sample = (2, channels, height, width)
+        num_units = len(decouple(model, 1, sample=sample, rule=build_rule(config)).partition.units)
+        if min(counts) > num_units:
+            raise ValueError(
+                f"--modules {' '.join(numbers)}: {values.model} can be cut into {num_units} at most; give fewer, or all"
+            )
     result = plan(
         model,
         (values.batch_size, channels, height, width),
@@ -453,6 +475,15 @@ def _plan(argv: Sequence[str]) -> int:
     if values.figure is not None:
         result.figure().savefig(expand(values.figure), dpi=150)
     return 0
+
+
+def _check_sizes(num_classes: int, shape: Sequence[int], batch_size: int) -> None:
+    """Refuse what no machine holds: now, and not after torch has tried."""
+    for what, sizes in (("--num-classes", [num_classes]), ("channels, height and width", shape)):
+        if max(sizes, default=1) > _MOST_OF_ONE:
+            raise ValueError(f"{what}: {max(sizes)} is more than {_MOST_OF_ONE:,}: make it smaller")
+    if batch_size * math.prod(shape or [1]) * 4 > _MOST_BYTES:
+        raise ValueError(f"--batch-size {batch_size} makes a batch of more than a pebibyte: make it smaller")
 
 
 def _check_figure(path: Path) -> None:
@@ -482,7 +513,7 @@ def _export(argv: Sequence[str]) -> int:
 
     from torchlocal.export import export
 
-    path = export(values.run, to=values.to, weights=values.weights, overwrite=values.overwrite)
+    path = export(expand(values.run), to=expand(values.to), weights=values.weights, overwrite=values.overwrite)
     print(f"Wrote {path} ({path.stat().st_size:,} bytes); loaded back, its outputs are the backbone's.")
     return 0
 
@@ -524,7 +555,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name, `sys.argv[1:]` by default.
 
     Returns:
-        The exit code: 0; 2 after a mistake of the user's; 128 and the number of the signal that ended it; 1 after other errors.
+        The exit code: 0; 2 after a mistake of the user's; 128 and the number of a signal that ended it (130 after
+        Ctrl-C); 1 after other errors.
     """
     arguments = [with_dashes(token) for token in (sys.argv[1:] if argv is None else argv)]
     debug = "--debug" in arguments
@@ -677,6 +709,8 @@ def _report_error(error: BaseException, received: Sequence[int] = ()) -> int:
         text = f"{told}. {text}"
     elif code is not None:
         pass
+    elif foreign := _foreign(error):
+        code, text = 2, foreign
     elif isinstance(error, (ValueError, OSError)) or type(error).__name__ == "PeerLost":
         code = 2
     else:
@@ -684,3 +718,19 @@ def _report_error(error: BaseException, received: Sequence[int] = ()) -> int:
         text = f"{type(error).__name__}: {text or 'no message'} (--debug shows the traceback)"
     print(f"torchlocal{f' (rank {rank})' if rank else ''}: {text.strip().rstrip('.')}.", file=sys.stderr, flush=True)
     return code
+
+
+def _foreign(error: BaseException) -> str | None:
+    """What an error of Python or of torch means, in words of ours; None: it is told as it is."""
+    if isinstance(error, OSError) and error.strerror and str(error).startswith("[Errno"):
+        return f"{shorten(str(error.filename), 100)}: {error.strerror}" if error.filename else error.strerror
+    text = str(error)
+    if isinstance(error, (RuntimeError, TypeError, OverflowError)) and "verflow" in text:
+        return "a number is larger than torch can count: make the sizes smaller"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
+        asked = re.search(r"allocate (\d[\d.]* ?\w+)", text)
+        return (
+            f"there is not enough memory{f' for another {asked[1]}' if asked else ''}: make the batch or the network "
+            "smaller, or see what `torchlocal plan` recommends"
+        )
+    return None

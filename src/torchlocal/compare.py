@@ -154,7 +154,7 @@ def _check_run_folder(config: FitConfig) -> None:
         return
     try:
         saved = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: delete the folder {path.parent} to train it again") from error
     if not isinstance(saved, dict) or not saved:
         raise ValueError(f"{path} is damaged: delete the folder {path.parent} to train it again")

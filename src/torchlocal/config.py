@@ -8,13 +8,15 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from torchlocal.folder import expand
 from torchlocal.guidance import Guidance, make_guidance
-from torchlocal.sizes import parse_size
+from torchlocal.sizes import check_plain, parse_size
 
 if TYPE_CHECKING:
     from torchlocal.rules import Rule
 
 __all__ = [
+    "MOST_STEPS",
     "FitConfig",
     "GuidanceConfig",
     "build_guidance",
@@ -33,6 +35,9 @@ _OPTIONS = {
     "random": ("share",),
     "annealed": ("share", "end_share"),
 }
+MOST_STEPS = 100_000_000
+_LARGEST = 2**40  # of whole numbers; torch has 64 bits for what is made of several
+_NUMBER = 1e38  # which a float32 holds
 _PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 _RULES = ("greedy", "dgl", "predsim", "infopro", "auglocal", "man")  # those of `rules.RULES`, which loads torch
 
@@ -188,6 +193,11 @@ class FitConfig:
                 continue
             if not isinstance(value, str) or not value:
                 raise ValueError(f"{name}={value!r} must be a string that is not empty")
+        expand(self.out)  # refuses the home folder of nobody
+        if self.data_root is not None:
+            if not isinstance(self.data_root, str) or not self.data_root:
+                raise ValueError(f"data_root={self.data_root!r} must be the name of a folder, or None")
+            expand(self.data_root)
         for name in ("epochs", "batch_size", "accumulate", "log_every", "replicas"):
             _check_whole(name, getattr(self, name), 1)
         _check_whole("seed", self.seed, 0)
@@ -196,6 +206,10 @@ class FitConfig:
         for name in ("steps", "num_train", "num_validation", "checkpoint_every", "num_threads", "image_size"):
             _check_whole(name, getattr(self, name), 1, optional=True)
         _check_whole("num_workers", self.num_workers, 0, optional=True)
+        for name, most in (("steps", MOST_STEPS), ("num_threads", 4096), ("num_workers", 1024)):
+            value = getattr(self, name)
+            if value is not None and value > most:
+                raise ValueError(f"{name}={value} is more than {most:,}: make it smaller")
         for name in ("augment", "compile", "tensorboard"):
             _check_choice(name, getattr(self, name), (True, False))
         _check_choice("channels_last", self.channels_last, (None, True, False))
@@ -213,14 +227,14 @@ class FitConfig:
             not isinstance(self.cuts, list | tuple) or not all(isinstance(cut, str) for cut in self.cuts)
         ):
             raise ValueError(f"cuts={self.cuts!r} must be a list of names of submodules, or None")
-        _check_number("lr", self.lr, 0, math.inf, "a number above 0", open_low=True)
+        _check_number("lr", self.lr, 0, _NUMBER, "a number above 0 and below 1e38", open_low=True)
         _check_number("momentum", self.momentum, 0, 1, "a number of at least 0 and below 1")
-        _check_number("weight_decay", self.weight_decay, 0, math.inf, "a number of at least 0")
+        _check_number("weight_decay", self.weight_decay, 0, _NUMBER, "a number of at least 0 and below 1e38")
         _check_number("label_smoothing", self.label_smoothing, 0, 1, "a number of at least 0 and below 1")
         _check_number("warmup_epochs", self.warmup_epochs, 0, math.inf, "a number of at least 0")
-        _check_number("gamma", self.gamma, 0, math.inf, "a number above 0", open_low=True)
+        _check_number("gamma", self.gamma, 0, _NUMBER, "a number above 0 and below 1e38", open_low=True)
         if self.clip is not None:
-            _check_number("clip", self.clip, 0, math.inf, "a number above 0, or None", open_low=True)
+            _check_number("clip", self.clip, 0, _NUMBER, "a number above 0 and below 1e38, or None", open_low=True)
         self._check_schedule()
         _check_rule(self)
         if self.auxiliary is not None or self.rule_options:  # a rule with its defaults has nothing to refuse
@@ -308,12 +322,9 @@ def _check_rule(config: FitConfig) -> None:
     if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
         raise ValueError(f"rule_options={given!r} must be `name: value` pairs, such as {{'depth': 3}}")
     try:
-        json.dumps(given)
-    except TypeError as error:
-        raise ValueError(
-            f"rule_options={given!r} must hold numbers, words and lists, which a file can: give the rule itself to "
-            "torchlocal.decouple"
-        ) from error
+        check_plain("rule_options", given)
+    except ValueError as error:
+        raise ValueError(f"{error}; a rule of your own is given to torchlocal.decouple") from error
 
 
 def config_to_dict(config: FitConfig) -> dict[str, Any]:
@@ -372,6 +383,8 @@ def _check_whole(name: str, value: object, least: int, *, optional: bool = False
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         other = other or (" or None" if optional else "")
         raise ValueError(f"{name}={value!r} must be a whole number of at least {least}{other}")
+    if value > _LARGEST:
+        raise ValueError(f"{name}={value} is larger than anything that could be counted: make it smaller")
 
 
 def _check_number(name: str, value: object, low: float, high: float, what: str, *, open_low: bool = False) -> None:

@@ -108,6 +108,8 @@ class CompareConfig:
                 raise ValueError(f"seeds={list(self.seeds)} must be whole numbers of at least 0 and below 2**32")
         if not isinstance(self.timing_rounds, int) or self.timing_rounds < 0:
             raise ValueError(f"timing_rounds={self.timing_rounds!r} must be a whole number of at least 0")
+        if self.timing_rounds > 1_000_000:
+            raise ValueError(f"timing_rounds={self.timing_rounds} is more than 1,000,000: make it smaller")
         for name, options in self.variants.items():
             if not isinstance(name, str) or name in METHODS or not name or name.strip(".") != name:
                 raise ValueError(f"variants: {name!r} must be a new name that can be the name of a folder")

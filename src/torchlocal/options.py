@@ -19,6 +19,8 @@ import yaml
 from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from jsonargparse import DefaultHelpFormatter as _HelpFormatter
 
+from torchlocal.sizes import check_plain, shorten
+
 __all__ = [
     "Option",
     "add_config_option",
@@ -58,8 +60,11 @@ def recipe_path(name: str) -> Path:
     Raises:
         ValueError: there is neither such a file nor such a recipe.
     """
-    if Path(name).is_file():
-        return Path(name)
+    try:
+        if Path(name).is_file():
+            return Path(name)
+    except OSError as error:
+        raise ValueError(f"recipe {shorten(name)} cannot be read ({error.strerror}): give another name") from error
     names = recipe_names()
     if name in names:
         return Path(str(resources.files("torchlocal") / "recipes" / f"{name}.yaml"))
@@ -79,7 +84,9 @@ def read_recipe(name: str) -> dict[str, Any]:
     path = recipe_path(name)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise ValueError(f"recipe {name} holds brackets in brackets without end: correct the file") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # a date that does not exist is a ValueError
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""
         raise ValueError(f"recipe {name} is not valid YAML{where}: correct the file") from error
@@ -87,6 +94,8 @@ def read_recipe(name: str) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ValueError(f"recipe {name} must hold options as `name: value` lines, not a {type(content).__name__}")
+    for key, value in content.items():
+        check_plain(f"recipe {name}: {key}", value)
     return content
 
 
@@ -341,6 +350,8 @@ def parse(parser: ArgumentParser, argv: Sequence[str], options: Mapping[str, Opt
     """
     try:
         return parser.parse_args(list(argv))
+    except RecursionError as error:
+        raise ValueError("an option holds brackets in brackets without end: write it in fewer levels") from error
     except (ArgumentError, TypeError) as error:
         flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
         raise ValueError(_explain(str(error), options or {}, flags)) from error
@@ -359,9 +370,12 @@ def _explain(message: str, options: Mapping[str, Option], flags: Sequence[str]) 
             kind = told.get(expected[1] if expected else "", "another value")
         several = name in options and _item_kind(options[name].kind) and values and "," in values[-1]
         hint = "; several are separated by spaces" if several else ""
-        return f"{with_dashes('--' + name)} expects {kind}" + (f", got {values[-1]!r}" if values else "") + hint
+        return (
+            f"{with_dashes('--' + name)} expects {kind}" + (f", got {shorten(values[-1])!r}" if values else "") + hint
+        )
     if match := re.search(r"unrecognized arguments: (\S+)", message):
         flag = match[1].partition("=")[0]
+        flag = shorten(flag)
         if flag.startswith("-"):
             return f"unknown option {flag}{suggestion(flag, flags)}; --help lists all"
         return f"unexpected argument {flag!r}: options start with --"

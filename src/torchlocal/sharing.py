@@ -16,6 +16,8 @@ __all__ = ["Branch", "find_branches", "first_alike"]
 
 _GUIDED_FIELDS = ("memory", "decay")  # of guided steps alone, and of the learning rate, which is compared by itself
 
+_MOST_STEPS = 1_000_000  # of a run that is looked through, step by step
+
 
 @dataclass(frozen=True, kw_only=True)
 class Branch:
@@ -73,7 +75,7 @@ def _local_fields(config: FitConfig) -> dict[str, Any]:
 
 
 def _common_steps(a: FitConfig, b: FitConfig, steps_per_epoch: int, num_steps: int) -> int:
-    if a.compile or _local_fields(a) != _local_fields(b):
+    if a.compile or num_steps > _MOST_STEPS or _local_fields(a) != _local_fields(b):
         return 0
     if "random" in (a.guidance.name, b.guidance.name):  # which steps are guided depends on the seed
         return 0

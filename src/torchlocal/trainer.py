@@ -37,6 +37,7 @@ from torchlocal.assembly import (
 from torchlocal.config import FitConfig, GuidanceConfig, build_guidance, config_to_dict
 from torchlocal.evaluation import evaluate, measure_split
 from torchlocal.folder import Owned, Ownership, expand
+from torchlocal.guidance import Guidance
 from torchlocal.lifetime import STOPPING
 from torchlocal.network import DecoupledNetwork
 from torchlocal.parallel.network import ParallelNetwork
@@ -45,6 +46,11 @@ from torchlocal.progress import Reporter
 from torchlocal.sharing import Branch
 
 _PATIENCE = 3.0  # seconds
+_RESULT = (
+    "steps", "epochs", "guided_share", "validation_accuracy", "test_accuracy", "depth_accuracy", "seconds",
+    "num_parameters", "device", "precision",
+)  # fmt: skip
+_MOST_LOOKED_AT = 100_000  # steps
 
 __all__ = [
     "Diverged",
@@ -196,7 +202,7 @@ class _Run:
         self.optimizer = build_optimizer(config, self.net)
         self.scaler = self.execution.make_scaler()
         self.guidance = build_guidance(config).bind(num_steps=self.num_steps, steps_per_epoch=self.steps_per_epoch)
-        if config.guidance.name != "never" and not any(map(self.guidance, range(self.num_steps))):
+        if config.guidance.name != "never" and not _guides_any(self.guidance, self.num_steps):
             warnings.warn(f"{self.guidance} guides none of the {self.num_steps} steps", stacklevel=3)
         self.position, self.rows = _Position(), list[dict[str, float]]()
         self.loss_sums = torch.zeros(self.net.num_modules, device=self.execution.device)
@@ -461,26 +467,29 @@ class _Run:
                 f"{path} is of a network that is cut elsewhere: use the torchlocal that wrote it, or choose another out"
             )
         checkpoint.load_network(self.network, saved, path)
-        if self.parallel is None:
-            self.optimizer.load_state_dict(saved["optimizer"])
-        else:
-            self.parallel.load_optimizer_state(self.optimizer, saved["optimizer"])
-        if self.scaler is not None:
-            self.scaler.load_state_dict(saved["scaler"])
-        self.position, self.rows = _Position(**saved["position"]), saved["rows"]
-        own = [saved, *saved.get("replicas", [])][self.team.replica]
-        self.loss_sums.copy_(own["loss_sums"])
+        with checkpoint.reading(path, ValueError, RuntimeError):  # torch's own words are of its own parts
+            if self.parallel is None:
+                self.optimizer.load_state_dict(saved["optimizer"])
+            else:
+                self.parallel.load_optimizer_state(self.optimizer, saved["optimizer"])
+            if self.scaler is not None:
+                self.scaler.load_state_dict(saved["scaler"])
+            self.position, self.rows = _Position(**saved["position"]), saved["rows"]
+            own = [saved, *saved.get("replicas", [])][self.team.replica]
+            self.loss_sums.copy_(own["loss_sums"])
+            _set_random_states(own["random"], self.execution.device)
+            ends = [row["step"] for row in self.rows]
+            best_end = ends[self.position.best_epoch - 1] if self.position.best_epoch else 0
         if self.position.best_epoch:
             # Refuse a damaged one now and not at the end.
             step = self.team.at_writer(lambda: self._load_best(self.out / "best.pt")["step"])
-            if step > self.rows[-1]["step"]:  # killed between best.pt and last.pt: the epoch that comes again writes it
+            if step > ends[-1]:  # killed between best.pt and last.pt: the epoch that comes again writes it
                 self.position.best_accuracy = -1.0
-            elif step != self.rows[self.position.best_epoch - 1]["step"]:
+            elif step != best_end:
                 raise ValueError(
                     f"{self.out / 'best.pt'} is of step {step}, but the best was epoch {self.position.best_epoch}: put "
                     "the right one back, or train again"
                 )
-        _set_random_states(own["random"], self.execution.device)
 
     def _load_best(self, path: Path) -> dict[str, Any]:
         best = checkpoint.load_checkpoint(path)
@@ -612,10 +621,18 @@ def _finished_result(path: Path, config: FitConfig) -> dict[str, Any]:
     try:
         result: dict[str, Any] = json.loads(path.read_text())
         saved = result["config"]
+        if not isinstance(saved, dict) or not set(_RESULT) <= set(result):
+            raise ValueError
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: delete it, and resume to write it again") from error
     checkpoint.check_same_config(path, saved, config_to_dict(config))
     return result
+
+
+def _guides_any(guidance: Guidance, num_steps: int) -> bool:
+    """Whether a step is guided; of a long run some are looked at, from its end on, where a phase ends."""
+    looked_at = range(num_steps - 1, max(-1, num_steps - 1 - _MOST_LOOKED_AT), -1)
+    return any(map(guidance, looked_at)) or (len(looked_at) < num_steps and guidance.share > 0)
 
 
 def _means(sums: Sequence[float], num_full: int, num_steps: int) -> list[float]:
