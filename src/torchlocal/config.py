@@ -227,14 +227,18 @@ class FitConfig:
             not isinstance(self.cuts, list | tuple) or not all(isinstance(cut, str) for cut in self.cuts)
         ):
             raise ValueError(f"cuts={self.cuts!r} must be a list of names of submodules, or None")
-        _check_number("lr", self.lr, 0, _NUMBER, "a number above 0 and below 1e38", open_low=True)
+        _check_number("lr", self.lr, 0, math.inf, "a number above 0", open_low=True)
         _check_number("momentum", self.momentum, 0, 1, "a number of at least 0 and below 1")
-        _check_number("weight_decay", self.weight_decay, 0, _NUMBER, "a number of at least 0 and below 1e38")
+        _check_number("weight_decay", self.weight_decay, 0, math.inf, "a number of at least 0")
         _check_number("label_smoothing", self.label_smoothing, 0, 1, "a number of at least 0 and below 1")
         _check_number("warmup_epochs", self.warmup_epochs, 0, math.inf, "a number of at least 0")
-        _check_number("gamma", self.gamma, 0, _NUMBER, "a number above 0 and below 1e38", open_low=True)
+        _check_number("gamma", self.gamma, 0, math.inf, "a number above 0", open_low=True)
         if self.clip is not None:
-            _check_number("clip", self.clip, 0, _NUMBER, "a number above 0 and below 1e38, or None", open_low=True)
+            _check_number("clip", self.clip, 0, math.inf, "a number above 0, or None", open_low=True)
+        for name in ("lr", "weight_decay", "gamma", "clip"):
+            value = getattr(self, name)
+            if value is not None and value > _NUMBER:
+                raise ValueError(f"{name}={value!r} is more than a float32 holds: make it smaller")
         self._check_schedule()
         _check_rule(self)
         if self.auxiliary is not None or self.rule_options:  # a rule with its defaults has nothing to refuse
