@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ import pytest
 import torch
 
 import torchlocal
-from torchlocal import checkpoint, config, rules, trainer
+from torchlocal import checkpoint, cli, config, rules, trainer
 from torchlocal.cli import main
 from torchlocal.compare import CompareConfig, compare
 from torchlocal.config import FitConfig
@@ -585,3 +586,65 @@ def test_a_long_run_is_looked_through_at_once() -> None:
         bound = guidance.bind(num_steps=10**8, steps_per_epoch=10)
         assert trainer._guides_any(bound, 10**8) == expected
     assert not trainer._guides_any(PeriodicGuidance(period=7), 6)
+
+
+# --- what other libraries say stays with them ---
+
+
+def test_ranks_that_do_not_meet_say_so(tmp_path: Path) -> None:
+    """The first of two, which comes alone, and one at a port that somebody else has."""
+    with socket.socket() as other, socket.socket() as probe:
+        for taken in (other, probe):
+            taken.bind(("127.0.0.1", 0))
+        other.listen()
+        ports = [taken.getsockname()[1] for taken in (other, probe)]
+        probe.close()
+        for port in ports:
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": "0"}
+            environment = {**os.environ, **place, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+            argv = ["fit", *TINY, "--epochs=2", "--quiet", "--timeout=2", f"--out={tmp_path / 'run'}"]
+            told = subprocess.run(
+                [sys.executable, "-m", "torchlocal", *argv],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=100,
+            )
+            assert told.returncode == 2
+            assert told.stderr == (
+                f"torchlocal (rank 0): the 2 ranks cannot meet at 127.0.0.1:{port} (waited up to 2 s): see whether all "
+                "have started, with the same MASTER_ADDR and a MASTER_PORT that is free.\n"
+            )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_cannot_write_says_so_alone(tmp_path: Path) -> None:
+    """A limit on the size of files is a disk that is full; the others only say who has left them."""
+    code = (
+        "import os, resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "os.execv(sys.executable, [sys.executable, '-m', 'torchlocal', *sys.argv[1:]])\n"
+    )
+    out = tmp_path / "run"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    argv = ["fit", *TINY, "--epochs=2", "--ranks=2", "--quiet", f"--out={out}"]
+    told = subprocess.run(
+        [sys.executable, "-c", code, *argv], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert told.returncode == 2
+    first, *others = sorted(told.stderr.splitlines(), reverse=True)
+    assert re.fullmatch(r"torchlocal \(rank 1\): \S+/best\.pt could not be written: File too large; .*", first), told
+    assert len(others) < 2  # the launcher may end the other one before it sees that it is alone
+    assert all(re.fullmatch(r"torchlocal \(rank 0\): .* is gone \(connection \w+\): see .*", line) for line in others)
+    assert [path.name for path in out.iterdir()] == ["config.yaml"]
+
+
+def test_no_memory_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(argv: Any) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total ...")
+
+    monkeypatch.setitem(cli._RUNNERS, "recipes", broken)
+    assert refused(["recipes"], capsys) == (
+        "there is not enough memory for another 20.00 MiB: make the batch or the network smaller, or see what "
+        "`torchlocal plan` recommends."
+    )

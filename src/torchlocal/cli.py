@@ -562,7 +562,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     if _rank() is not None:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings are no sentences for a reader at a prompt
+        if not debug:
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else stacks of C++ beside the sentence
         end_with_parent(int(os.environ[_LAUNCHER]) if _LAUNCHER in os.environ else None)
     received: list[int] = []
     with unbroken_streams():

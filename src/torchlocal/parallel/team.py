@@ -65,8 +65,8 @@ def process_group(timeout: float) -> Iterator[None]:
             raise
         place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise PeerLost(
-            f"the {os.environ['WORLD_SIZE']} ranks have not met at {place} within {timeout:g} s: see whether all have "
-            "started, with the same address and a port that is free"
+            f"the {os.environ['WORLD_SIZE']} ranks cannot meet at {place} (waited up to {timeout:g} s): see whether "
+            "all have started, with the same MASTER_ADDR and a MASTER_PORT that is free"
         ) from error
     with watched("another rank", timeout):
         yield
