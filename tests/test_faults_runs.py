@@ -648,3 +648,16 @@ def test_no_memory_is_a_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         "there is not enough memory for another 20.00 MiB: make the batch or the network smaller, or see what "
         "`torchlocal plan` recommends."
     )
+
+
+def test_a_moved_comparison_is_not_begun_anew(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv = [*TINY, "--epochs=1", "--methods", "local", "--timing-rounds=0", "--quiet"]
+    assert main(["compare", *argv, "--out=old"]) == 0
+    Path("old").rename("new")
+    assert refused(["compare", "--config=new/compare.yaml"], capsys) == (
+        "new/compare.yaml is of a run that was moved here from old: go on with `torchlocal compare --config "
+        "new/compare.yaml --out new`."
+    )
+    assert main(["compare", "--config=new/compare.yaml", "--out=new", "--quiet"]) == 0
+    assert not Path("old").exists()
