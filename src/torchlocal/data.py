@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchlocal.datasets.sources import READERS, read_folders
+from torchlocal.datasets.folders import read_folders
+from torchlocal.datasets.sources import READERS
 from torchlocal.datasets.splits import (
     FOLDER_STREAM,
     VALIDATION_STREAM,
@@ -69,6 +70,10 @@ def load_data(
     `cifar100`, `svhn`, `stl10`, `folder` (class folders in ImageNet layout), and `pairs:NAME`: two images of NAME side
     by side, labelled with the sum of their classes modulo the number of classes. The partners of training images are
     redrawn every epoch, those of validation and test images are fixed.
+
+    The images of a `folder` are brought to RGB of 8 bits: 16-bit values from their full range, floating-point values
+    from 0..1, what is transparent as white, upright as the camera noted (EXIF). Hidden files and folders are passed
+    over, and so is what operating systems leave behind.
 
     Training images are cropped at random after padding and mirrored at random, as in the literature:
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from torchlocal.datasets.splits import DIGITS_STREAM, Augmentation, make_generator
 
-__all__ = ["READERS", "ImageFolders", "Images", "default_root", "read_folders", "read_idx"]
+__all__ = ["READERS", "Images", "default_root", "read_idx"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,50 +316,3 @@ READERS: dict[str, Callable[[Path | None, bool], Images]] = {
     "svhn": _read_svhn,
     "stl10": _read_stl10,
 }
-
-# --------------------------------------------------------------------------------------------------- image folders
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageFolders:
-    """Class folders of image files: `(path, label)` of every image of the parts `train`, `val`, `test` that exist."""
-
-    classes: list[str]
-    parts: dict[str, list[tuple[str, int]]]
-
-
-def read_folders(root: Path) -> ImageFolders:
-    """Lists the class folders under `root/train` and `root/val` and/or `root/test` (ImageNet layout).
-
-    Raises:
-        ValueError: a folder is missing or empty, or the held-out classes are not those of the training folder.
-    """
-    from torchvision.datasets import ImageFolder
-
-    layout = "root must hold train/CLASS/IMAGE files and val/CLASS/IMAGE or test/CLASS/IMAGE files"
-    parts: dict[str, list[tuple[str, int]]] = {}
-    classes: list[str] = []
-    for part in ("train", "val", "test"):
-        folder = root / part
-        if not folder.is_dir():
-            if part == "train":
-                raise ValueError(f"the folder {folder} does not exist: {layout}")
-            continue
-        try:
-            # Held-out images of a class may be missing; a training class without images is a mistake.
-            listing = ImageFolder(str(folder), allow_empty=part != "train")
-        except (OSError, RuntimeError) as error:
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise ValueError(f"the folder {folder} holds no class folders with images ({reason}): {layout}") from error
-        if not listing.samples:
-            raise ValueError(f"the folder {folder} holds no images: {layout}")
-        classes = classes or listing.classes
-        unknown = sorted(set(listing.classes) - set(classes))
-        if unknown:
-            raise ValueError(f"the class {unknown[0]!r} of {folder} is not in {root / 'train'}: add or remove it")
-        # Labels by the training folder's classes: a held-out folder may lack some.
-        label = {index: classes.index(name) for index, name in enumerate(listing.classes)}
-        parts[part] = [(path, label[target]) for path, target in listing.samples]
-    if len(parts) < 2:
-        raise ValueError(f"{root} has neither a folder val nor a folder test: {layout}")
-    return ImageFolders(classes=classes, parts=parts)
