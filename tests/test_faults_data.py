@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import math
 import os
 import signal
 import socket
@@ -14,11 +16,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torchvision
 from PIL import Image
 
 from torchlocal.data import load_data
+from torchlocal.datasets import sources
 from torchlocal.datasets.folders import read_folders, read_image
+from torchlocal.datasets.sources import read_idx
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)  # every grey level once
 COLOURS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -333,3 +338,110 @@ def test_unreadable_folders_are_refused(root: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(os, "scandir", forbidden)  # root may read all
     assert f"{root / 'train' / 'b'} cannot be read (Permission denied)" in refusal(lambda: read_folders(root))
+
+
+# --------------------------------------------------------------------------------------------------------- IDX files
+
+
+def write_idx(folder: Path, name: str, shape: tuple[int, ...], content: bytes, *, zipped: bool = True) -> Path:
+    """Writes a file whose header and content need not agree."""
+    packed = struct.pack(f">BBBB{len(shape)}I", 0, 0, 8, len(shape), *shape) + content
+    path = folder / (f"{name}.gz" if zipped else name)
+    path.write_bytes(gzip.compress(packed, 1) if zipped else packed)
+    return path
+
+
+def write_idx_set(folder: Path, count: int = 3, size: tuple[int, int] = (28, 28)) -> None:
+    for part in ("train", "t10k"):
+        write_idx(folder, f"{part}-images-idx3-ubyte", (count, *size), bytes(count * size[0] * size[1]))
+        write_idx(folder, f"{part}-labels-idx1-ubyte", (count,), bytes(count))
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "sentence"),
+    [
+        ((80_000, 28, 28), 80_000, "announces 80000 images of 28x28 pixels, and fashion-mnist has at most 70,000"),
+        ((80_000, 28, 28), 3, "holds 80000 images but 3 labels: get the files anew"),
+        ((2, 5600, 5600), 2, "hold images of different sizes"),
+    ],
+)
+def test_headers_are_checked_before_anything_is_read(
+    images: tuple[int, int, int], labels: int, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_idx_set(tmp_path)
+    bomb = write_idx(tmp_path, "train-images-idx3-ubyte", images, bytes(math.prod(images)))
+    write_idx(tmp_path, "train-labels-idx1-ubyte", (labels,), bytes(labels))
+    assert bomb.stat().st_size < math.prod(images) / 200
+
+    def read_up_to(file: Any, size: int) -> bytearray:
+        pytest.fail(f"{size} bytes were to be read")
+
+    monkeypatch.setattr(sources, "_read_up_to", read_up_to)
+    told = refusal(lambda: load_data("fashion-mnist", root=tmp_path, download=False))
+    assert sentence in told and str(bomb) in told
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_headers_that_no_such_file_can_keep_are_not_believed(
+    zipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_idx(tmp_path, "x", (2**22, 32, 32), bytes(2**20), zipped=zipped)
+    monkeypatch.setattr(sources, "_read_up_to", lambda file, size: pytest.fail("read"))
+    told = refusal(lambda: read_idx(path))
+    most = 1032 * path.stat().st_size if zipped else 2**20
+    there = f"{'at most' if zipped else 'only'} {most}"
+    assert told == (
+        f"{path} is truncated (its header announces 4294967296 bytes of data, there are {there}): get it anew"
+    )
+
+
+def test_zeros_that_gzip_packs_best_are_read(tmp_path: Path) -> None:
+    packed = gzip.compress(struct.pack(">BBBBI", 0, 0, 8, 1, 10**7) + bytes(10**7), 9)
+    assert 1000 * len(packed) < 10**7  # near the bound on what a byte can stand for
+    (tmp_path / "x").write_bytes(packed)
+    assert read_idx(tmp_path / "x").shape == (10**7,)
+
+
+def test_other_images_are_not_taken_for_fashion_mnist(tmp_path: Path) -> None:
+    write_idx_set(tmp_path)
+    assert load_data("fashion-mnist", root=tmp_path, num_train=2, download=False).shape == (1, 28, 28)
+    write_idx_set(tmp_path, size=(32, 32))
+    assert "announces 3 images of 32x32 pixels" in refusal(
+        lambda: load_data("fashion-mnist", root=tmp_path, download=False)
+    )
+
+
+@pytest.mark.usefixtures("_no_waiting")
+def test_an_idx_fifo_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x")
+    assert refusal(lambda: read_idx(tmp_path / "x")) == f"{tmp_path / 'x'} is no file: check the path"
+
+
+# ------------------------------------------------------------------------------------------------ arrays of a reader
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "sentence"),
+    [
+        (np.full((2, 1, 4, 4), 0.5), [0, 1], "pixels that are not whole numbers from 0 to 255"),
+        (np.full((2, 1, 4, 4), 256), [0, 1], "pixels that are not whole numbers from 0 to 255"),
+        (np.full((2, 1, 4, 4), -1, np.int8), [0, 1], "pixels that are not whole numbers from 0 to 255"),
+        (np.full((2, 1, 4, 4), np.nan, np.float32), [0, 1], "pixels that are not whole numbers from 0 to 255"),
+        (np.zeros((2, 4, 4), np.uint8), [0, 1], r"images of shape \(4, 4\)"),
+        (np.zeros((2, 1, 4, 4), np.uint8), [0.0, 1.5], "labels that are not whole numbers"),
+        (np.zeros((2, 1, 4, 4), np.uint8), ["0", "1"], "labels that are not whole numbers"),
+        (np.zeros((2, 1, 4, 4), np.uint8), [0, 2], "the label 2, outside 0 to 1"),
+        (np.zeros((2, 1, 4, 4), np.uint8), [0, -1], "the label -1, outside 0 to 1"),
+        (np.zeros((2, 1, 4, 4), np.uint8), [[0, 1], [1, 0]], "2 images but 4 labels"),
+    ],
+)
+def test_arrays_that_would_be_cut_off_or_wrapped_are_refused(images: Any, labels: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=f"the file holds {sentence}.*: get the files anew"):
+        sources._checked(images, labels, 2, "the file")
+
+
+def test_arrays_of_other_types_keep_their_values() -> None:
+    values = np.arange(32).reshape(2, 1, 4, 4)
+    for kind in (np.uint8, np.int64, np.float32):
+        images, labels = sources._checked(values.astype(kind), np.array([[1.0], [0.0]]), 2, "the file")
+        assert images.dtype == torch.uint8 and images.tolist() == values.tolist() and labels.tolist() == [1, 0]
