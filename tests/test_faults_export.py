@@ -1,0 +1,130 @@
+"""Writing where there is no room: one sentence, nothing left behind, what was there before untouched."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch import Tensor, nn
+
+from torchlocal import models
+from torchlocal.cli import main
+from torchlocal.export import export
+
+TINY = [
+    "--model=small", "--modules=2", "--epochs=1", "--batch-size=8", "--precision=fp32", "--num-threads=1",
+    "--tensorboard=false", "--quiet",
+]  # fmt: skip
+ENDINGS = (".pt", ".pt2", ".safetensors")
+# What a disk that is full at 8 KiB does: writing more fails in the middle of the file.
+ON_A_FULL_DISK = """
+import resource, sys
+from torch import nn
+from torchlocal import models
+from torchlocal.cli import main
+sys.path.insert(0, sys.argv[1])
+from test_faults_export import small_net
+models._OWN["small"] = small_net
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
+sys.exit(0 if [main(argv.split()) for argv in sys.argv[2:]] == [2] * len(sys.argv[2:]) else 1)
+"""
+
+
+def small_net(num_classes: int, in_channels: int, size: tuple[int, int]) -> nn.Module:
+    layers: list[nn.Module] = []
+    for before, after in ((in_channels, 16), (16, 32)):
+        layers += [nn.Conv2d(before, after, 3, 1, 1), nn.BatchNorm2d(after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, num_classes))
+
+
+def write_images(root: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            (root / part / name).mkdir(parents=True)
+            for index in range(16):
+                pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models._OWN, "small", small_net)
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run, beside the images it was trained with."""
+    folder = tmp_path_factory.mktemp("run")
+    data = ["--data=folder", f"--data-root={write_images(folder / 'images')}", "--image-size=8", "--num-workers=0"]
+    assert main(["fit", *TINY, *data, f"--out={folder / 'run'}"]) == 0
+    return folder / "run"
+
+
+def test_a_full_disk_is_told_in_one_sentence(run: Path, tmp_path: Path) -> None:
+    files = [tmp_path / f"model{ending}" for ending in ENDINGS]
+    for file in files:
+        file.write_text("before")
+    commands = [f"export {run} --to {file} --overwrite" for file in files]
+    commands += [f"export {run} --to {file.with_stem('new')}" for file in files]
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_FULL_DISK, str(Path(__file__).parent), *commands],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, (done.returncode, done.stderr)  # every command ended with 2
+    reason = "could not be written: File too large; make room on the disk"
+    told = [f"torchlocal: {file} {reason} (the one written before is untouched)." for file in files]
+    told += [f"torchlocal: {file.with_stem('new')} {reason}." for file in files]
+    assert done.stderr.splitlines() == told
+    assert sorted(tmp_path.iterdir()) == sorted(files) and {file.read_text() for file in files} == {"before"}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_an_export_that_is_interrupted_leaves_nothing(
+    ending: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(file: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(run, to=tmp_path / f"model{ending}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_that_is_no_program_says_so(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Branching(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = super().forward(x)
+            return output if output.sum().item() > 0 else 2 * output
+
+    def branching(*arguments: Any) -> nn.Module:
+        return Branching(*small_net(*arguments))
+
+    monkeypatch.setitem(models._OWN, "small", branching)
+    with pytest.raises(ValueError, match=r"torch.export cannot make a program of this network .*choose .safetensors"):
+        export(run, to=tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
+    assert export(run, to=tmp_path / "model.pt").is_file()
+
+
+def test_what_the_disk_says_is_not_masked(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(file: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match=r"model.pt could not be written: Input/output error; see whether"):
+        export(run, to=tmp_path / "model.pt")
