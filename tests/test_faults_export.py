@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -78,6 +81,7 @@ def test_a_full_disk_is_told_in_one_sentence(run: Path, tmp_path: Path) -> None:
         file.write_text("before")
     commands = [f"export {run} --to {file} --overwrite" for file in files]
     commands += [f"export {run} --to {file.with_stem('new')}" for file in files]
+    commands += [f"plan --model=small --input=3x8x8 --batch-size=8 --modules=2 --figure={tmp_path / 'plan.png'}"]
     done = subprocess.run(
         [sys.executable, "-c", ON_A_FULL_DISK, str(Path(__file__).parent), *commands],
         capture_output=True,
@@ -88,6 +92,7 @@ def test_a_full_disk_is_told_in_one_sentence(run: Path, tmp_path: Path) -> None:
     reason = "could not be written: File too large; make room on the disk"
     told = [f"torchlocal: {file} {reason} (the one written before is untouched)." for file in files]
     told += [f"torchlocal: {file.with_stem('new')} {reason}." for file in files]
+    told += [f"torchlocal: {tmp_path / 'plan.png'} {reason}."]
     assert done.stderr.splitlines() == told
     assert sorted(tmp_path.iterdir()) == sorted(files) and {file.read_text() for file in files} == {"before"}
 
@@ -128,3 +133,28 @@ def test_what_the_disk_says_is_not_masked(run: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(OSError, match=r"model.pt could not be written: Input/output error; see whether"):
         export(run, to=tmp_path / "model.pt")
+
+
+# --- evaluate ---
+
+
+def test_evaluate_where_the_data_moved(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run), "--json"]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    moved = tmp_path / "moved"
+    shutil.move(run.parent / "images", moved)
+    try:
+        assert main(["evaluate", str(run), "--json"]) == 2
+        assert f"the folder {run.parent / 'images' / 'train'} does not exist" in capsys.readouterr().err
+        assert main(["evaluate", str(run), f"--data-root={moved}", "--device=cpu", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == expected
+    finally:
+        shutil.move(moved, run.parent / "images")
+
+
+def test_evaluate_computes_where_it_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run), "--device=nowhere"]) == 2
+    assert capsys.readouterr().err == ('torchlocal: device=\'nowhere\' is not available here: give "auto" or "cpu".\n')
+    if not torch.cuda.is_available():
+        assert main(["evaluate", str(run), "--device", "cuda"]) == 2
+        assert "device='cuda' is not available here" in capsys.readouterr().err
