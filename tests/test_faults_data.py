@@ -5,7 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import math
+import multiprocessing
 import os
+import re
+import shutil
 import signal
 import socket
 import struct
@@ -21,7 +24,7 @@ import torchvision
 from PIL import Image
 
 from torchlocal.data import load_data
-from torchlocal.datasets import sources
+from torchlocal.datasets import sources, splits
 from torchlocal.datasets.folders import read_folders, read_image
 from torchlocal.datasets.sources import read_idx
 
@@ -445,3 +448,60 @@ def test_arrays_of_other_types_keep_their_values() -> None:
     for kind in (np.uint8, np.int64, np.float32):
         images, labels = sources._checked(values.astype(kind), np.array([[1.0], [0.0]]), 2, "the file")
         assert images.dtype == torch.uint8 and images.tolist() == values.tolist() and labels.tolist() == [1, 0]
+
+
+# ------------------------------------------------------------------------------------------------ arguments, changes
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"num_train": True}, "num_train=True must be a whole number of at least 1, or left out"),
+        ({"num_validation": 2.0}, "num_validation=2.0 must be a whole number of at least 1, or left out"),
+        ({"seed": 0.5}, "seed=0.5 must be a whole number of at least 0 and below 2**64"),
+        ({"seed": True}, "seed=True must be a whole number of at least 0 and below 2**64"),
+        *(
+            ({"image_size": size}, f"image_size={size!r} must be of 1 to 16,384 pixels: give a side or (height, width)")
+            for size in (True, 8.5, (8,), (8, 0), (8, 8, 3), "8", 16_385)
+        ),
+    ],
+)
+def test_arguments_that_are_no_whole_numbers_are_refused(options: dict[str, Any], sentence: str, root: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        load_data("folder", root=root, **options)
+
+
+def test_a_root_that_looks_like_a_user_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "the folder ~nobody-of-this-name/train does not exist" in refusal(
+        lambda: load_data("folder", root="~nobody-of-this-name")
+    )
+
+
+def test_checksums_tell_other_data(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    def checksum() -> str:
+        return load_data("folder", root=root, num_validation=1).checksum
+
+    first = checksum()
+    assert load_data("folder", root=root, num_validation=2, image_size=8).checksum == first  # what was found, not used
+    moved = tmp_path_factory.mktemp("moved") / "root"
+    shutil.copytree(root, moved)
+    assert load_data("folder", root=moved, num_validation=1).checksum == first
+    (root / "train" / "a" / "0.png").rename(root / "train" / "b" / "x.png")
+    second = checksum()
+    (root / "train" / "b").rename(root / "train" / "c")
+    (root / "val" / "b").rename(root / "val" / "c")
+    assert len({first, second, checksum()}) == 3
+
+    write_idx_set(root)
+    third = load_data("fashion-mnist", root=root, num_train=2, download=False).checksum
+    write_idx(root, "t10k-labels-idx1-ubyte", (3,), b"\0\1\0")
+    assert load_data("fashion-mnist", root=root, num_train=2, download=False).checksum != third
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the process would not know the broken reader")
+def test_a_lost_worker_is_told_in_one_sentence(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(splits, "read_image", lambda path: os.kill(os.getpid(), signal.SIGKILL))
+    data = load_data("folder", root=root, image_size=8, num_workers=1)
+    with pytest.raises(OSError, match=r"a process that decodes images was ended from outside.*give num_workers=0$"):
+        list(data.test.batches(2, train=False))

@@ -158,3 +158,47 @@ def test_evaluate_computes_where_it_is_told(run: Path, capsys: pytest.CaptureFix
     if not torch.cuda.is_available():
         assert main(["evaluate", str(run), "--device", "cuda"]) == 2
         assert "device='cuda' is not available here" in capsys.readouterr().err
+
+
+# --- other data than the run's ---
+
+
+def copy_run(run: Path, to: Path) -> list[str]:
+    """Copies a run, as it was before its result was written, and its images; returns how to go on with it."""
+    shutil.copytree(run.parent, to, dirs_exist_ok=True)
+    (to / "run" / "result.json").unlink()
+    return ["fit", f"--config={to / 'run' / 'config.yaml'}", f"--data-root={to / 'images'}", f"--out={to / 'run'}"]
+
+
+def test_other_classes_are_not_evaluated(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy_run(run, tmp_path)
+    for part in ("train", "val"):
+        (tmp_path / "images" / part / "a").rename(tmp_path / "images" / part / "c")  # as many, in another order
+    assert main(["evaluate", str(run), f"--data-root={tmp_path / 'images'}"]) == 2
+    assert capsys.readouterr().err == (
+        f"torchlocal: {run / 'best.pt'} was trained on other classes: number 0 is 'a' there and 'b' here; give a "
+        "data_root with class folders of the same names.\n"
+    )
+
+
+def test_a_run_goes_on_with_its_own_images_only(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    again = copy_run(run, tmp_path)
+    assert main([*again, "--resume", "--quiet"]) == 0  # the same images elsewhere
+    (tmp_path / "run" / "result.json").unlink()
+    image = tmp_path / "images" / "train" / "a" / "0.png"
+    image.rename(image.with_name("new.png"))  # as many of every class
+    capsys.readouterr()
+    assert main([*again, "--resume", "--quiet"]) == 2
+    told = capsys.readouterr().err
+    assert f"{tmp_path / 'run' / 'last.pt'} was trained on other data: checksum is " in told
+    assert told.count("\n") == 1 and "bring the same data back, or choose another out" in told
+
+
+def test_checkpoints_without_checksum_go_on(run: Path, tmp_path: Path) -> None:
+    again = copy_run(run, tmp_path)
+    for name in ("last.pt", "best.pt"):
+        saved = torch.load(tmp_path / "run" / name, weights_only=True)
+        del saved["data"]["checksum"], saved["data"]["classes"]
+        torch.save(saved, tmp_path / "run" / name)
+    assert main([*again, "--resume", "--quiet"]) == 0
+    assert main(["evaluate", str(tmp_path / "run")]) == 0

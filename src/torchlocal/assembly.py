@@ -112,7 +112,8 @@ def load_shared_data(config: FitConfig, team: Team) -> DataBundle:
         nonlocal own
         own = load_run_data(config)
         sizes = {name: len(getattr(own, name)) for name in ("train", "validation", "test")}
-        return {"name": own.name, "num_classes": own.num_classes, "shape": own.shape, **sizes}
+        fields = ("name", "num_classes", "shape", "classes", "checksum")
+        return {**{name: getattr(own, name) for name in fields}, **sizes}
 
     told = team.at_reader(load)
     if own is None and team.reads:  # the first stage of another replica

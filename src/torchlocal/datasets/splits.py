@@ -293,7 +293,7 @@ class Split:
                 worker_init_fn=_ignore_interrupt,
                 generator=torch.Generator(),
             )
-        for images, labels, problem in items:
+        for images, labels, problem in _without_loader_words(items):
             if problem:
                 raise ValueError(problem)
             yield images.to(torch.float32).mul_(self._scale).add_(self._shift), labels
@@ -333,6 +333,19 @@ class _Pass(Dataset[tuple[Tensor, Tensor, str]]):
 
 def _permutation(size: int, generator: torch.Generator) -> Tensor:
     return torch.randperm(size, generator=generator)
+
+
+def _without_loader_words(items: Iterable[tuple[Tensor, Tensor, str]]) -> Iterator[tuple[Tensor, Tensor, str]]:
+    """Tells in one sentence that a worker process was lost."""
+    try:
+        yield from items
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(
+            "a process that decodes images was ended from outside, most likely for want of memory: lower num_workers, "
+            "or give num_workers=0"
+        ) from error
 
 
 def _unchanged(item: Any) -> Any:
