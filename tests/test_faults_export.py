@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torchlocal import models
 from torchlocal.cli import main
 from torchlocal.export import export
+from torchlocal.report import Comparison, MethodResult, write_report
 
 TINY = [
     "--model=small", "--modules=2", "--epochs=1", "--batch-size=8", "--precision=fp32", "--num-threads=1",
@@ -202,3 +204,38 @@ def test_checkpoints_without_checksum_go_on(run: Path, tmp_path: Path) -> None:
         torch.save(saved, tmp_path / "run" / name)
     assert main([*again, "--resume", "--quiet"]) == 0
     assert main(["evaluate", str(tmp_path / "run")]) == 0
+
+
+def test_finished_runs_on_other_data_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = write_images(tmp_path / "images")
+    data = ["--data=folder", f"--data-root={images}", "--image-size=8", "--num-workers=0", "--timing-rounds=0"]
+    command = ["compare", *TINY, *data, f"--out={tmp_path / 'c'}", "--seeds", "0", "--methods", "local"]
+    assert main(command) == 0
+    (images / "train" / "a" / "0.png").rename(images / "train" / "b" / "16.png")
+    capsys.readouterr()
+    assert main([*command, "end-to-end"]) == 2
+    told = capsys.readouterr().err
+    assert f"{tmp_path / 'c' / 'local' / 'seed0' / 'result.json'} is of a run on other data: checksum is " in told
+    assert told.count("\n") == 1 and not (tmp_path / "c" / "end-to-end").exists()
+
+
+# --- reports ---
+
+
+def test_a_report_that_cannot_be_written_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = MethodResult(method="local", num_modules=2, guided_share=0, accuracies=(0.5,), validation=((0.4, 0.5),))
+    comparison = Comparison(title="before", results=(result,))
+    write_report(comparison, tmp_path / "c")
+    files = {path: path.read_bytes() for path in (tmp_path / "c").rglob("*.*")}
+    assert {path.name for path in files} >= {"report.md", "report.csv", "report.html", "accuracy.png"}
+
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"accuracy.png could not be written: No space left on device; make room"):
+        write_report(replace(comparison, title="after"), tmp_path / "c")
+    assert {path: path.read_bytes() for path in (tmp_path / "c").rglob("*.*")} == files
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=rf"^{tmp_path / 'file' / 'figures'} cannot be made a folder: Not a directory; "):
+        write_report(comparison, tmp_path / "file")

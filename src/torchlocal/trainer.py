@@ -331,6 +331,7 @@ class _Run:
         images = position.step * config.batch_size * config.accumulate
         result = {
             "config": config_to_dict(config),
+            "data_checksum": self.data.checksum,
             "steps": position.step,
             "epochs": len(self.rows),
             "guided_steps": position.num_guided,

@@ -225,13 +225,13 @@ def _scale(file: Image, tags: dict[int, int], path: str) -> Image:
                 f"the image {path} holds floating-point values from {low:g} to {high:g}, not 0 (black) to 1 (white): "
                 f"scale them, or {remedy}"
             )
-        grey = np.floor(255 * values.astype(np.float64) + 0.5)
+        grey = np.floor(255 * values + np.float32(0.5))
     else:
         # Pillow scales 16-bit PGM, and older versions of it 16-bit PNG, to 0..65535 under the name of 32 bits.
         if file.mode == "I" and file.format not in ("PPM", "PNG"):
             raise _Refused(f"the image {path} holds 32-bit whole numbers, which do not say what is white: {remedy}")
         white = 2 ** tags.get(_BITS_PER_SAMPLE, 16) - 1
-        values = np.asarray(file).astype(np.int64)
+        values = np.asarray(file).astype(np.uint32)  # 255 times 65535 fits
         grey = (255 * values + white // 2) // white
         transparent = file.info.get("transparency")
         if isinstance(transparent, int):
