@@ -23,6 +23,8 @@ import torch
 import torchvision
 from PIL import Image
 
+from torchlocal.assembly import load_run_data
+from torchlocal.config import FitConfig
 from torchlocal.data import load_data
 from torchlocal.datasets import sources, splits
 from torchlocal.datasets.folders import read_folders, read_image
@@ -197,6 +199,17 @@ def test_damaged_notes_of_the_camera_are_no_reason_to_refuse(tmp_path: Path) -> 
     for notes in (b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0garbage"):
         Image.fromarray(COLOURS).save(tmp_path / "x.png", exif=notes)
         assert np.array_equal(read(tmp_path / "x.png"), COLOURS)
+
+
+def test_files_are_known_by_their_content(tmp_path: Path) -> None:
+    Image.fromarray(COLOURS).save(tmp_path / "x", "PNG")
+    (tmp_path / "x").rename(tmp_path / "x.jpg")
+    assert np.array_equal(read(tmp_path / "x.jpg"), COLOURS)
+    Image.fromarray(COLOURS).save(tmp_path / "x", "EPS")  # a program, which Pillow would have run
+    (tmp_path / "x").rename(tmp_path / "x.png")
+    assert refusal(lambda: read(tmp_path / "x.png")) == (
+        f"the image {tmp_path / 'x.png'} cannot be read (no known format): replace or remove it"
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -469,6 +482,17 @@ def test_arrays_of_other_types_keep_their_values() -> None:
 def test_arguments_that_are_no_whole_numbers_are_refused(options: dict[str, Any], sentence: str, root: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(sentence)):
         load_data("folder", root=root, **options)
+
+
+def test_a_single_class_is_nothing_to_train_on(root: Path) -> None:
+    for part in ("train", "val"):  # one folder too many: all images would be of one class, and all networks right
+        (root / part).rename(root / "b")
+        (root / part).mkdir()
+        (root / "b").rename(root / part / "images")
+    assert load_data("folder", root=root, num_validation=1).num_classes == 1
+    assert "has a single class (images), of which nothing can be learned: give every class a folder" in refusal(
+        lambda: load_run_data(FitConfig(data="folder", data_root=str(root)))
+    )
 
 
 def test_a_root_that_looks_like_a_user_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import stat
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -150,7 +151,7 @@ def read_image(path: str) -> Image:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a fifo would wait for ever
             raise ValueError("it is no file")
-        with Image.open(path) as file:
+        with Image.open(path, formats=_formats()) as file:
             tags = _tiff_tags(file)
             file.load()
             orientation = _orientation(file)
@@ -183,6 +184,16 @@ def read_image(path: str) -> Image:
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION, _SAMPLE_FORMAT = 258, 262, 274, 339  # tags of TIFF and EXIF
 _WHITE_IS_ZERO, _SIGNED = 0, 2
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """What a file may be, whatever its name says; others that Pillow knows would run other programs (EPS)."""
+    from PIL import Image
+
+    Image.init()
+    wanted = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "PPM", "GIF", "JPEG2000", "AVIF")
+    return tuple(name for name in wanted if name in Image.OPEN)
 
 
 class _Refused(ValueError):
