@@ -511,11 +511,13 @@ def test_checksums_tell_other_data(root: Path, tmp_path_factory: pytest.TempPath
     moved = tmp_path_factory.mktemp("moved") / "root"
     shutil.copytree(root, moved)
     assert load_data("folder", root=moved, num_validation=1).checksum == first
-    (root / "train" / "a" / "0.png").rename(root / "train" / "b" / "x.png")
+    (root / "train" / "a" / "0.png").rename(root / "train" / "a" / "x.png")
+    renamed = checksum()
+    (root / "train" / "a" / "x.png").rename(root / "train" / "b" / "x.png")
     second = checksum()
     (root / "train" / "b").rename(root / "train" / "c")
     (root / "val" / "b").rename(root / "val" / "c")
-    assert len({first, second, checksum()}) == 3
+    assert len({first, renamed, second, checksum()}) == 4
 
     write_idx_set(root)
     third = load_data("fashion-mnist", root=root, num_train=2, download=False).checksum
