@@ -86,8 +86,12 @@ def resolve_execution(config: FitConfig) -> Execution:
 
 
 def load_run_data(config: FitConfig) -> DataBundle:
-    """Load the data of a run. Its validation split does not depend on the run's seed."""
-    return load_data(
+    """Load the data of a run. Its validation split does not depend on the run's seed.
+
+    Raises:
+        ValueError: they cannot be loaded, or have a single class: any network would be right on all images.
+    """
+    data = load_data(
         config.data,
         root=config.data_root,
         num_train=config.num_train,
@@ -96,6 +100,12 @@ def load_run_data(config: FitConfig) -> DataBundle:
         image_size=config.image_size,
         num_workers=config.num_workers,
     )
+    if data.num_classes < 2:
+        raise ValueError(
+            f"data={config.data!r} has a single class ({', '.join(data.classes)}), of which nothing can be learned: "
+            "give every class a folder of its own in train"
+        )
+    return data
 
 
 def load_shared_data(config: FitConfig, team: Team) -> DataBundle:
@@ -112,7 +122,8 @@ def load_shared_data(config: FitConfig, team: Team) -> DataBundle:
         nonlocal own
         own = load_run_data(config)
         sizes = {name: len(getattr(own, name)) for name in ("train", "validation", "test")}
-        return {"name": own.name, "num_classes": own.num_classes, "shape": own.shape, **sizes}
+        fields = ("name", "num_classes", "shape", "classes", "checksum")
+        return {**{name: getattr(own, name) for name in fields}, **sizes}
 
     told = team.at_reader(load)
     if own is None and team.reads:  # the first stage of another replica

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -324,6 +325,10 @@ def _evaluate(argv: Sequence[str]) -> int:
     parser = make_parser("evaluate", "RUN [options]", _COMMANDS["evaluate"])
     parser.add_argument("run", type=str, metavar="RUN", help="Folder of a run, or one of its checkpoints.")
     parser.add_argument("--split", type=str, default="test", metavar="NAME", help="test, validation or train.")
+    parser.add_argument("--device", type=str, default="auto", metavar="NAME", help=_HELP["device"])
+    parser.add_argument(
+        "--data-root", type=str, metavar="FOLDER", help="Folder of the data set's files; by default the run's."
+    )
     parser.add_argument("--json", action="store_true", help="Print JSON instead of the table.")
     values = parse(parser, argv)
     if values.split not in ("test", "validation", "train"):
@@ -332,7 +337,7 @@ def _evaluate(argv: Sequence[str]) -> int:
     from torchlocal.tables import depth_table
     from torchlocal.trainer import evaluate
 
-    result = evaluate(expand(values.run), split=values.split)
+    result = evaluate(expand(values.run), split=values.split, device=values.device, data_root=values.data_root)
     if values.json:
         print(json.dumps(result, indent=2))
     else:
@@ -433,6 +438,7 @@ def _plan(argv: Sequence[str]) -> int:
 
     import torch
 
+    from torchlocal.checkpoint import write_file
     from torchlocal.config import build_rule
     from torchlocal.models import build_model
     from torchlocal.network import decouple
@@ -473,7 +479,9 @@ def _plan(argv: Sequence[str]) -> int:
         _console().print(plan_table(result, title=values.model))
         print(result.recommendation)
     if values.figure is not None:
-        result.figure().savefig(expand(values.figure), dpi=150)
+        path, image = Path(expand(values.figure)), io.BytesIO()
+        result.figure().savefig(image, format=path.suffix[1:].lower(), dpi=150)
+        write_file(path, image.getvalue())
     return 0
 
 
@@ -490,6 +498,8 @@ def _check_figure(path: Path) -> None:
     """Refuse a figure that cannot be written: now, not after the work."""
     if path.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--figure {path} must end in .png, .pdf or .svg")
+    if path.is_dir():
+        raise ValueError(f"--figure {path} is a folder: give the name of a file")
     if not path.parent.is_dir():
         raise ValueError(f"--figure {path}: there is no folder {path.parent}; make it first")
 

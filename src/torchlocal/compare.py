@@ -73,7 +73,7 @@ def _compare(config: CompareConfig, out: Path, progress: bool) -> Comparison:
         if firsts[method] == method
     }
     for run in runs.values():  # before anything is written or takes time
-        _check_run_folder(run)
+        _check_run_folder(run, data.checksum)
     if not all((Path(run.out) / "result.json").exists() for run in runs.values()):
         _check_parts(configs, data)
     _say(progress, f"comparing {', '.join(configs)} in {out}")
@@ -147,8 +147,11 @@ def _count_units(data: DataBundle, name: str) -> int:
     return len(decouple(model, 1, sample=(2, channels, height, width)).partition.units)
 
 
-def _check_run_folder(config: FitConfig) -> None:
-    """Refuse a folder with a run of another configuration; `fit` would too, but only when its turn comes."""
+def _check_run_folder(config: FitConfig, checksum: str) -> None:
+    """Refuse a folder with a run of another configuration, or a finished one on data that have changed since.
+
+    `fit` would refuse the first, too, but only when its turn comes; of a finished run it reads no data.
+    """
     path = Path(config.out) / "config.yaml"
     if not path.is_file():
         return
@@ -159,6 +162,17 @@ def _check_run_folder(config: FitConfig) -> None:
     if not isinstance(saved, dict) or not saved:
         raise ValueError(f"{path} is damaged: delete the folder {path.parent} to train it again")
     check_same_config(path, saved, config_to_dict(config))
+    finished = path.with_name("result.json")
+    try:
+        result = json.loads(finished.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # absent; a damaged one is told by `fit`
+        result = None
+    there = result.get("data_checksum", checksum) if isinstance(result, dict) else checksum  # older ones hold none
+    if there != checksum:
+        raise ValueError(
+            f"{finished} is of a run on other data: checksum is {there} there and {checksum} here; bring the same data "
+            "back, or choose another out"
+        )
 
 
 def _check_parts(configs: Mapping[str, FitConfig], data: DataBundle) -> None:

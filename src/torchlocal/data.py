@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import difflib
 import os
+import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from torchlocal.datasets.sources import READERS, read_folders
+from torchlocal.datasets.folders import read_folders
+from torchlocal.datasets.sources import READERS
 from torchlocal.datasets.splits import (
     FOLDER_STREAM,
     VALIDATION_STREAM,
@@ -22,6 +25,7 @@ from torchlocal.datasets.splits import (
 
 __all__ = ["DataBundle", "Split", "data_names", "load_data"]
 
+_LONGEST_SIDE = 16_384  # of the images of a folder: a batch of one would take 3 GiB
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -36,6 +40,9 @@ class DataBundle:
         test: to evaluate once, at the end.
         num_classes: number of classes.
         shape: of one image, `(C, H, W)`.
+        classes: names of the class folders, in the order of their labels; empty for other data sets.
+        checksum: of all images and labels that were found (of a folder: of the files' names), so that a run can tell
+            that they have changed.
     """
 
     name: str
@@ -44,6 +51,8 @@ class DataBundle:
     test: Split
     num_classes: int
     shape: tuple[int, int, int]
+    classes: tuple[str, ...] = ()
+    checksum: str = ""
 
 
 def data_names() -> list[str]:
@@ -69,6 +78,10 @@ def load_data(
     `cifar100`, `svhn`, `stl10`, `folder` (class folders in ImageNet layout), and `pairs:NAME`: two images of NAME side
     by side, labelled with the sum of their classes modulo the number of classes. The partners of training images are
     redrawn every epoch, those of validation and test images are fixed.
+
+    The images of a `folder` are brought to RGB of 8 bits: 16-bit values from their full range, floating-point values
+    from 0..1, what is transparent as white, upright as the camera noted (EXIF). Hidden files and folders are passed
+    over, and so is what operating systems leave behind.
 
     Training images are cropped at random after padding and mirrored at random, as in the literature:
 
@@ -115,7 +128,7 @@ def load_data(
         return _load_folder(name, root, num_train, num_validation, augment, seed, image_size, num_workers, pairs)
     if image_size is not None:
         raise ValueError(f"image_size={image_size} applies to data='folder' only, not to {name!r}: leave it out")
-    images = READERS[base](Path(root).expanduser() if root is not None else None, download)
+    images = READERS[base](_path(root) if root is not None else None, download)
     train, validation = _divide(len(images.train_labels), num_train, num_validation, seed)
     augmentation = images.augmentation if augment and not pairs else None
 
@@ -139,6 +152,10 @@ def load_data(
         test=test,
         num_classes=images.num_classes,
         shape=test.shape,
+        checksum=_checksum(
+            tensor.numpy().data
+            for tensor in (images.train_images, images.train_labels, images.test_images, images.test_labels)
+        ),
     )
 
 
@@ -158,11 +175,9 @@ def _load_folder(
             f"data={name!r} needs a root (data_root in recipes, --data-root): give the folder that holds train/ and "
             "val/ (or test/)"
         )
-    image_size = 224 if image_size is None else image_size
-    height, width = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if height < 1 or width < 1:
-        raise ValueError(f"image_size={image_size} must be at least 1 pixel: give a side or (height, width)")
-    listing = read_folders(Path(root).expanduser())
+    height, width = _height_and_width(224 if image_size is None else image_size)
+    folder = _path(root)
+    listing = read_folders(folder)
     # ImageFolder lists class by class; a fixed shuffle makes the first num_train images a fair sample.
     samples = listing.parts["train"]
     order = torch.randperm(len(samples), generator=make_generator(FOLDER_STREAM)).tolist()
@@ -173,7 +188,7 @@ def _load_folder(
             raise ValueError(_too_many_images(num_train, len(samples)))
         if num_validation is not None and num_validation > len(held_out):
             raise ValueError(
-                f"num_validation={num_validation} is more than the {len(held_out)} images of {Path(root) / 'val'}: "
+                f"num_validation={num_validation} is more than the {len(held_out)} images of {folder / 'val'}: "
                 f"choose 1 to {len(held_out)}"
             )
         kept = torch.randperm(len(held_out), generator=make_generator(VALIDATION_STREAM, seed=seed))[:num_validation]
@@ -204,7 +219,20 @@ def _load_folder(
         test=bundle_test,
         num_classes=len(listing.classes),
         shape=bundle_test.shape,
+        classes=tuple(listing.classes),
+        checksum=_checksum(
+            os.fsencode(f"{os.path.relpath(path, folder)}\0{listing.classes[label]}\0")
+            for part in listing.parts.values()
+            for path, label in part
+        ),
     )
+
+
+def _checksum(pieces: Iterable[bytes | memoryview]) -> str:
+    value = 0
+    for piece in pieces:
+        value = zlib.crc32(piece, value)
+    return f"{value:08x}"
 
 
 def _divide(size: int, num_train: int | None, num_validation: int | None, seed: int) -> tuple[Tensor, Tensor]:
@@ -232,10 +260,28 @@ def _check_numbers(num_train: int | None, num_validation: int | None, seed: int,
         ("num_validation", num_validation, 1),
         ("num_workers", num_workers, 0),
     ):
-        if value is not None and (not isinstance(value, int) or value < least):
-            raise ValueError(f"{argument}={value} must be a whole number of at least {least}, or left out")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed={seed} must be at least 0 and below 2**64")
+        if value is not None and not _is_whole(value, least):
+            raise ValueError(f"{argument}={value!r} must be a whole number of at least {least}, or left out")
+    if not _is_whole(seed, 0, 2**64 - 1):
+        raise ValueError(f"seed={seed!r} must be a whole number of at least 0 and below 2**64")
+
+
+def _height_and_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    sides = tuple(image_size) if isinstance(image_size, tuple | list) else (image_size, image_size)
+    if len(sides) != 2 or not all(_is_whole(side, 1, _LONGEST_SIDE) for side in sides):
+        raise ValueError(
+            f"image_size={image_size!r} must be of 1 to {_LONGEST_SIDE:,} pixels: give a side or (height, width)"
+        )
+    return sides
+
+
+def _is_whole(value: object, least: int, most: int | None = None) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole and value >= least and (most is None or value <= most)  # type: ignore[operator]
+
+
+def _path(root: str | os.PathLike[str]) -> Path:
+    return Path(os.path.expanduser(root))  # Path's own fails on a folder that begins with ~ and is no user's
 
 
 def _too_many_images(num_train: int, size: int) -> str:

@@ -1,8 +1,9 @@
 """What a trained network is worth: accuracy and loss of a split, also by depth."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,21 @@ def load_run(
     config = config if data_root is None else dataclasses.replace(config, data_root=data_root)
     execution = resolve_execution(config)
     data = load_run_data(config)
+    _check_classes(path, saved["data"].get("classes", data.classes), data.classes)
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten
         net = build_network(config, data, execution)
     checkpoint.load_network(net, saved, path)
     return config, execution, data, net
+
+
+def _check_classes(path: Path, there: Sequence[str], here: Sequence[str]) -> None:
+    """Refuse images of other classes, of which there may be as many: their labels would mean something else."""
+    for index, names in enumerate(zip_longest(there, here)):
+        if names[0] != names[1]:
+            raise ValueError(
+                f"{path} was trained on other classes: number {index} is {names[0]!r} there and {names[1]!r} here; "
+                "give a data_root with class folders of the same names"
+            )
 
 
 @torch.no_grad()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from torchlocal.checkpoint import load_checkpoint
+from torchlocal.checkpoint import load_checkpoint, write_file
 from torchlocal.config import config_from_dict
 from torchlocal.models import build_model
 
@@ -21,7 +21,7 @@ _PREFIX = "backbone."
 def export(run: str | Path, *, to: str | Path, weights: str = "best", overwrite: bool = False) -> Path:
     """Write the backbone of a run, without auxiliary networks or any trace of how it was trained.
 
-    The file is written beside its destination, loaded back, and takes its name only when the outputs for random images
+    The file is made in memory, loaded back, and written (whole or not at all) only when the outputs for random images
     are the backbone's up to rounding.
 
     Args:
@@ -72,50 +72,57 @@ def export(run: str | Path, *, to: str | Path, weights: str = "best", overwrite:
     images = torch.randn(3, channels, height, width, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(images)
-    temporary = to.with_name(f".{to.stem}-{os.getpid()}{to.suffix}")
-    try:
-        _WRITERS[to.suffix](model, images, temporary)
-        with torch.no_grad():
-            outputs = _READERS[to.suffix](temporary, fresh)(images)
-        if not torch.allclose(outputs, expected, rtol=1e-4, atol=1e-5):
-            raise RuntimeError(f"{to} was not written: loaded back, its outputs differ from the backbone's")
-        os.replace(temporary, to)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # In memory, for a disk that fills up under torch's or safetensors' own writers ends in their words, or the process.
+    content = _WRITERS[to.suffix](model, images)
+    with torch.no_grad():
+        outputs = _READERS[to.suffix](content, fresh)(images)
+    if not torch.allclose(outputs, expected, rtol=1e-4, atol=1e-5):
+        raise RuntimeError(f"{to} was not written: loaded back, its outputs differ from the backbone's")
+    write_file(to, content)
     return to
 
 
-def _write_safetensors(model: nn.Module, images: Tensor, path: Path) -> None:
+def _write_safetensors(model: nn.Module, images: Tensor) -> bytes:
     try:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
     except ImportError as error:
         raise ValueError("to: .safetensors needs the package safetensors: install it, or choose .pt") from error
     # Cloned: safetensors refuses tensors that share memory.
-    save_file({key: value.detach().clone().contiguous() for key, value in model.state_dict().items()}, path)
+    return save({key: value.detach().clone().contiguous() for key, value in model.state_dict().items()})
 
 
-def _write_state_dict(model: nn.Module, images: Tensor, path: Path) -> None:
-    torch.save(model.state_dict(), path)
+def _write_state_dict(model: nn.Module, images: Tensor) -> bytes:
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    return file.getvalue()
 
 
-def _write_program(model: nn.Module, images: Tensor, path: Path) -> None:
+def _write_program(model: nn.Module, images: Tensor) -> bytes:
     batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
-    torch.export.save(program, path)
+    try:
+        program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
+    except Exception as error:  # what a network does can fail in many ways there
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"to: torch.export cannot make a program of this network ({reason}): choose .safetensors or .pt"
+        ) from error
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    return file.getvalue()
 
 
-def _read_safetensors(path: Path, fresh: Callable[[], nn.Module]) -> nn.Module:
-    from safetensors.torch import load_file
+def _read_safetensors(content: bytes, fresh: Callable[[], nn.Module]) -> nn.Module:
+    from safetensors.torch import load
 
-    return _load(fresh(), load_file(path))
-
-
-def _read_state_dict(path: Path, fresh: Callable[[], nn.Module]) -> nn.Module:
-    return _load(fresh(), torch.load(path, weights_only=True))
+    return _load(fresh(), load(content))
 
 
-def _read_program(path: Path, fresh: Callable[[], nn.Module]) -> nn.Module:
-    return torch.export.load(path).module()
+def _read_state_dict(content: bytes, fresh: Callable[[], nn.Module]) -> nn.Module:
+    return _load(fresh(), torch.load(io.BytesIO(content), weights_only=True))
+
+
+def _read_program(content: bytes, fresh: Callable[[], nn.Module]) -> nn.Module:
+    return torch.export.load(io.BytesIO(content)).module()
 
 
 def _load(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
@@ -123,12 +130,12 @@ def _load(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     return model.eval()
 
 
-_WRITERS: dict[str, Callable[[nn.Module, Tensor, Path], None]] = {
+_WRITERS: dict[str, Callable[[nn.Module, Tensor], bytes]] = {
     ".safetensors": _write_safetensors,
     ".pt": _write_state_dict,
     ".pt2": _write_program,
 }
-_READERS: dict[str, Callable[[Path, Callable[[], nn.Module]], nn.Module]] = {
+_READERS: dict[str, Callable[[bytes, Callable[[], nn.Module]], nn.Module]] = {
     ".safetensors": _read_safetensors,
     ".pt": _read_state_dict,
     ".pt2": _read_program,

@@ -386,11 +386,19 @@ def write_report(comparison: Comparison, folder: str | Path) -> Path:
 
     Returns:
         The path of `report.html`.
+
+    Raises:
+        OSError: a file could not be written; one written before is untouched.
     """
     import matplotlib
 
     folder = Path(folder)
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"{folder / 'figures'} cannot be made a folder: {error.strerror}; see what is there, or choose another"
+        ) from error
     images: dict[str, bytes] = {}
     # A fixed salt and no date: the same numbers give the same file.
     with matplotlib.rc_context({"font.size": 11, "svg.hashsalt": "torchlocal", "svg.fonttype": "path"}):

@@ -358,6 +358,7 @@ class _Run:
         images = position.step * config.batch_size * config.accumulate
         result = {
             "config": config_to_dict(config),
+            "data_checksum": self.data.checksum,
             "steps": position.step,
             "epochs": len(self.rows),
             "guided_steps": position.num_guided,
@@ -390,6 +391,8 @@ class _Run:
                 "num_validation": len(self.data.validation),
                 "num_classes": self.data.num_classes,
                 "shape": list(self.data.shape),
+                "checksum": self.data.checksum,
+                "classes": list(self.data.classes),
             },
             "modules": [[group.start, group.stop] for group in self.net.partition.groups],
             "step": self.position.step,
@@ -457,7 +460,7 @@ class _Run:
     def _restore(self, saved: dict[str, Any]) -> None:
         path, identity = self.out / "last.pt", self._identity()
         for name, here in identity["data"].items():
-            if saved["data"][name] != here:
+            if saved["data"].get(name, here) != here:  # older checkpoints hold no checksum
                 raise ValueError(
                     f"{path} was trained on other data: {name} is {saved['data'][name]} there and {here} here; bring "
                     "the same data back, or choose another out"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import socket
+import stat
 import struct
 import sys
 import zlib
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from torchlocal.datasets.splits import DIGITS_STREAM, Augmentation, make_generator
 
-__all__ = ["READERS", "ImageFolders", "Images", "default_root", "read_folders", "read_idx"]
+__all__ = ["READERS", "Images", "default_root", "read_idx"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +58,10 @@ def default_root() -> Path:
 def _checked(images: Any, labels: Any, num_classes: int, what: str) -> tuple[Tensor, Tensor]:
     """Returns images and labels as tensors once they fit together."""
     # Copies: arrays over a file's bytes are read-only, which tensors cannot be.
-    image_tensor = torch.from_numpy(np.array(images, dtype=np.uint8, order="C"))
-    label_tensor = torch.from_numpy(np.array(labels, dtype=np.int64).reshape(-1))
+    image_tensor = torch.from_numpy(_whole(images, np.uint8, f"{what} holds pixels"))
+    label_tensor = torch.from_numpy(_whole(labels, np.int64, f"{what} holds labels").reshape(-1))
+    if image_tensor.dim() != 4:
+        raise ValueError(f"{what} holds images of shape {tuple(image_tensor.shape[1:])}: get the files anew")
     if len(image_tensor) != len(label_tensor):
         raise ValueError(f"{what} holds {len(image_tensor)} images but {len(label_tensor)} labels: get the files anew")
     if len(image_tensor) == 0:
@@ -68,6 +71,16 @@ def _checked(images: Any, labels: Any, num_classes: int, what: str) -> tuple[Ten
         wrong = low if low < 0 else high
         raise ValueError(f"{what} holds the label {wrong}, outside 0 to {num_classes - 1}: get the files anew")
     return image_tensor, label_tensor
+
+
+def _whole(values: Any, kind: type[np.integer[Any]], what: str) -> np.ndarray:
+    """Copies values into an array of integers of a kind that holds them all: numpy would wrap or cut them off."""
+    given, limits = np.asarray(values), np.iinfo(kind)
+    with np.errstate(invalid="ignore"):
+        fits = given.dtype.kind in "biuf" and (given.dtype == kind or bool(np.all(given == given.astype(kind))))
+    if not fits:
+        raise ValueError(f"{what} that are not whole numbers from {limits.min} to {limits.max}: get the files anew")
+    return np.array(given, dtype=kind, order="C")
 
 
 # ---------------------------------------------------------------------------------------------- embedded and digits
@@ -131,7 +144,28 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
     Raises:
         ValueError: the file is missing, truncated, too long, or not such a file.
     """
+    with _open_idx(path) as (file, shape):
+        size = int(np.prod(shape, dtype=object))
+        content = _read_up_to(file, size + 1)  # one more byte shows a file that is too long
+    if len(content) != size:
+        short = len(content) < size
+        raise ValueError(_wrong_size(path, size, f"only {len(content)}" if short else "more", short))
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape)
+
+
+def _read_idx_shape(path: Path) -> tuple[int, ...]:
+    """Returns the shape that the header of an IDX file announces, without reading what follows."""
+    with _open_idx(path) as (_, shape):
+        return shape
+
+
+@contextmanager
+def _open_idx(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, tuple[int, ...]]]:
+    """Opens an IDX file behind its header, which is believed only where the file can be as long as it says."""
     try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # opening a fifo would wait for ever
+            raise ValueError(f"{path} is no file: check the path")
         with open(path, "rb") as raw:
             zipped = raw.read(2) == b"\x1f\x8b"
         with gzip.open(path, "rb") if zipped else open(path, "rb") as file:
@@ -145,19 +179,24 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
                 raise ValueError(f"{path} is truncated (it ends inside its header): get it anew")
             shape = struct.unpack(f">{magic[3]}I", header)
             size = int(np.prod(shape, dtype=object))
-            content = _read_up_to(cast(BinaryIO, file), size + 1)  # one more byte shows a file that is too long
+            most = _MOST_PER_BYTE * status.st_size if zipped else status.st_size - len(magic) - len(header)
+            if most < size:
+                raise ValueError(_wrong_size(path, size, f"{'at most' if zipped else 'only'} {most}", True))
+            yield cast(BinaryIO, file), shape
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is a damaged or truncated gzip file ({error}): get it anew") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror or error}): check the path") from error
-    if len(content) != size:
-        short = len(content) < size
-        found = f"only {len(content)}" if short else "more"
-        raise ValueError(
-            f"{path} is {'truncated' if short else 'too long'} (its header announces {size} bytes of data, "
-            f"there are {found}): get it anew"
-        )
-    return np.frombuffer(content, dtype=np.uint8).reshape(shape)
+
+
+_MOST_PER_BYTE = 1032  # bytes that a byte of a gzip file can stand for (zlib's technical notes)
+
+
+def _wrong_size(path: str | os.PathLike[str], size: int, found: str, short: bool) -> str:
+    return (
+        f"{path} is {'truncated' if short else 'too long'} (its header announces {size} bytes of data, "
+        f"there are {found}): get it anew"
+    )
 
 
 def _read_up_to(file: BinaryIO, size: int) -> bytearray:
@@ -187,6 +226,27 @@ def _find_idx(root: Path) -> list[Path] | None:
     return None
 
 
+def _check_idx_headers(paths: list[Path]) -> None:
+    """Refuse files that are not those of Fashion-MNIST by what their headers announce, before reading what follows."""
+    shapes = [_read_idx_shape(path) for path in paths]
+    for path, shape, dimensions in zip(paths, shapes, (3, 1, 3, 1), strict=True):
+        if len(shape) != dimensions:
+            kind = "images (3 dimensions)" if dimensions == 3 else "labels (1 dimension)"
+            raise ValueError(f"{path} holds an array of shape {shape}, not {kind}: get it anew")
+    if shapes[0][1:] != shapes[2][1:]:
+        raise ValueError(f"{paths[0]} and {paths[2]} hold images of different sizes: get them anew")
+    for part in (0, 2):
+        count, height, width = shapes[part]
+        if count != shapes[part + 1][0]:
+            what = f"{paths[part]} with {paths[part + 1].name}"
+            raise ValueError(f"{what} holds {count} images but {shapes[part + 1][0]} labels: get the files anew")
+        if (height, width) != (28, 28) or count > 70_000:  # 70,000: both parts together
+            raise ValueError(
+                f"{paths[part]} announces {count} images of {height}x{width} pixels, and fashion-mnist has at most "
+                "70,000 of 28x28: get it anew, or give your own images as data='folder'"
+            )
+
+
 def _read_fashion_mnist(root: Path | None, download: bool) -> Images:
     root = root or default_root()
     paths = _find_idx(root)
@@ -198,13 +258,8 @@ def _read_fashion_mnist(root: Path | None, download: bool) -> Images:
             FashionMNIST(str(root), train=True, download=True)
         paths = _find_idx(root)
         assert paths is not None
+    _check_idx_headers(paths)
     arrays = [read_idx(path) for path in paths]
-    for path, array, dimensions in zip(paths, arrays, (3, 1, 3, 1), strict=True):
-        if array.ndim != dimensions:
-            kind = "images (3 dimensions)" if dimensions == 3 else "labels (1 dimension)"
-            raise ValueError(f"{path} holds an array of shape {array.shape}, not {kind}: get it anew")
-    if arrays[0].shape[1:] != arrays[2].shape[1:]:
-        raise ValueError(f"{paths[0]} and {paths[2]} hold images of different sizes: get them anew")
     train = _checked(arrays[0][:, None], arrays[1], 10, f"{paths[0]} with {paths[1].name}")
     test = _checked(arrays[2][:, None], arrays[3], 10, f"{paths[2]} with {paths[3].name}")
     # Crop and mirror as Nøkland & Eidnes 2019 (their code: RandomCrop(28, padding=2), RandomHorizontalFlip).
@@ -316,50 +371,3 @@ READERS: dict[str, Callable[[Path | None, bool], Images]] = {
     "svhn": _read_svhn,
     "stl10": _read_stl10,
 }
-
-# --------------------------------------------------------------------------------------------------- image folders
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageFolders:
-    """Class folders of image files: `(path, label)` of every image of the parts `train`, `val`, `test` that exist."""
-
-    classes: list[str]
-    parts: dict[str, list[tuple[str, int]]]
-
-
-def read_folders(root: Path) -> ImageFolders:
-    """Lists the class folders under `root/train` and `root/val` and/or `root/test` (ImageNet layout).
-
-    Raises:
-        ValueError: a folder is missing or empty, or the held-out classes are not those of the training folder.
-    """
-    from torchvision.datasets import ImageFolder
-
-    layout = "root must hold train/CLASS/IMAGE files and val/CLASS/IMAGE or test/CLASS/IMAGE files"
-    parts: dict[str, list[tuple[str, int]]] = {}
-    classes: list[str] = []
-    for part in ("train", "val", "test"):
-        folder = root / part
-        if not folder.is_dir():
-            if part == "train":
-                raise ValueError(f"the folder {folder} does not exist: {layout}")
-            continue
-        try:
-            # Held-out images of a class may be missing; a training class without images is a mistake.
-            listing = ImageFolder(str(folder), allow_empty=part != "train")
-        except (OSError, RuntimeError) as error:
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise ValueError(f"the folder {folder} holds no class folders with images ({reason}): {layout}") from error
-        if not listing.samples:
-            raise ValueError(f"the folder {folder} holds no images: {layout}")
-        classes = classes or listing.classes
-        unknown = sorted(set(listing.classes) - set(classes))
-        if unknown:
-            raise ValueError(f"the class {unknown[0]!r} of {folder} is not in {root / 'train'}: add or remove it")
-        # Labels by the training folder's classes: a held-out folder may lack some.
-        label = {index: classes.index(name) for index, name in enumerate(listing.classes)}
-        parts[part] = [(path, label[target]) for path, target in listing.samples]
-    if len(parts) < 2:
-        raise ValueError(f"{root} has neither a folder val nor a folder test: {layout}")
-    return ImageFolders(classes=classes, parts=parts)

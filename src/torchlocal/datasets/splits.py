@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from torchlocal.datasets.folders import read_image
+
 __all__ = ["Augmentation", "FolderSource", "ImageSource", "MemorySource", "Split", "make_generator"]
 
 # What a random stream is for: the first word of its key, so that no two purposes ever share a stream.
@@ -133,19 +135,15 @@ class FolderSource:
         return torch.stack([self._read(self.paths[index], generator) for index in indices.tolist()])
 
     def _read(self, path: str, generator: torch.Generator | None) -> Tensor:
-        from PIL import Image
+        from PIL.Image import Resampling
 
         height, width = self.image_size
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"the image {path} cannot be read ({error}): replace or remove it") from error
+        image = read_image(path)
         if generator is None:
             box = _centre_box(image.width, image.height, width, height)
         else:
             box = _random_box(image.width, image.height, generator)
-        pixels = np.array(image.resize((width, height), Image.Resampling.BILINEAR, box=box))
+        pixels = np.array(image.resize((width, height), Resampling.BILINEAR, box=box))
         if generator is not None and torch.rand((), generator=generator) < 0.5:
             pixels = pixels[:, ::-1].copy()
         return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -295,7 +293,7 @@ class Split:
                 worker_init_fn=_ignore_interrupt,
                 generator=torch.Generator(),
             )
-        for images, labels, problem in items:
+        for images, labels, problem in _without_loader_words(items):
             if problem:
                 raise ValueError(problem)
             yield images.to(torch.float32).mul_(self._scale).add_(self._shift), labels
@@ -335,6 +333,19 @@ class _Pass(Dataset[tuple[Tensor, Tensor, str]]):
 
 def _permutation(size: int, generator: torch.Generator) -> Tensor:
     return torch.randperm(size, generator=generator)
+
+
+def _without_loader_words(items: Iterable[tuple[Tensor, Tensor, str]]) -> Iterator[tuple[Tensor, Tensor, str]]:
+    """Tells in one sentence that a worker process was lost."""
+    try:
+        yield from items
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(
+            "a process that decodes images was ended from outside, most likely for want of memory: lower num_workers, "
+            "or give num_workers=0"
+        ) from error
 
 
 def _unchanged(item: Any) -> Any:
