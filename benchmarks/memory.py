@@ -77,7 +77,7 @@ def predicted_rows(net: tl.DecoupledNetwork, name: str) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"network": name, "modules": net.num_modules, "batch": net.input_shape, "method": label}
         row |= {"predicted": prediction.peak_bytes, "flops": prediction.flops}
         if isinstance(arguments.get("memory"), str | int) and arguments["memory"] != "full":
-            plan = net.guided_plan(torch.empty(1).expand(net.input_shape), **arguments)
+            plan = net.guided_plan(net.sample, **arguments)
             row |= {"micro_batches": plan.micro_batches, "recomputed": plan.recomputed}
         rows.append(row)
     return rows

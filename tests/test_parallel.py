@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import torchlocal as tl
 from torchlocal import parallel
-from torchlocal.recompute import Tape
+from torchlocal.recompute import Again, Keep, Tape
 from torchlocal.schedule import GuidedPlan
 
 STEPS = ["local", "guided", "local", "local", "frozen", "local", "guided", "guided", "local"]
@@ -225,6 +226,28 @@ def test_the_input_travels_along_for_rules_that_read_it(pool: Pool, tmp_path: Pa
     compare(pool, tmp_path, 3, {"backbone": "convolutions", "rule": ReadsInput()})
 
 
+def test_a_rule_that_reads_the_input_in_secret_is_refused(pool: Pool, tmp_path: Path) -> None:
+    told = pool.run(2, tmp_path, _in_secret)[1]
+    assert told.endswith(
+        "reads the network's input, which is not sent to this rank; set reads_input = True in its class"
+    )
+
+
+class ReadsInSecret(ReadsInput):
+    reads_input = False
+
+
+def _in_secret() -> str:
+    net = parallel.distribute(build("convolutions", rule=ReadsInSecret()), assignment=[1, 3], timeout=20)
+    try:
+        net.local_step(*(batches(1)[0] if net.is_first else ()))
+    except ValueError as error:
+        return str(error)
+    finally:
+        net.close()
+    return "nothing"
+
+
 def test_targets_of_any_structure_travel_along(pool: Pool, tmp_path: Path) -> None:
     """Class probabilities beside a number that changes from batch to batch."""
     pool.run(2, tmp_path, _structured_targets)
@@ -279,6 +302,302 @@ def test_bf16_boundaries_halve_the_traffic(pool: Pool, tmp_path: Path) -> None:
     assert sent[0] - sent[1] == 2 * features * 2
     names = [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
     assert names and all(torch.allclose(states[0][name], states[1][name], atol=1e-2) for name in names)
+
+
+# --- batches of any kind ---
+
+
+def build_llama(tied: bool = True, modules: int = 4, rule: Any = "greedy", dropout: float = 0.0) -> Any:
+    """A small Llama, cut; what it is called with is a mapping of token ids and a mask."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=tied, attention_dropout=dropout, use_cache=False,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    net = tl.decouple(model, modules, sample=tokens(1)[0][0], rule=rule, prediction=channels_first)
+    torch.manual_seed(5)
+    return net
+
+
+def channels_first(output: Any) -> Tensor:
+    """Logits as torch's cross-entropy wants them."""
+    return output.logits.transpose(1, 2)
+
+
+def tokens(count: int, size: int = 4, length: int = 10) -> list[tuple[dict[str, Tensor], Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    found = []
+    for _ in range(count):
+        ids = torch.randint(100, (size, length), generator=generator)
+        lengths = torch.randint(3, length + 1, (size, 1), generator=generator)
+        mask = (torch.arange(length) < lengths).long()
+        found.append(({"input_ids": ids, "attention_mask": mask}, ids.roll(-1, 1).masked_fill(mask == 0, -100)))
+    return found
+
+
+class PerToken(tl.GreedyRule):
+    """A linear auxiliary network at every position."""
+
+    def auxiliary(self, site: Any) -> nn.Module:
+        return nn.Linear(site.channels, site.output_shape[1])
+
+    def predict(self, site: Any, auxiliary: nn.Module, features: Tensor) -> Tensor:
+        return auxiliary(features).transpose(1, 2)
+
+
+class Conditioned(nn.Module):
+    """Takes an image, a condition that every block reads, a scale that the first one reads, and class numbers."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(12, 12)
+
+        def forward(self, h: Tensor, condition: Tensor) -> Tensor:
+            return h + F.dropout(torch.tanh(self.linear(h) + condition), 0.2, self.training)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layers = nn.Linear(8, 12), nn.ModuleList([self.Layer() for _ in range(4)])
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor, condition: Tensor, scale: Tensor, flags: Tensor) -> Tensor:
+        h = self.embed(x * scale)
+        for layer in self.layers:
+            keep = F.dropout(torch.ones(h.shape[0], 1), 0.1, self.training) > 0  # drawn between the units
+            h = layer(h, (condition * 2).where(flags[:, None] & keep, 0))
+        return self.head(h)
+
+
+def build_conditioned() -> Any:
+    torch.manual_seed(0)
+    net = tl.decouple(Conditioned(), 3, sample=conditions(1)[0][0])
+    torch.manual_seed(5)
+    return net
+
+
+def conditions(count: int, size: int = 8) -> list[tuple[tuple[Tensor, ...], Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    return [
+        (
+            (
+                torch.randn(size, 8, generator=generator),
+                torch.randn(size, 12, generator=generator),
+                torch.rand(size, 1, generator=generator),
+                torch.rand(size, generator=generator) < 0.5,
+            ),
+            torch.randint(5, (size,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def run_any(
+    net: Any, given: list[Any], kinds: list[str], guided: dict[str, Any], options: dict[str, Any], accumulate: int = 1
+) -> Any:
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    first, told = getattr(net, "is_first", True), []
+    for i, (kind, batch) in enumerate(zip(kinds, given, strict=True)):
+        step = net.local_step if kind == "local" else net.guided_step
+        more = guided if kind == "guided" else {}
+        losses = step(*(batch if first else ()), **more, **options)
+        if (i + 1) % accumulate == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+        told.append([loss.item() for loss in losses])
+    return told
+
+
+def train_any(make: Any, make_options: dict[str, Any], batches_of: Any, rest: tuple[Any, ...], how: Any) -> Any:
+    net = parallel.distribute(make(**make_options), timeout=60, **how)
+    losses = run_any(net, batches_of(len(rest[0])), *rest)
+    state, sent, random = state_of(net), net.bytes_sent, torch.get_rng_state()
+    given = batches_of(1)[0]
+    net.eval()
+    outputs, _ = net.depth_outputs(*(given if net.is_first else ()))
+    net.close()
+    return losses, state, random, {k: value.clone() for k, value in outputs.items()}, sent
+
+
+def compare_any(
+    pool: Pool,
+    folder: Path,
+    world: int,
+    make: Any,
+    batches_of: Any,
+    *,
+    kinds: str = "llgllggl",
+    guided: dict[str, Any] | None = None,
+    alone: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
+    accumulate: int = 1,
+    make_options: dict[str, Any] | None = None,
+    **how: Any,
+) -> Any:
+    names = ["local" if kind == "l" else "guided" for kind in kinds]
+    rest = (names, guided or {}, options or {}, accumulate)
+    net = make(**(make_options or {}))
+    losses = run_any(net, batches_of(len(kinds)), names, alone or guided or {}, options or {}, accumulate)
+    random, state = torch.get_rng_state(), state_of(net)
+    results = pool.run(world, folder, train_any, make, make_options or {}, batches_of, rest, how)
+    assert results[-1][0] == losses
+    for _, found, *_ in results:
+        assert_same(found, state)
+    assert torch.equal(results[0][2], random)
+    net.eval()
+    expected = net.depth_outputs(batches_of(1)[0][0])
+    outputs = {k: value for result in results for k, value in result[3].items()}
+    assert all(torch.equal(outputs[k], value) for k, value in enumerate(expected))
+    return results
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_llama_with_a_mask_equals_the_single_process(pool: Pool, tmp_path: Path, tied: bool, world: int) -> None:
+    """Token ids and padding as a mapping; the embedding is on the first rank and the head on the last."""
+    options = {"tied": tied, "rule": PerToken(), "dropout": 0.1}
+    compare_any(pool, tmp_path, world, build_llama, tokens, make_options=options)
+
+
+@pytest.mark.parametrize(
+    "guided",
+    [
+        {"recompute": "modules"},
+        {"recompute": 2},
+        {"recompute": 3},
+        {"memory": "exact"},
+        {"memory": GuidedPlan(tree=Tape(0, 7), micro_batches=2)},
+        {"memory": GuidedPlan(tree=Again(Tape(0, 2), Keep(Tape(2, 5), Tape(5, 7))), micro_batches=2)},
+    ],
+)
+def test_a_tied_parameter_in_recomputing_guided_steps(pool: Pool, tmp_path: Path, guided: dict[str, Any]) -> None:
+    """Also where gradients of two batches are accumulated, which shows in what order they are added."""
+    options = {"rule": PerToken()}
+    compare_any(pool, tmp_path, 3, build_llama, tokens, guided=guided, accumulate=2, make_options=options)
+
+
+def test_a_tied_parameter_under_autocast(pool: Pool, tmp_path: Path) -> None:
+    options = {"autocast": torch.bfloat16}
+    compare_any(pool, tmp_path, 2, build_llama, tokens, options=options, make_options={"rule": PerToken()})
+
+
+def test_a_tied_parameter_in_recomputing_local_steps(pool: Pool, tmp_path: Path) -> None:
+    options = {"recompute": {0: Again(Tape(0, 1), Tape(1, 2)), 2: Again(Tape(4, 5), Tape(5, 6))}}
+    make_options = {"rule": PerToken(), "dropout": 0.1}
+    compare_any(pool, tmp_path, 2, build_llama, tokens, kinds="lll", options=options, make_options=make_options)
+
+
+class Shared(nn.Module):
+    """One layer that is called four times, beside a norm of each call's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.norms = nn.ModuleList([nn.LayerNorm(8) for _ in range(5)])
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm in self.norms:
+            x = norm(x + torch.tanh(self.layer(x)))
+        return self.head(x)
+
+
+def build_shared() -> Any:
+    torch.manual_seed(0)
+    net = tl.decouple(Shared(), cuts=[f"norms.{i}" for i in range(5)], sample=(8, 8))
+    torch.manual_seed(5)
+    return net
+
+
+def vectors(count: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    return [(torch.randn(8, 8, generator=generator), torch.randint(5, (8,), generator=generator)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("guided", [{}, {"recompute": 2}, {"recompute": 4}])
+def test_a_layer_that_all_ranks_share(pool: Pool, tmp_path: Path, guided: dict[str, Any]) -> None:
+    """Several uses on each rank: the order in which gradients are added is that of the single process."""
+    compare_any(pool, tmp_path, 3, build_shared, vectors, guided=guided, accumulate=2)
+
+
+def test_optimizers_of_modules_with_a_tied_parameter(pool: Pool, tmp_path: Path) -> None:
+    for result in pool.run(2, tmp_path, _tied_optimizers):
+        assert_same(*result)
+
+
+def _tied_optimizers() -> Any:
+    alone, net = build_shared(), parallel.distribute(build_shared())
+    for network in (alone, net):
+        optimizers = [torch.optim.SGD(parameters, lr=0.05, momentum=0.9) for parameters in network.module_parameters()]
+        for guided, batch in zip([False, True, False, True], vectors(4), strict=True):
+            step = network.guided_step if guided else network.local_step
+            step(*(batch if getattr(network, "is_first", True) else ()), optimizers=optimizers)
+    state = net.state_dict(), state_of(alone)
+    net.close()
+    return state
+
+
+def test_a_tuple_batch_equals_the_single_process(pool: Pool, tmp_path: Path) -> None:
+    """Of its tensors only those travel that later modules read; and random numbers are drawn between the units."""
+    net = build_conditioned()
+    assert [set(leaves) for leaves in net.chain.facts.inputs][0::4] == [{0, 1, 2}, {1}]
+    results = compare_any(pool, tmp_path, 3, build_conditioned, conditions)
+    features, condition = 8 * 12 * 4, 8 * 12 * 4
+    assert results[0][4] < 9 * 2 * (features + condition) + 9 * (5056 + 8 * 8 + 8 + 16 + 12) + 3 * features
+
+
+def test_overlapping_micro_batches_of_a_tuple_batch(pool: Pool, tmp_path: Path) -> None:
+    plan = GuidedPlan(tree=Tape(0, build_conditioned().chain.num_units), micro_batches=4)
+    guided = {"micro_batches": 4}
+    compare_any(pool, tmp_path, 3, build_conditioned, conditions, guided=guided, alone={"memory": plan})
+
+
+def test_overlapping_micro_batches_of_tokens(pool: Pool, tmp_path: Path) -> None:
+    """Their shares are those of the tokens that count."""
+    plan = GuidedPlan(tree=Tape(0, build_llama().chain.num_units), micro_batches=2)
+    options = {"tied": False, "rule": PerToken()}
+    arguments = {"guided": {"micro_batches": 2}, "alone": {"memory": plan}, "make_options": options}
+    compare_any(pool, tmp_path, 2, build_llama, tokens, **arguments)
+
+
+class Masked(nn.Module):
+    """Hands its mask on beside the features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, h: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, int]:
+        return h + torch.tanh(self.linear(h)).where(mask, 0), mask.roll(1, 1), 3
+
+
+class PassesOn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList([Masked() for _ in range(4)]), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, mask = x * 2, x > 0
+        for layer in self.layers:
+            h, mask, number = layer(h, mask)
+            assert number == 3
+        return self.head(h)
+
+
+def build_passes_on() -> Any:
+    torch.manual_seed(0)
+    net = tl.decouple(PassesOn(), "all", sample=(8, 8))
+    torch.manual_seed(5)
+    return net
+
+
+@pytest.mark.parametrize("guided", [{}, {"recompute": "modules"}])
+def test_what_modules_hand_on_beside_the_features_travels_along(
+    pool: Pool, tmp_path: Path, guided: dict[str, Any]
+) -> None:
+    compare_any(pool, tmp_path, 2, build_passes_on, vectors, guided=guided)
 
 
 # --- replicas ---
@@ -363,6 +682,71 @@ def test_a_silent_peer_runs_into_the_timeout(pool: Pool, tmp_path: Path) -> None
 def test_a_rule_that_reads_the_next_module_is_refused(pool: Pool, tmp_path: Path) -> None:
     for told in pool.run(2, tmp_path, _next_module):
         assert told.startswith("rule: ReadsNext() reads the parameters of the module that follows, which may be on")
+
+
+class Unfit(nn.Module):
+    """Four layers, and one thing that several ranks cannot do."""
+
+    class Layer(nn.Module):
+        def __init__(self, what: str, norm: nn.Module | None) -> None:
+            super().__init__()
+            self.what, self.linear, self.norm = what, nn.Linear(8, 8), norm
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.tanh(self.linear(x if self.norm is None else self.norm(x)))
+            if self.what == "layers left out" and self.training and torch.rand([]) < 0.5:
+                return x * 1.0
+            return F.dropout(x, 0.1, self.training and self.what == "layers left out")
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.head = what, nn.Linear(8, 5)
+        norm = nn.BatchNorm1d(8) if what == "a shared norm" else None
+        self.layers = nn.ModuleList([self.Layer(what, norm) for _ in range(4)])
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.what == "python":
+            x = x * random.random()
+        if self.what == "a counter":
+            self.count += 1
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("python", "model: Unfit draws from Python's or numpy's random generator in its forward, and a rank cannot"),
+        ("a counter", "model: code of Unfit between its units writes the buffer 'count', of which every rank would"),
+        ("a shared norm", "assignment: local modules on several ranks use the buffer 'layers.0.norm."),
+        ("layers left out", "model: its forward draws random numbers and decides by the values of random numbers (la"),
+        ("carry", 'carry: a network that was decoupled with carry="collect" hands gradients back across its cuts'),
+        ("micro-batches", "micro_batches: 'layer.weight' is used by local modules on several ranks, and schedules th"),
+    ],
+)
+def test_what_several_ranks_cannot_do_is_refused(pool: Pool, tmp_path: Path, what: str, message: str) -> None:
+    for told in pool.run(2, tmp_path, _unfit, what):
+        assert told is None or told.startswith(message)
+    assert told is not None or what == "layers left out"
+
+
+def _unfit(what: str) -> str | None:
+    torch.manual_seed(0)
+    carry = "collect" if what == "carry" else None
+    net = build_shared() if what == "micro-batches" else tl.decouple(Unfit(what), 4, sample=(8, 8), carry=carry)
+    try:
+        shared = parallel.distribute(net, timeout=20)
+        if what == "layers left out" and not shared.is_first:  # nothing has come
+            shared.close()
+            return None
+        shared.guided_step(*(vectors(1)[0] if shared.is_first else ()), micro_batches=2 if what[0] == "m" else None)
+    except ValueError as error:
+        if "shared" in locals():
+            shared.close()
+        return str(error)
+    return "nothing"
 
 
 class ReadsNext(tl.GreedyRule):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 
@@ -11,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchlocal as tl
+from torchlocal.cut.forward import Pass
+from torchlocal.cut.units import balance
 from torchlocal.models import build_model
-from torchlocal.partition import balance
 
 
 def resnet(depth: int) -> nn.Module:
@@ -148,16 +150,16 @@ def test_explicit_cuts() -> None:
     assert net.num_modules == 3
     x = torch.randn(2, 3, 32, 32)
     model.eval()
-    net.chain.refresh(x.device)
-    with torch.no_grad():
-        first = net.chain.segment(0, 1)(x)
-        second = net.chain.segment(1, 2)(first)
-        third = net.chain.segment(2, 3)(second)
+    pass_ = Pass(net.chain, x, replay=True)
+    with torch.no_grad(), pass_.opened():
+        (first,) = pass_.run(0, 1, [])
+        (second,) = pass_.run(1, 2, [first])
+        (third,) = pass_.run(2, 3, [second])
     assert torch.equal(third, model(x))
     assert first.shape == (2, 16, 32, 32) and second.shape == (2, 32, 16, 16)
 
 
-def test_a_parameter_used_twice_is_never_split() -> None:
+def test_a_parameter_used_twice_may_be_cut_between_its_users() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -166,8 +168,24 @@ def test_a_parameter_used_twice_is_never_split() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.c(torch.relu(self.a(torch.relu(self.b(torch.relu(self.a(x))))))))
 
-    partition = tl.decouple(Tied(), "all", sample=(2, 8)).partition
-    assert len(partition.units) == 2 and partition.units[0].num_parameters == 2 * (64 + 8)
+    model = Tied()
+    x, y = torch.randn(4, 8), torch.tensor([0, 1, 2, 3])
+    net = tl.decouple(model, "all", sample=x, rule=tl.GreedyRule("linear"))
+    assert [u.name for u in net.partition.units] == ["a", "b", "a", "c…head"]
+    assert [u.num_parameters for u in net.partition.units] == [72, 72, 0, 72 + 36]
+    lists = net.module_parameters()
+    assert model.a.weight not in set(lists[0]) and model.a.weight in set(lists[2])
+    net.local_step(x, y)
+    # By hand: the sum of what both users give.
+    twin = copy.deepcopy(net)
+    twin.zero_grad()
+    a, b = twin.backbone.a, twin.backbone.b
+    first = a(x)
+    F.cross_entropy(twin.auxiliary[0](first), y).backward()
+    second = b(torch.relu(first.detach()))
+    F.cross_entropy(twin.auxiliary[1](second), y).backward()
+    F.cross_entropy(twin.auxiliary[2](a(torch.relu(second.detach()))), y).backward()
+    assert torch.equal(a.weight.grad, model.a.weight.grad)
 
 
 @pytest.mark.parametrize("by_value", [False, True])
@@ -286,9 +304,18 @@ MISTAKES = {
         lambda: tl.decouple([nn.Linear(3, 3), nn.Linear(3, 3)], 5, sample=(2, 3)),
         "modules: the 2 modules of the list",
     ),
-    "two inputs": (lambda: tl.decouple(_TwoInputs(), 2, sample=(2, 8)), "takes 2 inputs, but must take one tensor"),
-    "not traceable": (lambda: tl.decouple(_Dynamic(), 2, sample=(2, 8)), "cannot be traced .*; pass a list of modules"),
-    "two outputs": (lambda: tl.decouple(_Pair(), 2, sample=(2, 8)), "returns tuple, but must return one tensor"),
+    "two inputs": (
+        lambda: tl.decouple(_TwoInputs(), 2, sample=(2, 8)),
+        "sample: _TwoInputs does not run on .* missing 1 required",
+    ),
+    "not traceable": (
+        lambda: tl.decouple(_Dynamic(), 2, sample=(2, 8)),
+        "2 local modules were asked for, but _Dynamic can be cut into 1 units",
+    ),
+    "two outputs": (
+        lambda: tl.decouple(_Pair(), 2, sample=(2, 8)),
+        "prediction: the network returns tuple, .* give prediction=",
+    ),
     "lazy": (lambda: tl.decouple(nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 3)), 2, sample=(2, 8)), "uninitialised"),
     "in-place list": (
         lambda: tl.decouple([nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 3)], sample=(2, 3)),

@@ -20,6 +20,7 @@ from torchvision.models.convnext import CNBlockConfig
 import torchlocal as tl
 from torchlocal.compare import CompareConfig
 from torchlocal.config import FitConfig, build_rule, config_from_dict, config_to_dict
+from torchlocal.cut.forward import Pass
 from torchlocal.models import LocalVGG, build_model, mlp
 from torchlocal.options import config_options, recipe_names, recipe_options
 from torchlocal.rules import RULES, make_rule
@@ -115,11 +116,15 @@ def test_guided_steps_within_the_local_peak(name: str) -> None:
 @pytest.mark.parametrize("network", ["resnet", "vit"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_no_gradient_crosses_a_cut(name: str, network: str) -> None:
-    net, (features, y) = make(name, network), data()
-    batch = tl.rules.Batch(input=features, target=y, criterion=net.criterion)
+    net, (x, y) = make(name, network), data()
+    batch = tl.rules.Batch(input=x, target=y, criterion=net.criterion)
     lists = net.module_parameters()
+    state: list[Tensor] = []
     for k, group in enumerate(net.partition.groups[:-1]):
-        features = net.chain.segment(group.start, group.stop)(features.detach())
+        pass_ = Pass(net.chain, x, replay=True)
+        with pass_.opened():
+            (features,) = pass_.run(group.start, group.stop, state)
+        state = [features.detach()]
         net.rule.loss(net.sites[k], net.auxiliary[k], features, batch).backward()
         for j, parameters in enumerate(lists):
             given = [p.grad is not None for p in parameters]

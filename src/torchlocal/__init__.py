@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import guidance, memory, parallel, rules
+    from .cut.units import Partition, Unit
     from .guidance import (
         AlwaysGuidance,
         AnnealedGuidance,
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     )
     from .network import DecoupledNetwork, decouple
     from .parallel import ParallelNetwork, distribute
-    from .partition import Partition, Unit
     from .plan import MemoryPlan, plan
     from .rules import DGLRule, GreedyRule, Rule
     from .steps import guided_step, local_step
@@ -62,7 +62,7 @@ _MODULES = {
     ),
     "network": ("DecoupledNetwork", "decouple"),
     "parallel": ("ParallelNetwork", "distribute"),
-    "partition": ("Partition", "Unit"),
+    "cut.units": ("Partition", "Unit"),
     "plan": ("MemoryPlan", "plan"),
     "rules": ("DGLRule", "GreedyRule", "Rule"),
     "steps": ("guided_step", "local_step"),

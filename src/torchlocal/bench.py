@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .counting import FlopTotal, PeakCounter
-from .recompute import Plan, Recomputation, Stages, Tape
-from .rules import Batch
+from .cut.forward import Pass
+from .recompute import Plan, Recomputation, Stages, Tape, keeping_nothing
 from .solver import Alternative, Solver, StageCost
-from .steps import Run
+from .steps import Step
 
 if TYPE_CHECKING:
     from .memory import FakeStep
@@ -31,34 +31,44 @@ class Bench:
 
     def __init__(self, fake: FakeStep, autocast: torch.dtype | None) -> None:
         self.fake, self.net, self._autocast = fake, fake.net, autocast
-        self.states: list[list[Any]] = [[fake.x]]  # before every unit
+        self.states: list[list[Any]] = [[]]  # before every unit
         self.costs: dict[tuple[int, int], StageCost] = {}
         self._keys: list[tuple[Any, ...]] = []
         self._known: dict[tuple[Any, ...], Any] = {}
-        self._parameters = list(self.net.parameters())
         chain = self.net.chain
-        chain.refresh(fake.x.device)
-        for unit in range(chain.num_units):
-            state = self.states[-1]
-            key = (chain.inside(unit).kind(), state[0].shape, state[0].stride(), state[0].dtype)
-            self._keys.append(key)
-            if (key, unit > 0) not in self._known:
-                self._known[key, unit > 0] = self._measure(chain, unit, unit + 1, state, differentiable=unit > 0)
-            self.costs[unit, unit + 1], following = self._known[key, unit > 0]
-            self.states.append(following)
+        with fake.active():
+            self._outputs = chain.outputs(fake.batch)
+            for unit in range(chain.num_units):
+                state = self.states[-1]
+                key = (chain.facts.kinds[unit], *((t.shape, t.stride(), t.dtype) for t in state))
+                self._keys.append(key)
+                if (key, unit > 0) not in self._known:
+                    with self._units() as units:
+                        self._known[key, unit > 0] = self._measure(
+                            units, unit, unit + 1, state, differentiable=unit > 0
+                        )
+                self.costs[unit, unit + 1], following = self._known[key, unit > 0]
+                self.states.append(following)
+
+    @contextlib.contextmanager
+    def _units(self) -> Iterator[Pass]:
+        """The units of the network, to be run from any to any."""
+        pass_ = Pass(self.net.chain, self.fake.batch, replay=True, outputs=self._outputs)
+        with pass_.opened():
+            yield pass_
 
     def gradients(self, unit: int) -> int:
         """Bytes of the gradients of a unit's parameters."""
-        return _num_bytes(self.net.chain.segment(unit, unit + 1).parameters())
+        return _num_bytes(self.net.chain.parameters(unit, unit + 1))
 
     def auxiliary(self, k: int) -> tuple[int, int]:
         """What training the auxiliary network of module ``k`` alone takes for a moment, and the gradients it leaves."""
         network, features = self.net.auxiliary[k], self.states[self.net.partition.groups[k].stop][0]
         key = "auxiliary", str(network), features.shape, features.stride(), features.dtype
         if key not in self._known:
-            with self.fake.mode, PeakCounter() as counter:
-                self._run().follow(k, features)
-            self._clear()
+            with self.fake.active(), PeakCounter() as counter:
+                self._step().follow(k, features)
+            self.fake.clear()
             self._known[key] = counter.peak, _num_bytes(network.parameters())
         found: tuple[int, int] = self._known[key]
         return found
@@ -67,15 +77,18 @@ class Bench:
         """Ways to run a unit that take less than its graph, by falling peak; ``held``: its output stays afterwards."""
         key = "inside", self._keys[unit], differentiable, held
         if key not in self._known:
-            self._known[key] = self._alternatives(unit, differentiable, held)
+            with self.fake.active():
+                self._known[key] = self._alternatives(unit, differentiable, held)
         found: list[Alternative] = self._known[key]
         return found
 
     def _alternatives(self, unit: int, differentiable: bool, held: bool) -> list[Alternative]:
-        stages = self.net.chain.inside(unit)
+        stages = self.net.chain.inside.unit(unit)
+        if stages is None:
+            return []
         count = stages.num_stages
         costs: dict[tuple[int, int], StageCost] = {}
-        states = [self.states[unit]]
+        states = [self.states[unit] or [self.fake.batch]]
         for first in range(count):
             costs[first, first + 1], following = self._measure(
                 stages, first, first + 1, states[-1], base=states[0], differentiable=differentiable, origin=0
@@ -103,11 +116,14 @@ class Bench:
     def module_peak(self, k: int, plan: Plan | None) -> tuple[int, int]:
         """Peak of the local step of module ``k`` by itself, beyond its input, and the bytes of gradients it leaves."""
         group = self.net.partition.groups[k]
-        with self.fake.mode, PeakCounter() as counter:
-            kept = self._run().local(k, plan, [self.states[group.start][0].detach()])
+        with self.fake.active(), PeakCounter() as counter:
+            step = self._step()
+            step.outputs = self._outputs
+            plan = plan or Tape(group.start, group.stop)
+            kept = step.local(range(k, k + 1), {k: plan}, [t.detach() for t in self.states[group.start]])
             del kept
             left = counter.current
-        self._clear()
+        self.fake.clear()
         return counter.peak, left
 
     def module_key(self, k: int) -> tuple[Any, ...]:
@@ -122,10 +138,10 @@ class Bench:
             kept.extend(outputs if held else [])
             return _gradients(outputs)
 
-        with self.fake.mode, PeakCounter() as counter:
-            recomputation = Recomputation(stages, self.fake.x, context=self._context)
+        with PeakCounter() as counter:
+            recomputation = Recomputation(stages, self.fake.device, context=self._context)
             recomputation.run(plan, list(state), then, differentiable=differentiable)
-        self._clear()
+        self.fake.clear()
         return counter.peak
 
     def _measure(
@@ -141,8 +157,8 @@ class Bench:
     ) -> tuple[StageCost, list[Any]]:
         """Cost of some stages, and their output; what is in ``base`` is there anyway."""
         flops = FlopTotal()
-        with self.fake.mode, PeakCounter() as counter, torch.no_grad(), self._context(), flops:
-            result = list(stages.run(first, last, list(state)))
+        with PeakCounter() as counter, keeping_nothing(), self._context(), flops:
+            result = [_detached(v) for v in stages.run(first, last, list(state))]
         there = {v.untyped_storage()._cdata for v in base if isinstance(v, Tensor)}
         storages = [v.untyped_storage() for v in result if isinstance(v, Tensor)]
         tape, backward = self._graph(stages, first, last, state, result, base, differentiable, origin)
@@ -168,9 +184,9 @@ class Bench:
     ) -> tuple[int, int]:
         """Bytes alive after some stages have run forward with a graph, and the peak of that and of backward."""
         there = {v.untyped_storage()._cdata for v in base if isinstance(v, Tensor)}
-        recomputation = Recomputation(stages, self.fake.x, context=self._context)
+        recomputation = Recomputation(stages, self.fake.device, context=self._context)
         tape = 0
-        with self.fake.mode, PeakCounter() as counter:
+        with PeakCounter() as counter:
             # Between nodes the state is the stages' own, who may free it; a unit's input is kept by its first layer.
             own = [torch.empty_like(v) if origin is not None and _is_new(v, there) else v for v in state]
             before = counter.current
@@ -186,25 +202,22 @@ class Bench:
                 return taken
 
             recomputation.run(Tape(first, last), own, then, differentiable=differentiable, origin=origin)
-        self._clear()
+        self.fake.clear()
         return tape, counter.peak - before
 
-    def _run(self) -> Run:
-        fake = self.fake
-        return Run(self.net, Batch(input=fake.x, target=fake.target, criterion=self.net.criterion), self._autocast)
+    def _step(self) -> Step:
+        return Step.begin(self.net, self.fake.batch, self.fake.target, self._autocast)
 
-    def _clear(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
-
-    @contextlib.contextmanager
-    def _context(self) -> Iterator[None]:
-        with contextlib.nullcontext() if self._autocast is None else torch.autocast("cpu", dtype=self._autocast):
-            yield
+    def _context(self) -> contextlib.AbstractContextManager[Any]:
+        return self.fake.autocast(self._autocast)
 
 
 def _num_bytes(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _is_new(value: Any, there: set[int]) -> bool:

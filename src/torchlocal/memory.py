@@ -8,18 +8,22 @@ allocator loses to fragments.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode  # the documented home of fake tensors; there is no public alias
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from .counting import LABELS, FlopTotal, PeakCounter
-from .rules import Batch, Rule, Site
+from .cut.batches import Batch, describe, device_of, num_examples, plain, same_layout
+from .cut.intercept import eagerly
+from .cut.observe import fake_batch, fake_twins
+from .cut.untouched import swapped
+from .recompute import RandomState
+from .rules import Batch as StepBatch
+from .rules import Rule, Site
 
 if TYPE_CHECKING:
     from .network import DecoupledNetwork
@@ -105,7 +109,7 @@ class Prediction:
 
 def predict(
     net: DecoupledNetwork,
-    x: Tensor | Sequence[int] | None = None,
+    batch: Batch | Sequence[int] | None = None,
     target: Any = None,
     *,
     step: str = "local",
@@ -114,56 +118,97 @@ def predict(
 ) -> Prediction:
     """Predict the peak of one training step: the step's own code runs on fake tensors, which have no memory.
 
-    Neither the network nor any random generator is touched, and no GPU is needed: the counting is that of CPU kernels.
+    Neither the network nor any random generator is touched, and no GPU is needed: the counting is that of the kernels
+    of the device that the network is on. Integers and masks of the batch stay what they are.
 
     Args:
         net: the decoupled network.
-        x: a batch (N, ...), or its shape; by default the shape of the sample that the network was decoupled with.
-        target: what the criterion takes; by default class indices (N,), or where the criterion refuses those, a tensor
-            of the shape of the network's output.
+        batch: a batch, or the shape of one that is a tensor; by default the sample that the network was decoupled with.
+        target: what the criterion takes; by default class indices, one for each example or position, or where the
+            criterion refuses those, a tensor of the shape of the prediction.
         step: ``"local"``, ``"guided"``, or ``"plain"`` for an ordinary step of the backbone, without torchlocal.
         optimizer: makes the optimizer of given parameters, for example ``torch.optim.AdamW``; its state is counted, and
             so is its update after the step. By default neither is.
         options: those of the step, for example ``memory="exact"`` or ``autocast=torch.bfloat16``.
 
     Raises:
-        ValueError: the step is unknown, or its options are; or the network does not run on such a batch.
+        ValueError: the step is unknown, or its options are; the network does not run on such a batch, or it cannot run
+            without values, since its forward looks at those of its features.
     """
     if step not in ("local", "guided", "plain"):
         raise ValueError(f"step: must be 'local', 'guided' or 'plain', not {step!r}")
-    fake = FakeStep(net, x, target)
-    search = {name: value for name, value in options.items() if name in ("autocast", "recompute")}
-    if step == "guided":  # plans are looked for outside of fake mode, and remembered by the network itself
+    fake = FakeStep(net, batch, target)
+    search: dict[str, Any] = {name: options[name] for name in ("autocast", "recompute") if name in options}
+    if step == "guided":  # plans are looked for outside, and remembered by the network itself
         for name in ("auxiliary", "memory", "optimizers"):
             search |= {name: options[name]} if name in options else {}
-        options |= {"memory": net.guided_plan(fake.x, target, **search), "recompute": None}
+        options |= {"memory": net.guided_plan(fake.given, target, **search), "recompute": None}
     elif step == "local" and options.get("recompute") is not None:
-        options["recompute"] = net.local_plans(fake.x, target, **search)
+        options["recompute"] = net.local_plans(fake.given, target, **search)
     return fake.run(step, optimizer=optimizer, count_flops=True, **options)
 
 
 class FakeStep:
-    """A copy of a network and a batch, both without memory, to be stepped and counted.
+    """A network and a batch without memory, to be stepped and counted; the network is as it was at any other time.
 
     Args:
-        net: the network, which is left alone.
-        x: see :func:`predict`.
+        net: the network.
+        batch: see :func:`predict`.
         target: see :func:`predict`.
     """
 
-    def __init__(self, net: DecoupledNetwork, x: Tensor | Sequence[int] | None = None, target: Any = None) -> None:
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        shape = net.input_shape if x is None else x.shape if isinstance(x, Tensor) else torch.Size(x)
-        dtype = x.dtype if isinstance(x, Tensor) else next((p.dtype for p in net.parameters()), torch.float32)
-        if len(shape) != len(net.input_shape) or min(shape) < 1:
-            expected = ", ".join(str(n) for n in net.input_shape[1:])
-            raise ValueError(f"x: must be a batch of shape (N, {expected}), or that shape, not {tuple(shape)}")
-        with self.mode:
-            self.net = self._copy(net)
-            self.x = torch.empty(shape, dtype=dtype)
-            if isinstance(x, Tensor) and x.shape == self.x.shape:
-                self.x = torch.empty_strided(x.shape, x.stride(), dtype=dtype)
+    def __init__(self, net: DecoupledNetwork, batch: Batch | Sequence[int] | None = None, target: Any = None) -> None:
+        self.net, self.mode = net, net.chain.mode
+        if not net.chain.facts.fake:
+            raise ValueError(
+                f"memory: {type(net.backbone).__name__} does not run on tensors without values "
+                f"({net.chain.facts.reason}), so what it takes cannot be predicted, nor a plan be found; measure a "
+                "step instead (torchlocal.memory.measure), or leave memory out"
+            )
+        self.given = self._layout(net, batch)
+        self.device = device_of(self.given, net.backbone)
+        self._twins = fake_twins(net, self.mode, learn=False)
+        self._depth = 0
+        self.batch = fake_batch(self.given, self.mode)
+        with self.active():
             self.target = self._target(target)
+
+    @staticmethod
+    def _layout(net: DecoupledNetwork, batch: Any) -> Batch:
+        if batch is None:
+            return net.sample
+        if isinstance(batch, (tuple, list)) and batch and all(isinstance(n, int) for n in batch):
+            shape = tuple(batch)
+            expected = tuple(net.sample.shape) if isinstance(net.sample, Tensor) else ()
+            if len(shape) != len(expected) or min(shape) < 1:
+                wanted = ", ".join(str(n) for n in expected[1:]) if expected else "…"
+                raise ValueError(f"batch: must be a batch of shape (N, {wanted}), or that shape, not {shape}")
+            if not net.sample.is_floating_point():
+                return torch.zeros(shape, dtype=net.sample.dtype, device=net.sample.device)
+            return torch.zeros(1, dtype=net.sample.dtype, device=net.sample.device).expand(shape)
+        batch = plain(batch)
+        if not same_layout(batch, net.sample):
+            raise ValueError(
+                f"batch: must be like {describe(net.sample)}, of which the number of examples may differ, "
+                f"not {describe(batch)}"
+            )
+        return batch
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Have the network hold fake tensors for a while, and put everything back."""
+        chain = self.net.chain
+        if self._depth:
+            yield
+            return
+        state, before = RandomState.get(self.device), chain.fake
+        self._depth, chain.fake = 1, True
+        try:
+            with eagerly(self.net), swapped(self.net, self._twins), torch.enable_grad():
+                yield
+        finally:
+            self._depth, chain.fake = 0, before
+            state.set()
 
     def run(
         self,
@@ -188,10 +233,11 @@ class FakeStep:
             count_flops: whether FLOPs are counted, too.
             options: the step's options.
         """
-        with self.mode, torch.random.fork_rng(devices=[]):
-            net = self.net
-            for parameter in net.parameters():
-                parameter.grad = None
+        net = self.net
+        if step == "local" and options.get("recompute") is None and net.num_modules > 2:
+            net.chain.expected(self.given, tuple(g.stop for g in net.partition.groups[:-1]))  # outside of the counting
+        with self.active():
+            self.clear()
             groups = [list(net.parameters())] if optimizers is None else net.module_parameters()
             states = [_with_state(optimizer(group)) for group in groups] if optimizer is not None else []
             counter = PeakCounter(self._resident(states))
@@ -201,20 +247,21 @@ class FakeStep:
                     self._plain(autocast)
                 else:
                     run = net.local_step if step == "local" else net.guided_step
-                    x, target = self.x, self.target
+                    batch, target = self.batch, self.target
                     if step == "guided":
                         chosen = {name: options.pop(name, None) for name in ("memory", "recompute")}
-                        plan = net.guided_plan(x, target, **chosen)
-                        options["memory"], x, target = self._fewer_parts(plan, 1 if optimizers is None else 3)
-                        parts = self.x.shape[0] / x.shape[0]
+                        plan = net.guided_plan(batch, target, **chosen)
+                        options["memory"], batch, target = self._fewer_parts(plan, 1 if optimizers is None else 3)
+                        parts = num_examples(self.batch) / num_examples(batch)
                         if plan.micro_batches > options["memory"].micro_batches == 1:
                             self._add_gradients(counter, auxiliary=options.get("auxiliary") != "frozen")
                     if optimizers is not None:
                         options["optimizers"] = states or [_Free(group) for group in groups]
-                    run(x, target, autocast=autocast, **options)
+                    run(batch, target, autocast=autocast, **options)
                 if optimizers is None and states:
                     with counter.labelling("optimizer"):
                         states[0].step()
+            self.clear()
         return Prediction(
             peak_bytes=counter.peak,
             resident_bytes=counter.resident,
@@ -222,37 +269,47 @@ class FakeStep:
             flops=round(flops.total * parts),
         )
 
-    def _fewer_parts(self, plan: GuidedPlan, most: int) -> tuple[GuidedPlan, Tensor, Any]:
+    def clear(self) -> None:
+        """Let go of all gradients."""
+        for tensor in self._twins.values():
+            tensor.grad = None
+
+    def _fewer_parts(self, plan: GuidedPlan, most: int) -> tuple[GuidedPlan, Batch, Any]:
         """The plan with at most so many micro-batches, and the part of the batch that these are.
 
         One does for all where the gradients of those before are there already; with an optimizer per module there are
         a first, some in the middle and a last one, after which gradients are freed.
         """
-        num_examples = self.x.shape[0]
-        rows = most * -(-num_examples // plan.micro_batches)
-        if plan.micro_batches <= most or rows > num_examples:
-            return plan, self.x, self.target
+        count = num_examples(self.batch)
+        rows = most * -(-count // plan.micro_batches)
+        if plan.micro_batches <= most or rows > count:
+            return plan, self.batch, self.target
 
         def first(tensor: Tensor) -> Tensor:
-            return tensor[:rows] if tensor.ndim and tensor.shape[0] == num_examples else tensor
+            return tensor[:rows] if tensor.ndim and tensor.shape[0] == count else tensor
 
-        return replace(plan, micro_batches=most), first(self.x), tree_map_only(Tensor, first, self.target)
+        parts = [tree_map_only(Tensor, first, value) for value in (self.batch, self.target)]
+        target = self.target[:rows] if isinstance(self.target, list) else parts[1]
+        return replace(plan, micro_batches=most), parts[0], target
 
     def _add_gradients(self, counter: PeakCounter, *, auxiliary: bool) -> None:
         """Gradients as an earlier micro-batch leaves them."""
         chain = self.net.chain
-        chain.refresh(self.x.device)
-        used = chain.segment(0, chain.num_units).parameters()
-        for label, parameters in (("gradients", used), ("auxiliary", self.net.auxiliary.parameters())):
+        used = chain.parameters(0, chain.num_units)
+        for label, parameters in (("gradients", used), ("auxiliary", list(self.net.auxiliary.parameters()))):
             with counter.labelling(label):
                 for parameter in parameters:
                     if parameter.requires_grad and (auxiliary or label == "gradients"):
                         parameter.grad = torch.empty_like(parameter)
 
     def _plain(self, autocast: torch.dtype | None) -> None:
-        with contextlib.nullcontext() if autocast is None else torch.autocast(self.x.device.type, dtype=autocast):
-            loss = self.net.criterion(self.net.backbone(self.x), self.target)
+        with self.autocast(autocast):
+            loss = self.net.criterion(self.net.chain.call(self.batch), self.target)
         loss.backward()
+
+    def autocast(self, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+        """The autocast of a step."""
+        return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
     def _resident(self, states: Sequence[torch.optim.Optimizer]) -> dict[str, list[Tensor]]:
         backbone, auxiliary = self.net.backbone, self.net.auxiliary
@@ -260,34 +317,23 @@ class FakeStep:
             "parameters": [*backbone.parameters(), *backbone.buffers()],
             "auxiliary": [*auxiliary.parameters(), *auxiliary.buffers()],
             "optimizer": [t for s in states for t in tree_iter(list(s.state.values())) if isinstance(t, Tensor)],
-            "boundaries": [t for t in tree_iter((self.x, self.target)) if isinstance(t, Tensor)],
+            "boundaries": [t for t in tree_iter((self.batch, self.target)) if isinstance(t, Tensor)],
         }
-
-    @staticmethod
-    def _copy(net: DecoupledNetwork) -> DecoupledNetwork:
-        copies: dict[int, Any] = {}
-        for tensor in [*net.parameters(), *net.buffers()]:
-            fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
-            is_parameter = isinstance(tensor, nn.Parameter)
-            copies[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
-        copies[id(net._plans)] = {}
-        fake_net = copy.deepcopy(net, copies)
-        for module in fake_net.modules():
-            module._compiled_call_impl = None  # what is compiled makes other tensors
-        fake_net.chain.compiled = None
-        return fake_net
 
     def _target(self, target: Any) -> Any:
         if target is not None:
-            return tree_map_only(Tensor, lambda t: torch.empty_like(t, device="cpu"), target)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            output = self.net.backbone(self.x)
-            for guess in (torch.empty(output.shape[0], dtype=torch.int64), torch.empty_like(output)):
+            return fake_batch(target, self.mode)
+        with torch.no_grad():
+            output = self.net.chain.call(self.batch)
+            shapes = [output.shape[:1], output.shape[:-1], (output.shape[0], *output.shape[2:])]
+            guesses = [torch.zeros(shape, dtype=torch.int64, device=output.device) for shape in dict.fromkeys(shapes)]
+            reason = ""
+            for guess in (*guesses, torch.empty_like(output)):
                 try:
                     self.net.criterion(output, guess)
                     return guess
                 except Exception as error:
-                    reason = str(error).strip().split("\n")[0]
+                    reason = reason or str(error).strip().split("\n")[0]
         raise ValueError(
             f"target: the criterion takes neither class indices (N,) nor a tensor like the output ({reason}); give one"
         )
@@ -300,24 +346,17 @@ class FakeStep:
         def hook(label: str) -> Callable[[Tensor], None]:
             return lambda parameter: counter.relabel(parameter.grad, label) if parameter.grad is not None else None
 
-        def run(first: int, last: int, state: list[Any]) -> tuple[Tensor]:
-            (features,) = type(chain).run(chain, first, last, state)
-            if last < chain.num_units:
-                counter.relabel(features, "boundaries")
-            return (features,)
-
         handles = [
             parameter.register_post_accumulate_grad_hook(hook(label))
             for label, module in (("gradients", net.backbone), ("auxiliary", net.auxiliary))
             for parameter in module.parameters()
             if parameter.requires_grad
         ]
-        net.rule, chain.run = _LabellingRule(rule, counter), run  # type: ignore[method-assign]
+        net.rule, chain.watch = _LabellingRule(rule, counter), lambda features: counter.relabel(features, "boundaries")
         try:
             yield
         finally:
-            net.rule = rule
-            del chain.run
+            net.rule, chain.watch = rule, None
             for handle in handles:
                 handle.remove()
 
@@ -328,7 +367,7 @@ class _LabellingRule(Rule):
     def __init__(self, rule: Rule, counter: PeakCounter) -> None:
         self._rule, self._counter = rule, counter
 
-    def loss(self, site: Site, auxiliary: nn.Module, features: Tensor, batch: Batch) -> Tensor:
+    def loss(self, site: Site, auxiliary: nn.Module, features: Tensor, batch: StepBatch) -> Tensor:
         with self._counter.labelling("auxiliary"):
             return self._rule.loss(site, auxiliary, features, batch)
 

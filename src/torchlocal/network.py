@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from . import steps
-from .graph import Chain, training_mode
-from .partition import Partition, Unit, Units, balance
+from .cut.batches import Batch, as_prediction, fits_into, key_of, plain, shaped, size_of, tensors_of
+from .cut.forward import Facts, Forward, Pass
+from .cut.units import Partition, Unit, Units, balance
 from .recompute import Plan, in_segments
 from .rules import Rule, Site, make_rule
 from .rules.downstream import Downstream
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from .plan import MemoryPlan
 
 _NO_LARGER = 1.02  # peaks that differ by less count as the same
+_MOST_PLANS = 32  # that are remembered, of the latest layouts of batches
+_MOST_SEARCHES = 4  # with the same options, before plans of larger batches are used again
 COSTS = ("activation_bytes", "flops", "num_parameters")
 
 
@@ -37,8 +42,9 @@ class DecoupledNetwork(nn.Module):
         rule: the local rule.
         criterion: loss of the task, ``criterion(output, target)``.
         sites: the places that the auxiliary networks were made for.
-        chain: the units as something that runs.
-        input_shape: shape of the sample that the network was decoupled with.
+        chain: the network's own forward, as a chain of units.
+        sample: a batch of the layout that the network was decoupled with; its floating-point tensors are empty.
+        carry: what happens with tensors that carry gradients and cross a cut beside the features.
     """
 
     def __init__(
@@ -46,12 +52,13 @@ class DecoupledNetwork(nn.Module):
         backbone: nn.Module,
         auxiliary: Iterable[nn.Module],
         *,
-        chain: Chain,
+        chain: Forward,
         partition: Partition,
         rule: Rule,
         criterion: Callable[[Tensor, Any], Tensor],
         sites: Sequence[Site],
-        input_shape: torch.Size,
+        sample: Batch,
+        carry: str | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -61,25 +68,30 @@ class DecoupledNetwork(nn.Module):
         self.rule = rule
         self.criterion = criterion
         self.sites = tuple(sites)
-        self.input_shape = input_shape
-        self._plans: dict[tuple[Any, ...], Any] = {}
+        self.sample, self.carry = sample, carry
+        self._plans: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
 
     @property
     def num_modules(self) -> int:
         """Number K of local modules."""
         return len(self.partition.groups)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def input_shape(self) -> torch.Size:
+        """Shape of the first tensor of the sample."""
+        return tensors_of(self.sample)[0].shape
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The backbone's own forward."""
-        return self.backbone(x)
+        return self.backbone(*args, **kwargs)
 
-    def local_step(self, x: Tensor, target: Any, **options: Any) -> list[Tensor]:
+    def local_step(self, batch: Batch, target: Any = None, **options: Any) -> list[Tensor]:
         """See :func:`torchlocal.local_step`."""
-        return steps.local_step(self, x, target, **options)
+        return steps.local_step(self, batch, target, **options)
 
-    def guided_step(self, x: Tensor, target: Any, **options: Any) -> list[Tensor]:
+    def guided_step(self, batch: Batch, target: Any = None, **options: Any) -> list[Tensor]:
         """See :func:`torchlocal.guided_step`."""
-        return steps.guided_step(self, x, target, **options)
+        return steps.guided_step(self, batch, target, **options)
 
     def compile(self, **options: Any) -> None:
         """Compile every local module and auxiliary network by itself, in place; keys stay as they are.
@@ -100,31 +112,60 @@ class DecoupledNetwork(nn.Module):
                 self.auxiliary[k].compile(**options)
 
     def module_parameters(self) -> list[list[nn.Parameter]]:
-        """For each local module its parameters and its auxiliary network's, to give each an optimizer of its own."""
-        self.chain.refresh(next(iter(self.parameters()), torch.empty(0)).device)
-        lists = [list(self.chain.segment(g.start, g.stop).parameters()) for g in self.partition.groups]
+        """For each local module its parameters and its auxiliary network's, to give each an optimizer of its own.
+
+        A parameter that several modules use (tied ones) belongs to the last of them, whose optimizer finds the sum of
+        what they all give.
+        """
+        lists: list[list[nn.Parameter]] = [[] for _ in self.partition.groups]
+        owners, seen = self.module_owners(), set()
+        for parameters, group in zip(lists, self.partition.groups, strict=True):
+            parameters += [p for p in self.chain.parameters(group.start, group.stop) if owners[id(p)] == group.start]
+            seen |= {id(p) for p in parameters}
+        starts = {group.start: k for k, group in enumerate(self.partition.groups)}
+        for parameter in self.backbone.parameters():  # those that the forward was not seen to use
+            if id(parameter) not in seen:
+                lists[starts[owners[id(parameter)]]].append(parameter)
         for parameters, network in zip(lists, self.auxiliary, strict=False):
             parameters += network.parameters()
-        listed = {id(p) for parameters in lists for p in parameters}
-        lists[-1] += [p for p in self.parameters() if id(p) not in listed]  # those that the forward does not use
         return lists
 
+    def module_owners(self) -> dict[int, int]:
+        """For every tensor of the backbone, by ``id``, the first unit of the local module that it belongs to."""
+        start_of = {unit: group.start for group in self.partition.groups for unit in group}
+        return {key: start_of[unit] for key, unit in self.chain.owners().items()}
+
+    def complete_at(self) -> list[int | None]:
+        """For each local module the unit whose backward pass completes the gradients of its parameters."""
+        first, owners = self.chain.first_users(), self.module_owners()
+        complete: list[int | None] = []
+        for group in self.partition.groups:
+            users = [unit for key, unit in first.items() if owners.get(key) == group.start]
+            complete.append(min([group.start, *users]))
+        return complete
+
     @torch.no_grad()
-    def depth_outputs(self, x: Tensor) -> list[Tensor]:
-        """What each local module predicts, through its auxiliary network; the last is the backbone's output.
+    def depth_outputs(self, batch: Batch) -> list[Tensor]:
+        """What each local module predicts, through its auxiliary network; the last is the backbone's prediction.
 
         Args:
-            x: input batch (N, ...).
+            batch: what the network is called with.
 
         Returns:
-            K tensors, each of the shape of the network's output.
+            K tensors, each of the shape of the network's prediction.
         """
-        self.chain.refresh(x.device)
-        outputs = []
-        for k, group in enumerate(self.partition.groups):
-            x = self.chain.segment(group.start, group.stop)(x)
-            last = k == self.num_modules - 1
-            outputs.append(x if last else self.rule.predict(self.sites[k], self.auxiliary[k], x))
+        batch = plain(batch)
+        outputs: list[Tensor] = []
+        ends = {group.stop: k for k, group in enumerate(self.partition.groups[:-1])}
+
+        def passing(unit: int, features: Tensor) -> Tensor:
+            k = ends[unit]
+            outputs.append(self.rule.predict(self.sites[k], self.auxiliary[k], features))
+            return features
+
+        pass_ = Pass(self.chain, batch)
+        with pass_.opened(tuple(ends)):
+            outputs += pass_.run(0, self.chain.num_units, [], boundary=passing, stops=tuple(ends))
         return outputs
 
     def recompute_segments(self, recompute: str | int | None) -> list[range]:
@@ -149,7 +190,7 @@ class DecoupledNetwork(nn.Module):
 
     def guided_plan(
         self,
-        x: Tensor,
+        batch: Batch,
         target: Any = None,
         *,
         recompute: str | int | None = None,
@@ -158,22 +199,19 @@ class DecoupledNetwork(nn.Module):
         autocast: torch.dtype | None = None,
         optimizers: object = None,
     ) -> GuidedPlan:
-        """How a guided step of such a batch runs; found once for each shape of batch and options."""
+        """How a guided step of such a batch runs; found once for each layout of batch and options."""
         if memory is not None and recompute is not None:
             raise ValueError(f"recompute: memory={memory!r} chooses what is recomputed; leave recompute out")
         if isinstance(memory, GuidedPlan):
             return memory
         if memory is None or memory == "full":
-            key = ("recompute", type(recompute), recompute)
-            if key not in self._plans:
-                self._plans[key] = GuidedPlan(tree=in_segments(self.recompute_segments(recompute)))
-            known: GuidedPlan = self._plans[key]
-            return known
+            return GuidedPlan(tree=in_segments(self._without_carry(self.recompute_segments(recompute))))
         if isinstance(memory, bool) or not (memory in ("local", "exact") or (isinstance(memory, int) and memory > 0)):
             raise ValueError(f"memory: must be 'local', 'exact', 'full', a number of bytes or None, not {memory!r}")
+        self._without_carry([range(0), range(0)])
         plan: GuidedPlan = self._found(
             find_guided_plan,
-            x,
+            batch,
             target,
             memory=memory,
             auxiliary=auxiliary,
@@ -182,30 +220,51 @@ class DecoupledNetwork(nn.Module):
         )
         return plan
 
+    def _without_carry(self, segments: list[range]) -> list[range]:
+        """Refuse to run from cut to cut where more than the features cross."""
+        if self.carry is not None and len(segments) > 1:
+            raise ValueError(
+                'recompute: a network that was decoupled with carry="collect" cannot run from one cut to another, so '
+                "nothing can be recomputed; leave recompute and memory out, or use the network's own checkpointing"
+            )
+        return segments
+
     def local_plans(
         self,
-        x: Tensor,
+        batch: Batch,
         target: Any = None,
         recompute: str | dict[int, Plan] | None = None,
         *,
         autocast: torch.dtype | None = None,
     ) -> dict[int, Plan]:
-        """By module, how those of a local step run that recompute something; found once for each shape of batch."""
+        """By module, how those of a local step run that recompute something; found once for each layout of batch."""
         if recompute is None or isinstance(recompute, dict):
             return recompute or {}
         if recompute != "largest":
             raise ValueError(f"recompute: must be None or 'largest' in a local step, not {recompute!r}")
-        plans: dict[int, Plan] = self._found(find_local_plans, x, target, autocast=autocast)
+        self._without_carry([range(0), range(0)])
+        plans: dict[int, Plan] = self._found(find_local_plans, batch, target, autocast=autocast)
         return plans
 
-    def _found(self, find: Callable[..., Any], x: Tensor, target: Any, **options: Any) -> Any:
-        """What a search finds, which is looked for once for each shape of batch and options."""
+    def _found(self, find: Callable[..., Any], batch: Batch, target: Any, **options: Any) -> Any:
+        """What a search finds, which is looked for once for each layout of batch and target, and options."""
         flags = tuple(module.training for module in self.modules())
-        key = (find, x.shape, x.stride(), x.dtype, flags, *options.values())
-        if key not in self._plans:
-            # A thread of its own has none of the caller's modes: autocast, no_grad, a counter.
-            with ThreadPoolExecutor(1) as executor:
-                self._plans[key] = executor.submit(find, self, x, target, **options).result()
+        key = (find, key_of(batch), key_of(target), flags, *options.values())
+        # A search takes seconds: where batches come in many sizes, one that was found for a larger one has to do.
+        others = [known for known in self._plans if known[0] is find and known[3:] == key[3:]]
+        if key not in self._plans and len(others) >= _MOST_SEARCHES:
+            larger = [known for known in others if fits_into(key[1], known[1]) and fits_into(key[2], known[2])]
+            key = min(larger, key=lambda known: size_of(known[1]), default=key)
+        if key in self._plans:
+            self._plans.move_to_end(key)
+            return self._plans[key]
+        if not self.chain.fake:
+            self.chain.inside.refresh(batch)
+        # A thread of its own has none of the caller's modes: autocast, no_grad, a counter.
+        with ThreadPoolExecutor(1) as executor:
+            self._plans[key] = executor.submit(find, self, batch, target, **options).result()
+        while len(self._plans) > _MOST_PLANS:
+            self._plans.popitem(last=False)
         return self._plans[key]
 
     def extra_repr(self) -> str:
@@ -217,29 +276,39 @@ def decouple(
     model: nn.Module | Sequence[nn.Module],
     modules: int | str | MemoryPlan | None = None,
     *,
-    sample: Tensor | Sequence[int],
+    sample: Batch | Sequence[int],
     cuts: Sequence[str] | None = None,
     rule: str | Rule = "dgl",
     criterion: Callable[[Tensor, Any], Tensor] = F.cross_entropy,
+    prediction: Callable[[Any], Tensor] = as_prediction,
+    carry: str | None = None,
     cost: str = "activation_bytes",
 ) -> DecoupledNetwork:
     """Cut a network into K local modules and attach an auxiliary network to each but the last.
 
-    The network itself is not changed: its parameters are trained in place, and it works as before at any time. The
-    auxiliary networks are initialised from torch's global random generator, on the device and in the dtype of the
-    network's first parameter.
+    The network itself is not changed: its parameters are trained in place, and it works as before at any time; a step
+    calls it as you do. To find where it can be cut, its forward runs once on tensors without memory (on real ones where
+    it looks at the values of its features), and whatever it stores in its modules then is put back. The auxiliary
+    networks are initialised from torch's global random generator, on the device of the network and in the dtype of the
+    features that they take.
 
     Args:
-        model: any ``nn.Module`` whose forward maps one tensor to one tensor; or a list of modules that run one after
-            another, each of which becomes a local module (as do the children of an ``nn.Sequential`` when neither
-            ``modules`` nor ``cuts`` is given).
+        model: any ``nn.Module``; or a list of modules that run one after another, each of which becomes a local module
+            (as do the children of an ``nn.Sequential`` when neither ``modules`` nor ``cuts`` is given).
         modules: number K of local modules, balanced by ``cost``; ``"all"`` for one per unit; ``"fewest"`` for as few as
             take no more memory than one per unit: later units are smaller, and accuracy falls with the number of
             modules; or what :func:`torchlocal.plan` returned.
-        sample: an input batch (N, ...), or its shape; nothing is computed with it. ``"fewest"`` is for its batch size.
+        sample: a batch, as the steps will be given it: a tensor (N, ...) for ``model(x)``, a tuple for
+            ``model(*batch)``, a mapping for ``model(**batch)``; or the shape of a tensor. ``"fewest"`` is for its size.
         cuts: instead of ``modules``, qualified names of the submodules to cut after.
         rule: a local rule, or its name.
-        criterion: loss of the task, ``criterion(output, target)`` returns a 0-dim tensor.
+        criterion: loss of the task, ``criterion(prediction, target)`` returns a 0-dim tensor.
+        prediction: takes the tensor for the criterion from what the network returns; by default that is the tensor
+            itself, or its ``logits``.
+        carry: ``"collect"``: cut also where other tensors that carry gradients cross beside the features (an encoder's
+            output that every layer of a decoder takes, a conditioning). They become leaves after the cut, and the
+            gradients that gather there are handed back at the end of the step, so what makes them learns from all
+            modules that use them; that part of the graph is kept until then. Without, such a place is no cut point.
         cost: what is balanced over the local modules: ``"activation_bytes"`` (with those of the auxiliary network),
             ``"flops"`` or ``"num_parameters"``.
 
@@ -252,32 +321,36 @@ def decouple(
     if modules is not None and not isinstance(modules, int | str) and hasattr(modules, "recommendation"):
         modules = modules.modules
     backbone, given = _backbone(model, modules, cuts)  # type: ignore[arg-type]
-    shape = _sample(sample, backbone)
+    batch = _sample(sample, backbone)
     if isinstance(rule, str):
         rule = make_rule(rule)
     elif not isinstance(rule, Rule):
         raise ValueError(f"rule: must be a name or a Rule, not {type(rule).__name__}")
     if not callable(criterion):
         raise ValueError(f"criterion: must be callable as criterion(output, target), not {type(criterion).__name__}")
+    if not callable(prediction):
+        raise ValueError(f"prediction: must be callable on what the network returns, not {type(prediction).__name__}")
+    if carry not in (None, "collect"):
+        raise ValueError(f"carry: must be None or 'collect', not {carry!r}")
     if cost not in COSTS:
         raise ValueError(f"cost: must be one of {', '.join(COSTS)}, not {cost!r}")
 
-    found = Units(backbone, shape, given=given)
+    found = Units(backbone, batch, prediction, given=given, carry=carry is not None)
     if cuts is not None:
         found.cut_after(cuts)
     units = found.describe()
     if isinstance(modules, int) and modules > len(units):
         raise ValueError(
             f"modules: {modules} local modules were asked for, but {type(backbone).__name__} can be cut into "
-            f"{len(units)} units at most ({', '.join(u.name for u in units)}); ask for fewer, or pass a list of modules"
+            f"{len(units)} units at most ({', '.join(u.name for u in units)}){found.explain(modules)}; ask for fewer, "
+            "or pass a list of modules"
         )
-    chain = found.chain()
-    anchor = next(backbone.parameters(), torch.empty(0))
-    with training_mode(backbone):
-        chain.refresh(anchor.device)  # rules may copy units, here or, for their cost, on fake tensors
+    chain = Forward(backbone, Facts.of(found), prediction, found.seen.mode)
+    anchor = next((p for p in backbone.parameters() if p.is_floating_point()), torch.empty(0))
+    chain.sample = kept = tree_map_only(Tensor, _without_values, batch)
 
     def assemble(num_modules: int) -> DecoupledNetwork:
-        auxiliary_bytes = _AuxiliaryBytes(found, units, rule, num_modules, shape, chain)
+        auxiliary_bytes = _AuxiliaryBytes(found, units, rule, num_modules, chain)
 
         def price(first: int, last: int) -> float:
             if cost != "activation_bytes":
@@ -287,9 +360,11 @@ def decouple(
         groups = balance(len(units), num_modules, price)
         costs = tuple(float(price(group.start, group.stop)) for group in groups)
         stops = [group.stop for group in groups[:-1]]
-        sites = [_site(k, num_modules, units, stop, shape, found.output_shape, chain) for k, stop in enumerate(stops)]
+        sites = [_site(k, num_modules, units, stop, found, chain) for k, stop in enumerate(stops)]
         with torch.device(anchor.device):
-            auxiliary = [rule.auxiliary(site).to(device=anchor.device, dtype=anchor.dtype) for site in sites]
+            auxiliary = [rule.auxiliary(site).to(anchor.device) for site in sites]
+        for network, stop in zip(auxiliary, stops, strict=True):
+            network.to(dtype=found.boundary(stop - 1).dtype)
         return DecoupledNetwork(
             backbone,
             auxiliary,
@@ -298,7 +373,8 @@ def decouple(
             rule=rule,
             criterion=criterion,
             sites=sites,
-            input_shape=shape.shape,
+            sample=kept,
+            carry=carry,
         )
 
     if modules == "fewest":
@@ -313,6 +389,13 @@ def decouple(
                     "number of modules with this one"
                 ) from error
     return assemble(modules if isinstance(modules, int) else len(units))
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    """A tensor of the same layout that takes no memory; integers and masks are kept, since a forward may read them."""
+    if not tensor.is_floating_point():
+        return tensor.detach().clone()
+    return torch.zeros(1, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
 def _fewest(assemble: Callable[[int], DecoupledNetwork], most: int, device: torch.device) -> int:
@@ -334,18 +417,15 @@ def _fewest(assemble: Callable[[int], DecoupledNetwork], most: int, device: torc
 class _AuxiliaryBytes:
     """Bytes that the auxiliary network after a unit keeps for backward, found on fake tensors when first asked for."""
 
-    def __init__(
-        self, found: Units, units: Sequence[Unit], rule: Rule, num_modules: int, sample: Tensor, chain: Chain
-    ) -> None:
-        self._found, self._units, self._rule, self._sample = found, units, rule, sample
+    def __init__(self, found: Units, units: Sequence[Unit], rule: Rule, num_modules: int, chain: Forward) -> None:
+        self._found, self._units, self._rule = found, units, rule
         self._num_modules, self._chain = num_modules, chain
         self._known: dict[int, int] = {}
 
     def __call__(self, unit: int) -> int:
         if unit not in self._known:
             index = min(unit, self._num_modules - 2)
-            output_shape = self._found.output_shape
-            site = _site(index, self._num_modules, self._units, unit + 1, self._sample, output_shape, self._chain)
+            site = _site(index, self._num_modules, self._units, unit + 1, self._found, self._chain)
             self._known[unit] = self._measure(site, self._found.boundary(unit))
         return self._known[unit]
 
@@ -358,7 +438,7 @@ class _AuxiliaryBytes:
             kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with self._found.mode, torch.enable_grad():
+        with self._found.seen.mode, torch.enable_grad():
             default = torch.get_default_dtype()
             torch.set_default_dtype(features.dtype)  # fake parameters cannot be converted afterwards
             try:
@@ -375,23 +455,15 @@ class _AuxiliaryBytes:
         return sum(kept.values())
 
 
-def _site(
-    index: int,
-    num_modules: int,
-    units: Sequence[Unit],
-    stop: int,
-    sample: Tensor,
-    output_shape: torch.Size,
-    chain: Chain,
-) -> Site:
+def _site(index: int, num_modules: int, units: Sequence[Unit], stop: int, found: Units, chain: Forward) -> Site:
     unit = units[stop - 1]
     return Site(
         index=index,
         num_modules=num_modules,
         feature_shape=unit.output_shape,
         channel_dim=unit.channel_dim,
-        input_shape=sample.shape,
-        output_shape=output_shape,
+        input_shape=tensors_of(found.sample)[0].shape,
+        output_shape=found.output_shape,
         downstream=Downstream(chain, units, stop),
     )
 
@@ -413,6 +485,14 @@ def _backbone(
         return nn.Sequential(*model), True
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: must be an nn.Module or a list of them, not {type(model).__name__}")
+    kind = type(model).__name__
+    if kind in ("DistributedDataParallel", "DataParallel") or any(
+        c.__name__ == "FSDPModule" for c in type(model).__mro__
+    ):
+        raise ValueError(
+            f"model: {kind} around the whole network expects one backward pass, and a local step makes one for each "
+            "module; wrap each block by itself, or use distribute(replicas=...)"
+        )
     if modules is None and cuts is None:
         if type(model) is nn.Sequential and len(model) > 0:
             return model, True
@@ -430,14 +510,14 @@ def _backbone(
     return model, False
 
 
-def _sample(sample: Tensor | Sequence[int], backbone: nn.Module) -> Tensor:
-    """A batch without memory of the shape of ``sample``."""
-    if isinstance(sample, Tensor):
-        if sample.ndim == 0 or sample.shape[0] == 0:
-            raise ValueError(f"sample: must be a batch (N, ...) of at least one example, not {tuple(sample.shape)}")
-        return sample
+def _sample(sample: Batch | Sequence[int], backbone: nn.Module) -> Batch:
+    """A batch, of a shape one without memory."""
+    if isinstance(sample, (Tensor, Mapping)) or (
+        isinstance(sample, (tuple, list)) and any(isinstance(value, (Tensor, Mapping)) for value in sample)
+    ):
+        if isinstance(sample, Tensor) and sample.ndim == 0:
+            raise ValueError("sample: must be a batch (N, ...) of at least one example, not a single number")
+        return plain(sample, "sample")
     if not isinstance(sample, Sequence) or not all(isinstance(n, int) and n > 0 for n in sample) or len(sample) < 2:
         raise ValueError(f"sample: must be an input batch or its shape (N, ...), not {sample!r}")
-    anchor = next(backbone.parameters(), torch.empty(0))
-    # One number seen as a whole batch: no memory, whatever the shape.
-    return torch.zeros(1, dtype=anchor.dtype, device=anchor.device).expand(tuple(sample))
+    return shaped(sample, backbone)

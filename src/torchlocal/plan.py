@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from .cut.batches import Batch, num_examples
 from .memory import LABELS, Prediction, predict
 from .network import DecoupledNetwork, decouple
 from .sizes import parse_size
@@ -108,7 +109,7 @@ class MemoryPlan:
 
 def plan(
     model: nn.Module,
-    sample: Tensor | Sequence[int],
+    sample: Batch | Sequence[int],
     *,
     budget: int | None = None,
     modules: Sequence[int | str] = (2, 4, 8, 16, "all"),
@@ -126,7 +127,7 @@ def plan(
 
     Args:
         model: see :func:`torchlocal.decouple`.
-        sample: a batch (N, ...) of the size to train with, or its shape.
+        sample: a batch of the size to train with, as :func:`torchlocal.decouple` takes it.
         budget: bytes; None: no recommendation but the smallest.
         modules: numbers of local modules to look at, or words as :func:`torchlocal.decouple` takes them; those beyond
             the number of units are left out.
@@ -134,7 +135,7 @@ def plan(
         target: see :func:`torchlocal.memory.predict`.
         optimizer: makes the optimizer whose state is counted; by default SGD with momentum.
         autocast: dtype of forward passes.
-        options: ``rule``, ``criterion``, ``cost`` of :func:`torchlocal.decouple`.
+        options: ``rule``, ``criterion``, ``prediction``, ``cost`` of :func:`torchlocal.decouple`.
 
     Raises:
         ValueError: an argument is wrong, or the model cannot be cut.
@@ -147,18 +148,18 @@ def plan(
         if k not in ("all", "fewest") and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
             raise ValueError(f'modules: must hold whole numbers of at least 1, "all" or "fewest", not {k!r}')
     whole = decouple(model, 1, sample=sample, **options)
-    num_units, shape = len(whole.partition.units), whole.input_shape
+    num_units, size = len(whole.partition.units), num_examples(whole.sample)
     wanted = dict.fromkeys(num_units if k == "all" else k for k in modules if k != 1)
     made = [decouple(model, k, sample=sample, **options) for k in wanted if isinstance(k, str) or k <= num_units]
     nets = {net.num_modules: net for net in sorted(made, key=lambda net: net.num_modules) if net.num_modules > 1}
     common: dict[str, Any] = {"optimizer": optimizer, "autocast": autocast}
 
-    def predicted(net: DecoupledNetwork, step: dict[str, Any], num_examples: int = shape[0]) -> Prediction:
-        resized = _resized(target, shape[0], num_examples)
-        return predict(net, (num_examples, *shape[1:]), resized, **common, **step)
+    def predicted(net: DecoupledNetwork, step: dict[str, Any], count: int = size) -> Prediction:
+        batch, labels = (_resized(value, size, count) for value in (net.sample, target))
+        return predict(net, batch, labels, **common, **step)
 
     def recomputation(net: DecoupledNetwork, memory: str) -> str:
-        chosen = net.guided_plan(torch.empty(1).expand(shape), target, memory=memory, autocast=autocast)
+        chosen = net.guided_plan(net.sample, target, memory=memory, autocast=autocast)
         parts = f"{chosen.micro_batches} micro-batches, " if chosen.micro_batches > 1 else ""
         return f"{parts}{chosen.recomputed:.2f} forward passes recomputed"
 
@@ -171,20 +172,20 @@ def plan(
             # Parameters and what belongs to them stay as they are, the rest grows with the batch.
             fixed = sum(prediction.breakdown[label] for label in ("parameters", "optimizer", "gradients"))
 
-            def total_bytes(num_examples: int) -> int:
+            def total_bytes(count: int) -> int:
                 try:
                     with warnings.catch_warnings():  # what does not fit at another size is not told
                         warnings.simplefilter("ignore")
-                        return max(predicted(net, step, num_examples).total_bytes for step in steps)
+                        return max(predicted(net, step, count).total_bytes for step in steps)
                 except ValueError:
-                    if num_examples > 1:
+                    if count > 1:
                         raise
                     return total_bytes(2)  # BatchNorm over vectors asks for two
 
             largest = _largest_batch(
                 total_bytes,
                 budget,
-                points={0: fixed + sum(p.nbytes for p in net.auxiliary.parameters()), shape[0]: prediction.total_bytes},
+                points={0: fixed + sum(p.nbytes for p in net.auxiliary.parameters()), size: prediction.total_bytes},
             )
         return PlanRow(
             method=method,
@@ -219,11 +220,11 @@ def plan(
         mean = (1 - guided_share) * local.flops + guided_share * guided.flops
         note = recomputation(net, "local")
         rows.append(row("pgl", net, steps, [local, guided], flops_ratio=mean / plain.flops, note=note))
-    return _recommend(rows, budget, shape[0])
+    return _recommend(rows, budget, size)
 
 
 def _resized(target: Any, before: int, after: int) -> Any:
-    """``target`` for another number of examples; nobody reads what it holds."""
+    """A batch or target for another number of examples, all of which are the first."""
     return tree_map_only(Tensor, lambda t: t[:1].expand(after, *t.shape[1:]) if t.shape[:1] == (before,) else t, target)
 
 

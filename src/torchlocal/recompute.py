@@ -7,8 +7,10 @@ for heterogeneous chains: how to train deep neural networks with limited memory"
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -16,7 +18,20 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-__all__ = ["Again", "Inner", "Keep", "Plan", "RandomState", "Recomputation", "Stages", "Tape", "in_segments", "leaves"]
+__all__ = [
+    "Again",
+    "Inner",
+    "Keep",
+    "Plan",
+    "RandomState",
+    "Recomputation",
+    "Replay",
+    "Stages",
+    "Tape",
+    "in_segments",
+    "leaves",
+    "without_autocast",
+]
 
 
 @dataclass(frozen=True)
@@ -91,38 +106,135 @@ def _recomputes(plan: Plan) -> bool:
     return _recomputes(plan.right) if isinstance(plan, Keep) else not isinstance(plan, Tape)
 
 
+class Replaying(Protocol):
+    """Has parts of a chain run a second time from what they started from."""
+
+    def replaying(self, first: int, last: int, *, new: bool, again: bool) -> AbstractContextManager[None]:
+        """Entered around a run of stages ``first`` to ``last - 1``.
+
+        Args:
+            first: the first stage.
+            last: the stage after the last.
+            new: they run for the first time; else they start from what they started from then.
+            again: they will run again.
+        """
+
+
 class Stages(Protocol):
     """A chain of stages, each of which maps a tuple of values to the next one's."""
 
     def run(self, first: int, last: int, state: list[Any]) -> tuple[Any, ...]:
         """Run stages ``first`` to ``last - 1``; ``state`` is taken out of its list."""
 
-    def buffers(self, first: int, last: int) -> list[tuple[dict[str, Tensor | None], str]]:
-        """The buffers that these stages write: where each is looked up."""
+    def replay(self) -> Replaying:
+        """What has them run again, for one step."""
 
-    def inside(self, stage: int) -> Stages:
-        """The chain that one stage is."""
+    def inside(self, stage: int, state: list[Any]) -> Stages | None:
+        """The chain that one stage is, and its input put into ``state``; None where there is none."""
 
     def entry_index(self, stage: int) -> int | None:
         """Where in the state before ``stage`` the very input of the chain is still to be found, if anywhere."""
 
 
-@dataclass
 class RandomState:
-    """The state of the random generators of the CPU and of a tensor's device."""
+    """The state of the random generators: torch's of the CPU and of a device, Python's, and numpy's where it is loaded.
 
-    cpu: Tensor
-    devices: tuple[list[int], list[Tensor]]
+    Args:
+        cpu: torch's state of the CPU.
+        devices: indices and states of the devices.
+        python: Python's and numpy's states; None: they are left alone.
+    """
+
+    def __init__(
+        self, cpu: Tensor, devices: tuple[list[int], list[Tensor]], python: tuple[Any, Any] | None = None
+    ) -> None:
+        self.cpu, self.devices, self.python = cpu, devices, python
 
     @classmethod
-    def get(cls, x: Tensor) -> RandomState:
+    def get(cls, device: torch.device) -> RandomState:
         """The state now."""
-        return cls(torch.get_rng_state(), get_device_states(x))
+        devices: tuple[list[int], list[Tensor]] = ([], [])
+        if device.type not in ("cpu", "meta", "mps"):
+            devices = get_device_states(torch.empty(0, device=device))
+        elif device.type == "mps":
+            devices = [0], [torch.mps.get_rng_state()]
+        return cls(torch.get_rng_state(), devices, _python_state())
 
     def set(self) -> None:
         """Go back to it."""
         torch.set_rng_state(self.cpu)
-        set_device_states(*self.devices)
+        if self.devices[0] and torch.backends.mps.is_available():
+            torch.mps.set_rng_state(self.devices[1][0])
+        elif self.devices[0]:
+            set_device_states(*self.devices)
+        if self.python is not None:
+            random.setstate(self.python[0])
+            if self.python[1] is not None:
+                sys.modules["numpy"].random.set_state(self.python[1])
+
+    def differs_in_python(self) -> bool:
+        """Whether Python's or numpy's generator has drawn since."""
+        assert self.python is not None
+        (now, numpy_now), (then, numpy_then) = _python_state(), self.python
+        return now != then or (numpy_then is not None and repr(numpy_now[2:]) != repr(numpy_then[2:]))
+
+
+def _python_state() -> tuple[Any, Any]:
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), None if numpy is None else numpy.random.get_state()
+
+
+class Replay:
+    """Replays stages that are told apart by the random state and the buffers that they start from.
+
+    Args:
+        written: the buffers that stages write in place, where each is looked up.
+        device: that they run on.
+    """
+
+    def __init__(
+        self, written: Callable[[int, int], list[tuple[dict[str, Tensor | None], str]]], device: torch.device
+    ) -> None:
+        self._written, self._device = written, device
+        self._starts: dict[int, tuple[RandomState, list[Tensor]]] = {}  # of every piece, at its first run
+
+    @contextmanager
+    def replaying(self, first: int, last: int, *, new: bool, again: bool) -> Iterator[None]:
+        """See :class:`Replaying`."""
+        if new and not again:
+            yield
+            return
+        places = self._written(first, last)
+        if new:
+            self._starts[first] = RandomState.get(self._device), [held(*place).clone() for place in places]
+            yield
+            return
+        random_state, clones = self._starts[first] if again else self._starts.pop(first)
+        random_state.set()
+        with started_from(places, clones, again=again):
+            yield
+
+
+@contextmanager
+def started_from(
+    places: list[tuple[dict[str, Tensor | None], str]], clones: list[Tensor], *, again: bool
+) -> Iterator[None]:
+    """Have buffers hold for a while what they held at the start of a first run, whose result they hold already."""
+    current = [held(*place) for place in places]
+    for (own, name), clone in zip(places, clones, strict=True):
+        own[name] = clone.clone() if again else clone
+    try:
+        yield
+    finally:
+        for (own, name), tensor in zip(places, current, strict=True):
+            own[name] = tensor
+
+
+def held(own: dict[str, Tensor | None], name: str) -> Tensor:
+    """A buffer that is there."""
+    tensor = own[name]
+    assert tensor is not None
+    return tensor
 
 
 Gradients: TypeAlias = list[Tensor | None]
@@ -134,7 +246,7 @@ class Recomputation:
 
     Args:
         stages: the chain.
-        x: a tensor on the device that the chain runs on.
+        device: that the chain runs on.
         context: entered around every forward pass (autocast).
         stops: stages where a run of several has to be interrupted.
         passed: called with the stage and its input whenever the first forward pass has come to it.
@@ -144,16 +256,16 @@ class Recomputation:
     def __init__(
         self,
         stages: Stages,
-        x: Tensor,
+        device: torch.device,
         *,
         context: Callable[[], AbstractContextManager[Any]],
         stops: frozenset[int] = frozenset(),
         passed: Callable[[int, tuple[Any, ...]], None] | None = None,
         done: Callable[[int], None] | None = None,
     ) -> None:
-        self._stages, self._x, self._context = stages, x, context
+        self._stages, self._device, self._context = stages, device, context
         self._stops, self._passed, self._done = stops, passed, done
-        self._starts: dict[int, tuple[RandomState, list[Tensor]]] = {}  # of every piece, at its first run
+        self._replay = stages.replay()
 
     def run(
         self,
@@ -184,7 +296,7 @@ class Recomputation:
 
         def finish(outputs: list[Any]) -> Gradients:
             gradients = then(outputs)
-            after.append(RandomState.get(self._x))
+            after.append(RandomState.get(self._device))
             return gradients
 
         try:
@@ -202,8 +314,11 @@ class Recomputation:
             right = plan.right
             return self._tape(plan.left, state, lambda outputs: self._run(right, outputs, then, new=new), new=new)
         kept = list(state)
-        with torch.no_grad():
-            outputs = self._forward(plan.left.first, plan.left.last, state, new=new, again=True)
+        wanted = self.wanted(plan.left.first, len(state))
+        # In place: the caller's list would keep what it holds alive.
+        state[:] = [_asking(value) if w else value for value, w in zip(state, wanted, strict=True)]
+        outputs = self._forward(plan.left.first, plan.left.last, state, new=new, again=True)
+        outputs = [o.detach() if isinstance(o, Tensor) else o for o in outputs]
         gradients = self._run(plan.right, outputs, then, new=new)
         return self._run(plan.left, kept, lambda outputs: _take(outputs, gradients), new=False)
 
@@ -218,14 +333,18 @@ class Recomputation:
         handed += then(detached)
         detached.clear()
         if root is not None:
-            root.backward()
+            with without_autocast(self._device):
+                root.backward()
         if self._done is not None:
             self._done(tape.first)
         return arrived
 
     def _inner(self, inner: Inner, state: list[Any], then: Following, *, new: bool) -> Gradients:
-        stages = self._stages.inside(inner.first)
-        inside = Recomputation(stages, self._x, context=self._context)
+        count = len(state)
+        stages = self._stages.inside(inner.first, state)
+        if stages is None:  # its trace is not right any more
+            return self._tape(Tape(inner.first, inner.last), state, then, new=new)
+        inside = Recomputation(stages, self._device, context=self._context)
         differentiable = self._differentiable or inner.first != self._origin
 
         def finish(outputs: list[Any]) -> Gradients:
@@ -233,11 +352,11 @@ class Recomputation:
                 self._passed(inner.last, tuple(outputs))
             return then(outputs)
 
-        with self._replaying(inner.first, inner.last, new=new, again=False):
+        with self._replay.replaying(inner.first, inner.last, new=new, again=False):
             gradients = inside.run(inner.plan, state, finish, differentiable=differentiable)
         if self._done is not None:
             self._done(inner.first)
-        return gradients
+        return gradients[:count]
 
     def wanted(self, stage: int, count: int) -> list[bool]:
         """Which values of the state before a stage need a gradient."""
@@ -250,40 +369,51 @@ class Recomputation:
         """Run stages, by pieces that no plan of this chain splits; ``again``: they will be run again."""
         stops = [stop for stop in range(first + 1, last) if stop in self._stops] + [last]
         for begin, end in zip([first, *stops], stops, strict=False):
-            with self._replaying(begin, end, new=new, again=again), self._context():
+            keeping = keeping_nothing() if again else nullcontext()
+            with self._replay.replaying(begin, end, new=new, again=again), keeping, self._context():
                 state = list(self._stages.run(begin, end, state))
+            if again:
+                state = [_asking(value) for value in state]
             if new and self._passed is not None:
                 self._passed(end, tuple(state))
         return state
 
-    @contextmanager
-    def _replaying(self, begin: int, end: int, *, new: bool, again: bool) -> Iterator[None]:
-        """Note what a piece starts from when it runs for the first time, and start from the same later on."""
-        if new and not again:
-            yield
-            return
-        buffers = self._stages.buffers(begin, end)
-        if new:
-            clones = [_buffer(*place).clone() for place in buffers]
-            self._starts[begin] = RandomState.get(self._x), clones
-            yield
-            return
-        random, clones = self._starts[begin] if again else self._starts.pop(begin)
-        random.set()
-        current = [_buffer(*place) for place in buffers]  # these hold the first run's result already
-        for (holder, name), clone in zip(buffers, clones, strict=True):
-            holder[name] = clone.clone() if again else clone
-        try:
-            yield
-        finally:
-            for (holder, name), tensor in zip(buffers, current, strict=True):
-                holder[name] = tensor
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """For backward passes, which autocast would have compute in another dtype; and casts of weights are dropped.
+
+    [Note: autocast and its cache] Under autocast the low-precision copies of weights are kept until the outermost
+    autocast ends, with the graph that they have, or with none where they were made without gradients. A step goes
+    backward several times, and forward without gradients, so the copies are dropped after each.
+    """
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    torch.clear_autocast_cache()
+    return torch.autocast(device.type, enabled=False)
 
 
-def _buffer(holder: dict[str, Tensor | None], name: str) -> Tensor:
-    tensor = holder[name]
-    assert tensor is not None
-    return tensor
+@contextmanager
+def keeping_nothing() -> Iterator[None]:
+    """For a forward pass that will be run again: with gradients asked for, as ever, but nothing is kept for backward.
+
+    Under ``torch.no_grad`` the same operations may run other kernels (attention with a mask that learns, for example),
+    whose results differ in their last bits.
+    """
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_keep_nothing, _never):
+        yield
+
+
+def _keep_nothing(_: Tensor) -> None:
+    return None
+
+
+def _never(_: Any) -> Tensor:
+    raise AssertionError("there is no backward pass through it")
+
+
+def _asking(value: Any) -> Any:
+    """A value that asks for a gradient, as it would in an ordinary forward."""
+    return value.detach().requires_grad_() if _is_floating(value) else value
 
 
 def _take(outputs: list[Any], gradients: Gradients) -> Gradients:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_iter
 
 from .bench import Bench, plans_of
+from .cut.batches import Batch, describe, num_examples
 from .memory import FakeStep
+from .micro import can_cut
 from .recompute import Again, Inner, Keep, Plan, Tape
 from .solver import Solver, StageCost
 
@@ -57,7 +57,7 @@ class GuidedPlan:
 
 def find_guided_plan(
     net: DecoupledNetwork,
-    x: Tensor,
+    batch: Batch,
     target: Any,
     memory: str | int,
     *,
@@ -69,7 +69,7 @@ def find_guided_plan(
 
     Where nothing fits, the plan with the smallest peak that was found, and a warning.
     """
-    search = _GuidedSearch(net, x, target, auxiliary=auxiliary, autocast=autocast, optimizers=optimizers)
+    search = _GuidedSearch(net, batch, target, auxiliary=auxiliary, autocast=autocast, optimizers=optimizers)
     if memory == "exact":
         return search.smallest(micro_batches=False)
     budget = search.local_peak() if memory == "local" else int(memory)
@@ -80,7 +80,7 @@ def find_guided_plan(
         if plan.bytes > budget:
             limit = "the peak of the local step" if memory == "local" else "the budget"
             warnings.warn(
-                f"memory={memory!r}: no guided step of a batch {tuple(x.shape)} was found within {limit}, "
+                f"memory={memory!r}: no guided step of {describe(batch)} was found within {limit}, "
                 f"{budget / 1e6:.1f} MB; the smallest found takes {plan.bytes / 1e6:.1f} MB and is used",
                 stacklevel=1,
             )
@@ -90,8 +90,10 @@ def find_guided_plan(
 class _GuidedSearch:
     """Plans for the guided steps of one network, batch and set of options."""
 
-    def __init__(self, net: DecoupledNetwork, x: Tensor, target: Any, *, auxiliary: str, **options: Any) -> None:
-        self._fake = FakeStep(net, x, target)
+    def __init__(self, net: DecoupledNetwork, batch: Batch, target: Any, *, auxiliary: str, **options: Any) -> None:
+        self._fake = FakeStep(net, batch, target)
+        given = target if target is not None else self._fake.target
+        self._cuttable = can_cut(net, batch, given, follow=auxiliary == "follow")
         self._bench = bench = Bench(self._fake, options["autocast"])
         self._auxiliary, self._options = auxiliary, options
         self._forward = sum(cost.flops for cost in bench.costs.values())
@@ -144,20 +146,17 @@ class _GuidedSearch:
 
     def _loss(self, parts: int) -> float:
         """Time that smaller kernels lose, relative to a step."""
-        return 0.0 if parts == 1 else _COST_OF_SMALL_PARTS * parts / self._fake.x.shape[0]
+        return 0.0 if parts == 1 else _COST_OF_SMALL_PARTS * parts / num_examples(self._fake.batch)
 
     def _parts(self) -> list[int]:
         """The numbers of micro-batches that are considered."""
-        num_examples = self._fake.x.shape[0]
-        rows = [isinstance(t, Tensor) and t.shape[:1] == (num_examples,) for t in tree_iter(self._fake.target)]
+        count = num_examples(self._fake.batch)
         powers = (2**i for i in range(1, _MOST_PARTS.bit_length()))
-        return [1, *(parts for parts in powers if any(rows) and num_examples // parts >= _LEAST_PART)]
+        return [1, *(parts for parts in powers if self._cuttable and count // parts >= _LEAST_PART)]
 
     def _resident(self, parts: int) -> int:
         """Gradients that are there from beginning to end."""
-        if parts == 1 and self._options["optimizers"] is not None:
-            return 0
-        # With the batch in one piece those of the auxiliary networks come early on.
+        # With the batch in one piece those of the auxiliary networks come early on, and stay.
         return sum(left for _, left in self._aside.values()) + (sum(self._gradients) if parts > 1 else 0)
 
     def _solver(self, parts: int, largest: float, *, inside: bool) -> Solver:
@@ -211,10 +210,10 @@ def _share(peak: int, parts: int, gradients: int) -> int:
 
 
 def find_local_plans(
-    net: DecoupledNetwork, x: Tensor, target: Any, *, autocast: torch.dtype | None = None
+    net: DecoupledNetwork, batch: Batch, target: Any, *, autocast: torch.dtype | None = None
 ) -> dict[int, Plan]:
     """For the modules that take most, plans by which the peak of a local step is the smallest."""
-    bench = Bench(FakeStep(net, x, target), autocast)
+    bench = Bench(FakeStep(net, batch, target), autocast)
     peaks: dict[tuple[Any, ...], tuple[int, int]] = {}
 
     def peak_of(k: int, plan: Plan | None) -> tuple[int, int]:

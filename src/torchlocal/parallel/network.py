@@ -9,18 +9,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch._subclasses import FakeTensor
 
+from ..cut.batches import Batch as Inputs
+from ..cut.batches import key_of, num_examples, plain
+from ..cut.forward import Pass, filled
+from ..micro import cut_batch
 from ..network import DecoupledNetwork
-from ..recompute import Plan, Recomputation
+from ..recompute import Plan
 from ..rules import Batch
 from ..schedule import GuidedPlan
-from ..steps import Run, SupportsStep, apply, check_arguments, split_batch
+from ..steps import Step, SupportsStep, apply, check_arguments, check_optimizers, plan_and_parts
 from .channels import Channel, Message, watched
 from .pipelined import Schedule
-from .rehearsal import Rehearsal, rehearse
+from .rehearsal import Rehearsal, layouts, rehearse
 from .stage import Stage
-from .tasks import Task, cast, layout_of, random_state, restrict, set_random_state, stack, stand_in
+from .tasks import Task, cast, pack, random_state, restrict, set_random_state, stack, unpack
+from .ties import Ties, find_ties
 
 __all__ = ["ParallelNetwork"]
 
@@ -36,6 +41,9 @@ class ParallelNetwork(Stage):
 
     Random numbers are those of a single process: the random state that a step begins with on the first stage travels
     along, and every rank draws what the modules of the others draw (see :mod:`torchlocal.parallel.rehearsal`).
+
+    A parameter that modules of several ranks use (tied ones) is updated by the last of them, see
+    :mod:`torchlocal.parallel.ties`.
 
     Attributes:
         net: the decoupled network. The parameters of other ranks' modules are out of date until
@@ -64,6 +72,7 @@ class ParallelNetwork(Stage):
         self.boundary_dtype = boundary_dtype
         self.stop_requested = self.stopping = 0
         self._rehearsals: dict[tuple[Any, ...], Rehearsal] = {}
+        self._layouts: dict[Any, dict[Any, Any]] = {}
         self._schedules: dict[tuple[Any, ...], Schedule] = {}
         self._to_next: Channel | None = None
         self._from_previous: Channel | None = None
@@ -74,13 +83,14 @@ class ParallelNetwork(Stage):
     @property
     def bytes_sent(self) -> int:
         """Bytes of tensors that this rank has sent to its neighbours in local and exact guided steps."""
-        return sum(c.num_bytes for c in (self._to_next, self._to_previous) if c is not None)
+        channels = (self._to_next, self._to_previous, *self._ties.channels)
+        return sum(c.num_bytes for c in channels if c is not None)
 
     # --- steps ---
 
     def local_step(
         self,
-        x: Tensor | None = None,
+        batch: Inputs | None = None,
         target: Any = None,
         *,
         recompute: str | dict[int, Plan] | None = None,
@@ -92,7 +102,7 @@ class ParallelNetwork(Stage):
         """A local step of this rank's modules; see :func:`torchlocal.local_step`.
 
         Args:
-            x: input batch (N, ...), on the first stage.
+            batch: what the network is called with, on the first stage.
             target: its target, on the first stage.
             recompute: as there.
             autocast: as there.
@@ -103,30 +113,36 @@ class ParallelNetwork(Stage):
         Returns:
             The losses of the local modules up to the last one of this rank; on the last stage all K.
         """
-        self._check(optimizers)
-        task = self._begin(_LOCAL, x, target, (str(autocast), scale))
+        self._check(optimizers, backward, scale)
+        options = (str(autocast), scale)
+        task = self._begin(_LOCAL, batch, target, options)
         if self.is_first:
-            task.plan = self.net.local_plans(task.layout, target, recompute, autocast=autocast)
-        rehearsal = self._rehearse(task.layout, task.batch.target, autocast)
+            task.plan = self.net.local_plans(task.batch.input, target, recompute, autocast=autocast)
+        rehearsal = self._rehearse(task.batch.input, task.batch.target, autocast)
         self._enter(task, rehearsal)
-        self._skip_before(rehearsal, follow=True)
-        run = Run(self.net, task.batch, autocast, backward, scale)
-        features, losses = task.features, task.losses
-        for i, k in enumerate(self.modules):
-            loss, features = run.local(k, task.plan.get(k), [features])
-            losses.append(loss)
+        step = self._step(task, rehearsal, autocast, backward, scale, follow=True)
+        step.optimizers = optimizers
+
+        def learnt(k: int) -> None:
+            self._ties.take()
             self._average([k])
             if optimizers is not None:
                 self._finish_averages()
-                apply(optimizers[i])
-        self._hand_on(_LOCAL, task, features, losses, (str(autocast), scale))
+
+        step.learnt = learnt
+        self._ties.add_gradients(_LOCAL)
+        plans = {k: plan for k, plan in task.plan.items() if k in self.modules}
+        found, state = step.local(self.modules, plans, task.state)
+        self._ties.send_gradients(_LOCAL)
+        losses = [*task.losses, *found]
+        self._hand_on(_LOCAL, task, state, losses, options, step.run)
         self._skip_after(rehearsal, follow=True)
         self._finish_averages()
         return losses
 
     def guided_step(
         self,
-        x: Tensor | None = None,
+        batch: Inputs | None = None,
         target: Any = None,
         *,
         auxiliary: str = "follow",
@@ -147,7 +163,7 @@ class ParallelNetwork(Stage):
         single process does with that many micro-batches, of which BatchNorm then sees one at a time.
 
         Args:
-            x: input batch (N, ...), on the first stage.
+            batch: what the network is called with, on the first stage.
             target: its target, on the first stage.
             auxiliary: as there.
             recompute: as there.
@@ -162,7 +178,7 @@ class ParallelNetwork(Stage):
         Returns:
             The losses known to this rank, on the last stage what :func:`torchlocal.guided_step` returns.
         """
-        self._check(optimizers)
+        self._check(optimizers, backward, scale)
         if auxiliary not in ("follow", "frozen"):
             raise ValueError(f"auxiliary: must be 'follow' or 'frozen', not {auxiliary!r}")
         follow = auxiliary == "follow"
@@ -174,13 +190,14 @@ class ParallelNetwork(Stage):
                 raise ValueError(
                     "micro_batches: backward, recompute and memory cannot be given with it; leave them out"
                 )
-            return self._piped(x, target, micro_batches, schedule, follow, autocast, scale, optimizers, options)
-        parts: list[tuple[Any, Any]] = [(None, None)]
+            return self._piped(batch, target, micro_batches, schedule, follow, autocast, scale, optimizers, options)
+        parts: list[Any] = [(None, None, 1.0)]
         plan = None
         if self.is_first:
-            check_arguments(self.net, x, target, None)  # type: ignore[arg-type]
-            plan = self.net.guided_plan(
-                layout_of(x),  # type: ignore[arg-type]
+            batch = self._fitting(batch)
+            plan, parts = plan_and_parts(
+                self.net,
+                batch,
                 target,
                 auxiliary=auxiliary,
                 recompute=recompute,
@@ -188,81 +205,69 @@ class ParallelNetwork(Stage):
                 autocast=autocast,
                 optimizers=optimizers,
             )
-            parts = split_batch(x, target, plan.micro_batches)  # type: ignore[arg-type]
+        # Gradients of replicas have to be averaged before they are used, and those of tied parameters to be complete.
+        early = optimizers if self._replicas_group is None and not self._ties.owned() else None
         total: list[Tensor] = []
-        size = 0 if x is None else x.shape[0]
         i = 0
         while i < len(parts):
-            task = self._begin(_GUIDED, *parts[i], options)
+            inputs, labels, share = parts[i]
+            task = self._begin(_GUIDED, inputs, labels, options, share=share, new=i == 0)
             if self.is_first:
-                task.plan = plan, size
-            plan, size = task.plan
-            parts = parts if self.is_first else [(None, None)] * plan.micro_batches
-            share = task.layout.shape[0] / size
-            run = Run(self.net, task.batch, autocast, backward, scale * share)
-            run.optimizers = optimizers if i == len(parts) - 1 else None
-            losses = self._guided(run, task, plan.tree, follow, len(parts) == 1, options)
-            if share != 1:
-                losses = [loss * share for loss in losses]
+                task.plan = plan
+            plan = task.plan
+            parts = parts if self.is_first else [(None, None, 1.0)] * plan.micro_batches
+            rehearsal = self._rehearse(task.batch.input, task.batch.target, autocast)
+            self._enter(task, rehearsal)
+            step = self._step(task, rehearsal, autocast, backward, scale, follow=follow)
+            step.part_of(parts, task.share, follow=follow)
+            step.optimizers = early if i == len(parts) - 1 else None
+            losses = self._guided(step, task, plan.tree, follow, options)
+            self._skip_after(rehearsal, follow=follow)
             total = [a + b for a, b in zip(total, losses, strict=True)] if total else losses
             i += 1
-        if self._replicas_group is not None:
+        if early is None:
             self._average(self.modules)
             self._finish_averages()
             for optimizer in optimizers or ():
                 apply(optimizer)
         return total
 
-    def _guided(
-        self, run: Run, task: Task, plan: Plan, follow: bool, whole: bool, options: tuple[Any, ...]
-    ) -> list[Tensor]:
+    def _guided(self, step: Step, task: Task, plan: Plan, follow: bool, options: tuple[Any, ...]) -> list[Tensor]:
         """One micro-batch of an exact guided step, forward and backward through this stage's modules."""
-        groups, losses = self.net.partition.groups, task.losses
-        first, last = groups[self.modules[0]].start, groups[self.modules[-1]].stop
-        rehearsal = self._rehearse(task.layout, task.batch.target, run.dtype)
-        self._enter(task, rehearsal)
-        self._skip_before(rehearsal, follow=follow)
-        ends = {groups[k].stop: k for k in self.modules if k < self.num_modules - 1} if follow else {}
-        waiting = list(self.modules)
-        # Gradients of replicas have to be averaged before they are used.
-        optimizers = None if self._replicas_group is not None else run.optimizers
+        losses = task.losses
+        first, last = step.units(self.modules)
+        ties = self._ties.guided(plan, first, last)
 
-        def passed(unit: int, state: tuple[Any, ...]) -> None:
-            if unit in ends:
-                losses.append(run.follow(ends[unit], state[0]))
-                if optimizers is not None and whole:
-                    apply(optimizers[ends[unit] - self.modules[0]])
-
-        def then(outputs: list[Any]) -> list[Tensor | None]:
-            if self.is_last:
-                loss, gradient = run.learn(self.num_modules - 1, outputs)
-                losses.append(loss)
-                return [gradient]
+        def onward(outputs: list[Any]) -> list[Tensor | None]:
             assert self._from_next is not None
-            self._hand_on(_GUIDED, task, outputs.pop(), losses, options)
+            self._hand_on(_GUIDED, task, outputs, losses, options, step.run)
             message = self._from_next.receive(_GUIDED)
-            return [cast(message.tensors[0], message.extra)]
+            dtype, numbers = message.extra
+            gradient, *sums = message.tensors
+            ties.arrived(dict(zip(numbers, sums, strict=True)))
+            return [cast(gradient, dtype)]
 
-        def done(unit: int) -> None:
-            while optimizers is not None and waiting and groups[waiting[-1]].start >= unit:
-                apply(optimizers[waiting.pop() - self.modules[0]])
-
-        recomputation = Recomputation(
-            self.net.chain, task.features, context=run.autocast, stops=frozenset(ends), passed=passed, done=done
-        )
-        (gradient,) = recomputation.run(
-            restrict(plan, first, last), [task.features.detach()], then, differentiable=not self.is_first
-        )
+        with ties.watching():
+            gradients = step.through(
+                self.modules,
+                restrict(plan, first, last),
+                task.state,
+                losses,
+                follow=follow,
+                onward=None if self.is_last else onward,
+                around=ties.around,
+            )
         if self._to_previous is not None:
-            assert gradient is not None, "the features of every stage have a gradient"
-            block, dtype = self._as_sent(gradient)
-            self._to_previous.send(_GUIDED, [block], extra=dtype)
-        self._skip_after(rehearsal, follow=follow)
+            assert gradients[0] is not None, "the features of every stage have a gradient"
+            block, dtype = self._as_sent(gradients[0])
+            partial = ties.to_hand_on()
+            self._to_previous.send(_GUIDED, [block, *partial.values()], extra=(dtype, tuple(partial)))
+        self._ties.end_guided(_GUIDED, ties.made)
         return losses
 
     def _piped(
         self,
-        x: Tensor | None,
+        batch: Inputs | None,
         target: Any,
         count: int,
         schedule: str,
@@ -273,30 +278,37 @@ class ParallelNetwork(Stage):
         options: tuple[Any, ...],
     ) -> list[Tensor]:
         """A guided step by torch.distributed.pipelining."""
+        if tied := self._ties.learning():
+            raise ValueError(
+                f"micro_batches: {tied[0]!r} is used by local modules on several ranks, and schedules that overlap do "
+                "not add its gradients up in the order of a single process; leave micro_batches out, or put those "
+                "modules on one rank with assignment="
+            )
         if self.is_first:
-            check_arguments(self.net, x, target, None)  # type: ignore[arg-type]
-            assert x is not None
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1 or x.shape[0] % count:
-                raise ValueError(f"micro_batches: {x.shape[0]} examples cannot be cut into {count!r} equal parts")
+            batch = self._fitting(batch)
+            size = num_examples(batch)
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1 or size % count:
+                raise ValueError(f"micro_batches: {size} examples cannot be cut into {count!r} equal parts")
+            cut_batch(self.net, batch, target, count, follow=follow)  # refuses before anything is sent
         options = (*options, count, schedule)
-        task = self._begin(_PIPED, x, target, options)
-        parts = split_batch(task.batch.input, task.batch.target, count)
-        size = (task.layout.shape[0] // count, *task.layout.shape[1:])
-        layout = torch.empty_strided(size, task.layout.stride(), dtype=task.layout.dtype, device="meta")
-        rehearsal = self._rehearse(layout, parts[0][1], autocast)
+        task = self._begin(_PIPED, batch, target, options)
+        parts = cut_batch(self.net, task.batch.input, task.batch.target, count, follow=follow)
+        part, labels, _ = parts[0]
+        rehearsal = self._rehearse(part, labels, autocast, always=True)
         self._enter(task, rehearsal)
-        self._hand_on(_PIPED, task, torch.empty(0), [], options)
-        runs = [
-            Run(self.net, Batch(input=part, target=labels, criterion=self.net.criterion), autocast, None, scale / count)
-            for part, labels in parts
-        ]
-        key = (layout.shape, layout.stride(), layout.dtype, autocast, count, schedule)
+        self._hand_on(_PIPED, task, [torch.empty(0)], [], options)
+        steps = []
+        for part, labels, share in parts:
+            step = Step.begin(self.net, part, labels, autocast, None, scale)
+            step.part_of(parts, share, follow=follow)
+            step.outputs = None if self.is_first else rehearsal.outputs
+            steps.append(step)
+        key = (key_of(part), autocast, count, schedule)
         if key not in self._schedules:
             self._schedules[key] = Schedule(
                 net=self.net,
                 stage=self.stage,
                 stages=self.stages,
-                layout=layout,
                 rehearsal=rehearsal,
                 count=count,
                 schedule=schedule,
@@ -304,7 +316,7 @@ class ParallelNetwork(Stage):
                 group=self._pipe_group,
             )
         with watched(self._others, self._timeout):
-            losses: list[Tensor] = self._schedules[key].step(runs, rehearsal, follow=follow)
+            losses: list[Tensor] = self._schedules[key].step(steps, rehearsal, follow=follow)
         if self._from_previous is not None:
             losses = [*self._from_previous.receive(_LOSSES).tensors[0].unbind(), *losses]
         if self._to_next is not None:
@@ -317,34 +329,44 @@ class ParallelNetwork(Stage):
 
     @torch.no_grad()
     def depth_outputs(
-        self, x: Tensor | None = None, target: Any = None, *, all_depths: bool = True
+        self, batch: Inputs | None = None, target: Any = None, *, all_depths: bool = True
     ) -> tuple[dict[int, Tensor], Any]:
         """What the local modules of this rank predict, and the target, which travels along.
 
         Args:
-            x: input batch (N, ...), on the first stage.
+            batch: what the network is called with, on the first stage.
             target: its target, on the first stage.
-            all_depths: also through the auxiliary networks; else only the network's output, on the last stage.
+            all_depths: also through the auxiliary networks; else only the network's prediction, on the last stage.
 
         Returns:
-            The outputs by local module, and the target.
+            The predictions by local module, and the target.
         """
-        task = self._begin(_OUTPUTS, x, target, ())
-        features, outputs = task.features, {}
-        self.net.chain.refresh(self.device)
-        for k in self.modules:
-            group = self.net.partition.groups[k]
-            features = self.net.chain.segment(group.start, group.stop)(features)
-            if k == self.num_modules - 1:
-                outputs[k] = features
-            elif all_depths:
-                outputs[k] = self.net.rule.predict(self.net.sites[k], self.net.auxiliary[k], features)
-        self._hand_on(_OUTPUTS, task, features, [], ())
+        task = self._begin(_OUTPUTS, batch, target, ())
+        net, inputs, outputs = self.net, task.batch.input, dict[int, Tensor]()
+        groups = net.partition.groups
+        first, last = groups[self.modules[0]].start, groups[self.modules[-1]].stop
+        ends = {groups[k].stop: k for k in self.modules if k < self.num_modules - 1}
+
+        def passing(unit: int, features: Tensor) -> Tensor:
+            k = ends[unit]
+            outputs[k] = net.rule.predict(net.sites[k], net.auxiliary[k], features)
+            return features
+
+        pass_ = Pass(net.chain, inputs, outputs=self._beside(self._layout(inputs), task))
+        inner = tuple(unit for unit in ends if unit != last) if all_depths else ()
+        with pass_.opened(tuple(ends) if first == 0 else None):
+            (result,) = pass_.run(first, last, task.state, boundary=passing, stops=inner)
+        if self.is_last:
+            outputs[self.num_modules - 1] = result
+        elif all_depths:
+            passing(last, result)
+        self._hand_on(_OUTPUTS, task, [result], [], (), pass_)
         return outputs, task.batch.target
 
     def close(self) -> None:
         """Wait until all that was sent has arrived, and end the background threads; every rank has to call it."""
-        for channel in (self._from_previous, self._to_next, self._to_previous, self._from_next):
+        neighbours = (self._from_previous, self._to_next, self._to_previous, self._from_next)
+        for channel in (*neighbours, *self._ties.channels):
             if channel is not None:
                 channel.close()
 
@@ -352,13 +374,21 @@ class ParallelNetwork(Stage):
 
     def _make_channels(self, in_flight: int) -> None:
         limit = timedelta(seconds=self._timeout)
+        ties = find_ties(self.net, self.stages)
         for replica in range(self.num_replicas):  # all ranks make all groups, in the same order
             ranks = self.row(replica)
             pipe: Any = dist.new_group(ranks, timeout=limit)
-            forward, backward = (self._new_groups(ranks, limit) for _ in range(2))
+            forward, backward, *tied = (self._new_groups(ranks, limit) for _ in range(4 if ties else 2))
             if replica != self.replica:
                 continue
             self._pipe_group, me = pipe, dist.get_rank()
+
+            def connect(
+                source: int, destination: int, values: bool, ranks: list[int] = ranks, tied: list[Any] = tied
+            ) -> Channel:
+                return self._channel(ranks[source], ranks[destination], tied[0 if values else 1], in_flight)
+
+            self._ties = Ties(ties, self.stage, connect)
             if not self.is_last:
                 self._to_next = self._channel(me, me + 1, forward, in_flight)
                 self._from_next = self._channel(me + 1, me, backward, in_flight)
@@ -384,54 +414,101 @@ class ParallelNetwork(Stage):
             peer=self.named(peer),
         )
 
-    def _check(self, optimizers: Sequence[SupportsStep] | None) -> None:
+    def _check(
+        self, optimizers: Sequence[SupportsStep] | None, backward: Callable[[Tensor], Any] | None, scale: float
+    ) -> None:
+        if not torch.is_grad_enabled():
+            raise ValueError(
+                "step: gradients are switched off here (torch.no_grad), so nothing would learn; take it outside"
+            )
         if optimizers is not None and len(optimizers) != len(self.modules):
             raise ValueError(
                 f"optimizers: {len(optimizers)} given for the {len(self.modules)} local modules of this rank; make one "
                 "for each list of parameters that module_parameters() returns"
             )
+        check_optimizers(optimizers, len(self.modules), backward, scale)
 
-    def _begin(self, kind: int, x: Tensor | None, target: Any, options: tuple[Any, ...]) -> Task:
+    def _fitting(self, batch: Inputs | None) -> Inputs:
+        """The batch of a step, on the first stage."""
+        if batch is None:
+            raise ValueError("batch: the first stage has to be given the batch")
+        return check_arguments(self.net, batch)
+
+    def _begin(
+        self,
+        kind: int,
+        batch: Inputs | None,
+        target: Any,
+        options: tuple[Any, ...],
+        *,
+        share: Any = 1.0,
+        new: bool = True,
+    ) -> Task:
         """The next batch: on the first stage the one that is given, elsewhere the one that arrives."""
         criterion = self.net.criterion
         if self.is_first:
-            if x is None:
-                raise ValueError("x: the first stage has to be given the batch")
-            check_arguments(self.net, x, target, None)
+            batch = plain(batch) if kind == _OUTPUTS and batch is not None else self._fitting(batch)
             self.stopping = self._largest_of_replicas(self.stop_requested)
-            return Task(Batch(input=x, target=target, criterion=criterion), x, [], layout_of(x))
-        if x is not None:
-            raise ValueError(f"x: rank {dist.get_rank()} is no first stage, leave the batch out; it comes from there")
+        elif batch is not None:
+            raise ValueError(
+                f"batch: rank {dist.get_rank()} is no first stage, leave the batch out; it comes from there"
+            )
+        if new:
+            self._ties.share_values(kind)
+        if self.is_first:
+            return Task(Batch(input=batch, target=target, criterion=criterion), share=share)
         assert self._from_previous is not None
         message: Message = self._from_previous.receive(kind)
-        dtype, others, structure, leaves, layout, plan, given = message.extra
+        dtype, packed, labels, plan, given, places = message.extra
         if given != options:
             raise RuntimeError(
                 f"the step was called with {options} here and with {given} on the first stage: give the same options "
                 "on every rank"
             )
         self.stopping = message.flag
-        tensors = iter(message.tensors)
-        features, losses = cast(next(tensors), dtype), list(next(tensors).unbind())
-        target = tree_unflatten([next(tensors) if leaf is None else leaf[0] for leaf in leaves], structure)
-        layout = torch.empty_strided(*layout[:2], dtype=layout[2], device="meta")
-        x = next(tensors) if others["input"] else stand_in(layout, self.device)
-        return Task(Batch(input=x, target=target, criterion=criterion), features, losses, layout, plan, list(tensors))
+        features, losses, *tensors = message.tensors
+        batch = unpack(packed, tensors, self.device, self.net.chain.mode)
+        target, share = unpack(labels, tensors, self.device, self.net.chain.mode)
+        arrived = Batch(input=batch, target=target, criterion=criterion)
+        beside = {place: tensors.pop(0) for place in places}
+        return Task(arrived, [cast(features, dtype)], list(losses.unbind()), plan, tensors, share, beside)
 
-    def _hand_on(self, kind: int, task: Task, features: Tensor, losses: list[Tensor], options: tuple[Any, ...]) -> None:
-        """Send a batch to the next stage."""
+    def _hand_on(
+        self,
+        kind: int,
+        task: Task,
+        state: list[Tensor],
+        losses: list[Tensor],
+        options: tuple[Any, ...],
+        run: Pass | None = None,
+    ) -> None:
+        """Send a batch, and the features that are taken out of their list, to the next stage."""
         if self._to_next is None:
             return
-        block, dtype = self._as_sent(features)
-        leaves, structure = tree_flatten(task.batch.target)
-        tensors = [block, stack(losses), *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
-        uses_input = self.net.rule.reads_input and kind != _OUTPUTS
-        tensors += [task.batch.input] if uses_input else []
-        tensors += task.random
-        layout = (tuple(task.layout.shape), task.layout.stride(), task.layout.dtype)
-        others = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
-        extra = (dtype, {"input": uses_input}, structure, others, layout, task.plan, options)
+        block, dtype = self._as_sent(state.pop())
+        wanted = None if self.net.rule.reads_input and kind != _OUTPUTS else self._read_later
+        inputs, packed = pack(task.batch.input, self.device, wanted)
+        targets, labels = pack((task.batch.target, task.share), self.device)
+        # What the last module returned beside the features; what depends on a stand-in is one, too.
+        beside = {i: t for i, t in run.beside.items() if not isinstance(t, FakeTensor)} if run is not None else {}
+        tensors = [block, stack(losses), *inputs, *targets, *beside.values(), *task.random]
+        extra = (dtype, packed, labels, task.plan, options, tuple(beside))
         self._to_next.send(kind, tensors, flag=self.stopping, extra=extra)
+
+    def _beside(self, outputs: dict[Any, Any], task: Task) -> dict[Any, Any] | None:
+        """What the calls return that are left out here."""
+        if self.is_first:
+            return None
+        first = self.net.partition.groups[self.modules.start].start
+        facts = self.net.chain.facts
+        before = {key: value for key, value in outputs.items() if key in facts.before[first]}
+        return filled(before, facts.points[first - 1][0], task.beside)
+
+    @property
+    def _read_later(self) -> set[int]:
+        """The floating-point tensors of the batch that later stages read."""
+        groups, inputs = self.net.partition.groups, self.net.chain.facts.inputs
+        return {leaf for modules in self.stages[self.stage + 1 :] for leaf in inputs[groups[modules.start].start]}
 
     def _as_sent(self, tensor: Tensor) -> tuple[Tensor, torch.dtype]:
         """A boundary tensor in the dtype that it is sent in, and its own dtype."""
@@ -439,20 +516,43 @@ class ParallelNetwork(Stage):
             return tensor, tensor.dtype
         return tensor.to(self.boundary_dtype), tensor.dtype
 
-    def _rehearse(self, layout: Tensor, target: Any, autocast: torch.dtype | None) -> Rehearsal:
-        """What a step of such a batch draws; found once for each shape of batch."""
+    def _rehearse(self, batch: Inputs, target: Any, autocast: torch.dtype | None, *, always: bool = False) -> Rehearsal:
+        """What a step of such a batch draws; found once for each layout of batch, and not where nobody asks."""
+        if len(self.stages) == 1 and not always:
+            return Rehearsal(draws=[], losses=[], features=[], outputs={}, decides=False)
         flags = tuple(module.training for module in self.net.modules())
-        key = (layout.shape, layout.stride(), layout.dtype, autocast, flags)
+        key = (key_of(batch), autocast, flags)
         if key not in self._rehearsals:
             if len(self._rehearsals) > 8:
                 self._rehearsals.clear()
-            self._rehearsals[key] = rehearse(self.net, layout, target, device=self.device, autocast=autocast)
-            if self._rehearsals[key].random and self.net.chain.compiled is not None:
-                raise ValueError(
-                    "compile: a network that draws random numbers (dropout) cannot be compiled on several ranks, since "
-                    "compiled modules draw others; leave compile out"
-                )
+            found = rehearse(self.net, batch, target, device=self.device, autocast=autocast)
+            if len(self.stages) > 1 and found.random:
+                self._refuse_random(found)
+            self._rehearsals[key] = found
         return self._rehearsals[key]
+
+    def _layout(self, batch: Inputs) -> dict[Any, Any]:
+        """What the calls return that are left out; found once for each layout of batch."""
+        key = key_of(batch)
+        if not self.is_first and key not in self._layouts:
+            if len(self._layouts) > 8:
+                self._layouts.clear()
+            self._layouts[key] = layouts(self.net, batch, device=self.device)
+        return self._layouts.get(key, {})
+
+    def _refuse_random(self, rehearsal: Rehearsal) -> None:
+        chain = self.net.chain
+        if chain.compiled is not None or any(m.__dict__.get("_compiled_call_impl") for m in self.net.modules()):
+            raise ValueError(
+                "compile: a network that draws random numbers (dropout) cannot be compiled on several ranks, since "
+                "compiled modules draw others; leave compile out"
+            )
+        if rehearsal.decides or not chain.facts.fake:
+            reason = "random numbers (layers left out at random?)" if rehearsal.decides else "its features"
+            raise ValueError(
+                f"model: its forward draws random numbers and decides by the values of {reason} what it does, so a "
+                "rank cannot tell what the modules of the others draw; switch that off, or use one rank per replica"
+            )
 
     def _enter(self, task: Task, rehearsal: Rehearsal) -> None:
         """Come to the random state that the step begins with on the first stage."""
@@ -461,11 +561,24 @@ class ParallelNetwork(Stage):
         elif rehearsal.random:
             set_random_state(task.random, self.device)
 
-    def _skip_before(self, rehearsal: Rehearsal, *, follow: bool) -> None:
-        """Draw what the modules before this stage draw."""
-        rehearsal.skip(range(self.modules.start), self.device, follow=follow)
+    def _step(
+        self,
+        task: Task,
+        rehearsal: Rehearsal,
+        autocast: torch.dtype | None,
+        backward: Callable[[Tensor], Any] | None,
+        scale: float,
+        *,
+        follow: bool,
+    ) -> Step:
+        """A step that knows what comes before this stage; what the modules there draw is drawn."""
+        step = Step.begin(self.net, task.batch.input, task.batch.target, autocast, backward, scale)
+        if not self.is_first:
+            step.outputs = self._beside(rehearsal.outputs, task)
+            step.entering = rehearsal.skip(self.net, range(self.modules.start), self.device, follow=follow)
+        return step
 
     def _skip_after(self, rehearsal: Rehearsal, *, follow: bool) -> None:
         """Come to the random state at the end of the step; only the first stage goes on from there."""
-        if self.is_first:
-            rehearsal.skip(range(self.modules.stop, self.num_modules), self.device, follow=follow)
+        if self.is_first and rehearsal.random:
+            rehearsal.skip(self.net, range(self.modules.stop, self.num_modules), self.device, follow=follow)

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..steps import Run
+from ..cut.forward import Pass
+from ..steps import Step
 from .rehearsal import Rehearsal
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ class Schedule:
         net: the network.
         stage: number of this rank's stage.
         stages: the local modules of every stage.
-        layout: a micro-batch, without memory.
         rehearsal: of a micro-batch.
         count: number of micro-batches.
         schedule: ``"1f1b"`` or ``"gpipe"``.
@@ -39,7 +39,6 @@ class Schedule:
         net: DecoupledNetwork,
         stage: int,
         stages: Sequence[range],
-        layout: Tensor,
         rehearsal: Rehearsal,
         count: int,
         schedule: str,
@@ -52,9 +51,11 @@ class Schedule:
         self._first = stage == 0
         self._body = _Body(net, modules, device, rehearsal)
         # Messages are contiguous, whatever the layout of the features that they stand for.
-        before = None if self._first else rehearsal.outputs[modules.start - 1]
-        entry = layout if before is None else before.contiguous().clone().requires_grad_()
-        result = rehearsal.outputs[modules.stop - 1].contiguous().clone().requires_grad_()
+        if self._first:  # whose batch is at hand
+            entry = torch.empty(1, device="meta")
+        else:
+            entry = rehearsal.features[modules.start - 1].contiguous().clone().requires_grad_()
+        result = rehearsal.features[modules.stop - 1].contiguous().clone().requires_grad_()
         pipeline_stage = PipelineStage(
             self._body,
             stage,
@@ -69,11 +70,11 @@ class Schedule:
         # The loss is called on the last stage only, but tells all of them that there is a backward pass.
         self._schedule = kind(pipeline_stage, count, loss_fn=self._body.global_loss, scale_grads=False)
 
-    def step(self, runs: Sequence[Run], rehearsal: Rehearsal, *, follow: bool) -> list[Tensor]:
-        """Run every micro-batch forward and backward; returns the mean losses of this stage's modules."""
-        self._body.begin(runs, rehearsal, follow=follow)
-        inputs = [(run.batch.input,) for run in runs] if self._first else None
-        targets = list(range(len(runs))) if self._last else None
+    def step(self, steps: Sequence[Step], rehearsal: Rehearsal, *, follow: bool) -> list[Tensor]:
+        """Run every micro-batch forward and backward; returns the losses of this stage's modules."""
+        self._body.begin(steps, rehearsal, follow=follow)
+        inputs = [(torch.empty(1, device=step.device),) for step in steps] if self._first else None
+        targets = list(range(len(steps))) if self._last else None
         self._schedule.step(arg_mbs=inputs, target_mbs=targets, return_outputs=False)
         return self._body.finish()
 
@@ -99,41 +100,51 @@ class _Body(nn.Module):
 
     def __init__(self, net: DecoupledNetwork, modules: range, device: torch.device, rehearsal: Rehearsal) -> None:
         super().__init__()
-        self._strides = rehearsal.outputs[modules.start - 1].stride() if modules.start else None
+        self._strides = rehearsal.features[modules.start - 1].stride() if modules.start else None
         self._held = (net, modules, device)  # in a tuple: the network is no submodule of it
 
-    def begin(self, runs: Sequence[Run], rehearsal: Rehearsal, *, follow: bool) -> None:
-        """Be ready for the micro-batches of ``runs``."""
-        self._runs, self._rehearsal, self._follow, self._number = runs, rehearsal, follow, 0
+    def begin(self, steps: Sequence[Step], rehearsal: Rehearsal, *, follow: bool) -> None:
+        """Be ready for the micro-batches of ``steps``."""
+        self._steps, self._rehearsal, self._follow, self._number = steps, rehearsal, follow, 0
         self._losses: dict[int, list[Tensor]] = {}
 
     def finish(self) -> list[Tensor]:
-        """The mean losses."""
-        share = 1 / len(self._runs)
-        return [
-            sum((loss * share for loss in losses[1:]), losses[0] * share) for _, losses in sorted(self._losses.items())
-        ]
+        """The losses of the whole batch."""
+        return [sum(losses[1:], losses[0]) for _, losses in sorted(self._losses.items())]
 
     def forward(self, features: Tensor) -> Tensor:
         """The next micro-batch; as in a single process, its random numbers come after those of the one before."""
         net, modules, device = self._held
-        run, self._number = self._runs[self._number], self._number + 1
-        self._rehearsal.skip(range(modules.start), device, follow=self._follow)
+        step, self._number = self._steps[self._number], self._number + 1
+        first, last = step.units(modules)
+        entering = self._rehearsal.skip(net, range(modules.start), device, follow=self._follow)
         if self._strides is not None:
             features = _Arrive.apply(features, self._strides)
-        for k in modules:
-            group = net.partition.groups[k]
-            with run.autocast():
-                (features,) = net.chain.run(group.start, group.stop, [features])
-            if self._follow and k < net.num_modules - 1:
-                self._losses.setdefault(k, []).append(run.follow(k, features))
-        self._rehearsal.skip(range(modules.stop, net.num_modules), device, follow=self._follow)
-        return features.contiguous()
+        groups = net.partition.groups
+        ends = {groups[k].stop: k for k in modules if k < net.num_modules - 1} if self._follow else {}
 
-    def global_loss(self, output: Tensor, number: int) -> Tensor:
-        """The scaled loss of a micro-batch, on the last stage."""
-        net, run = self._held[0], self._runs[number]
-        with run.autocast():
-            loss = run.loss(net.num_modules - 1, output)
-        self._losses.setdefault(net.num_modules - 1, []).append(loss.detach())
-        return loss * run.scale
+        def passing(unit: int, features: Tensor) -> Tensor:
+            self._losses.setdefault(ends[unit], []).append(step.follow(ends[unit], features))
+            return features
+
+        state = [features] if first else []
+        del features
+        pass_ = Pass(
+            net.chain, step.batch.input, replay=first > 0, outputs=step.outputs, entering=entering if first else None
+        )
+        stops = tuple({*ends, last} - {net.chain.num_units})
+        with pass_.opened(None if first else stops), step.autocast():
+            inner = tuple(unit for unit in ends if unit != last)
+            (result,) = pass_.run(first, last, state, boundary=passing, stops=inner)
+        if last in ends:
+            passing(last, result)
+        self._rehearsal.skip(net, range(modules.stop, net.num_modules), device, follow=self._follow)
+        return result.contiguous()
+
+    def global_loss(self, prediction: Tensor, number: int) -> Tensor:
+        """The loss of a micro-batch as it goes backward, on the last stage."""
+        net, step = self._held[0], self._steps[number]
+        with step.autocast():
+            loss = step.loss(net.num_modules - 1, prediction)
+        self._losses.setdefault(net.num_modules - 1, []).append(step.told(loss))
+        return step.weighed(loss)

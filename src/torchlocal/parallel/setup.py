@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..cut.batches import Batch
+from ..cut.units import balance
 from ..network import DecoupledNetwork
-from ..partition import balance
 from .network import ParallelNetwork
 from .rehearsal import count_flops, measure_seconds
 
@@ -65,7 +66,7 @@ def distribute(
     *,
     replicas: int = 1,
     assignment: str | Sequence[int] = "flops",
-    sample: tuple[Tensor, Any] | None = None,
+    sample: tuple[Batch, Any] | None = None,
     autocast: torch.dtype | None = None,
     boundary_dtype: torch.dtype | None = None,
     in_flight: int = 4,
@@ -80,7 +81,12 @@ def distribute(
     Local steps run as a one-way pipeline: a stage receives the features of the stage before it, trains its modules
     and hands their features on, so that no stage waits for a later one and the parameters are those of a single
     process, bit for bit. All ranks call the same steps in the same order; only the first stage is given batches, whose
-    tensors must not be written to afterwards, since they may still be on their way.
+    tensors must not be written to afterwards, since they may still be on their way. Of what a batch holds, integers and
+    masks travel along, and those floating-point tensors that later modules read.
+
+    Where modules of several ranks use the same parameter (a tied embedding), the rank of the last of them updates it,
+    and those before wait for its new value at the beginning of every step, so they do not run ahead: give such modules
+    to one rank with ``assignment``, or untie them, for speed.
 
     Args:
         net: the network, on the device of this rank, the same on every rank.
@@ -117,6 +123,8 @@ def distribute(
             f"rule: {net.rule!r} reads the parameters of the module that follows, which may be on another rank; choose "
             "another rule, or one rank per replica"
         )
+    if num_stages > 1:
+        _refuse(net)
     check_same(
         {
             "torch": torch.__version__,
@@ -152,7 +160,46 @@ def distribute(
             )
         ends = [sum(assignment[: i + 1]) for i in range(num_stages)]
         stages = [range(end - count, end) for end, count in zip(ends, assignment, strict=True)]
+    _refuse_shared_buffers(net, stages)
     return ParallelNetwork(net, stages, replicas, boundary_dtype=boundary_dtype, in_flight=in_flight, timeout=timeout)
+
+
+def _refuse(net: DecoupledNetwork) -> None:
+    """Refuse what works in one process only."""
+    facts, kind = net.chain.facts, type(net.backbone).__name__
+    if net.carry is not None:
+        raise ValueError(
+            'carry: a network that was decoupled with carry="collect" hands gradients back across its cuts, which '
+            "several ranks cannot; cut elsewhere, or use one rank per replica"
+        )
+    if facts.python:
+        raise ValueError(
+            f"model: {kind} draws from Python's or numpy's random generator in its forward, and a rank cannot tell "
+            "what the modules of the others draw there; draw from torch's, or use one rank per replica"
+        )
+    if facts.loose:
+        name = ".".join(part for part in facts.loose[0] if part)
+        raise ValueError(
+            f"model: code of {kind} between its units writes the buffer {name!r}, of which every rank would have "
+            "another; write it in a submodule that belongs to one unit, or use one rank per replica"
+        )
+
+
+def _refuse_shared_buffers(net: DecoupledNetwork, stages: Sequence[range]) -> None:
+    """Refuse a buffer that one stage writes and another one uses."""
+    facts, groups = net.chain.facts, net.partition.groups
+    written: dict[str, int] = {}
+    for number, modules in enumerate(stages):
+        for unit in (unit for k in modules for unit in groups[k]):
+            for path, name in facts.written[unit]:
+                written.setdefault(f"{path}.{name}" if path else name, number)
+    for number, modules in enumerate(stages):
+        for name in (name for k in modules for unit in groups[k] for name in facts.buffers[unit]):
+            if written.get(name, number) != number:
+                raise ValueError(
+                    f"assignment: local modules on several ranks use the buffer {name!r}, which the forward writes; "
+                    "put them on one rank with assignment="
+                )
 
 
 def _tensors(net: nn.Module) -> list[tuple[str, Tensor]]:
@@ -167,7 +214,7 @@ def _checksum(net: nn.Module) -> str:
 
 
 def _costs(
-    net: DecoupledNetwork, assignment: str, sample: tuple[Tensor, Any] | None, autocast: torch.dtype | None
+    net: DecoupledNetwork, assignment: str, sample: tuple[Batch, Any] | None, autocast: torch.dtype | None
 ) -> list[float]:
     if assignment == "flops":
         return count_flops(net)

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from ..cut.units import Partition
 from ..network import DecoupledNetwork
-from ..partition import Partition
 from .channels import watched
 
 __all__ = ["Stage"]
@@ -270,17 +270,15 @@ class Stage:
                     gradient.copy_(part.view(gradient.shape))
 
     def _find_owners(self) -> dict[str, int]:
-        """For every tensor of the state the stage whose modules use it; those that none uses go to the last one."""
+        """For every tensor of the state the stage that it belongs to; those that no module uses go to the last one."""
         net, owner = self.net, dict[int, int]()
-        net.chain.refresh(self.device)
+        starts = {net.partition.groups[k].start: stage for stage, modules in enumerate(self.stages) for k in modules}
+        for key, unit in net.module_owners().items():
+            owner[key] = starts[unit]
         for stage, modules in enumerate(self.stages):
-            for k in modules:
-                group = net.partition.groups[k]
-                parts: list[nn.Module] = [net.chain.segment(group.start, group.stop)]
-                parts += [net.auxiliary[k]] if k < len(net.auxiliary) else []
-                for part in parts:
-                    for tensor in [*part.parameters(), *part.buffers()]:
-                        owner[id(tensor)] = stage
+            for network in (net.auxiliary[k] for k in modules if k < len(net.auxiliary)):
+                for tensor in [*network.parameters(), *network.buffers()]:
+                    owner.setdefault(id(tensor), stage)
         last = len(self.stages) - 1
         return {name: owner.get(id(tensor), last) for name, tensor in net.state_dict(keep_vars=True).items()}
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..recompute import Again, Keep, Plan, RandomState, Tape
+from ..recompute import Again, Keep, Plan, RandomState, Tape, leaves
 from ..rules import Batch
 
-__all__ = ["Task", "cast", "layout_of", "random_state", "restrict", "set_random_state", "stack", "stand_in"]
+__all__ = ["Task", "cast", "crossing", "pack", "random_state", "restrict", "set_random_state", "stack", "unpack"]
 
 
 @dataclass
@@ -21,20 +22,83 @@ class Task:
     """A batch as a stage sees it.
 
     Attributes:
-        batch: input and target; the input is a stand-in where the rule does not read it.
-        features: what the stage's first module takes.
+        batch: input and target; stand-ins without memory are in the input where this stage has no use for a tensor.
+        state: the features that the stage's first module takes, or nothing on the first stage.
         losses: of the modules before.
-        layout: of the input, without memory.
         plan: how the step runs, from the first stage.
         random: the random state that the step began with.
+        share: of this part of a batch in the loss of the whole.
+        beside: by place, what the last module before returned beside the features.
     """
 
     batch: Batch
-    features: Tensor
-    losses: list[Tensor]
-    layout: Tensor
+    state: list[Tensor] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
     plan: Any = None
     random: list[Tensor] = field(default_factory=list)
+    share: Any = 1.0
+    beside: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A leaf that is no tensor."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A tensor that is sent; ``cpu``: it is on the CPU, wherever the network is."""
+
+    cpu: bool
+
+
+@dataclass(frozen=True)
+class _Left:
+    """A tensor that is not sent: its layout."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def pack(value: Any, device: torch.device, wanted: Collection[int] | None = None) -> tuple[list[Tensor], Any]:
+    """A batch or target as tensors to send, and how it is put together again.
+
+    Args:
+        value: the batch or target.
+        device: what is sent is there.
+        wanted: the floating-point tensors to be sent, by their place among the leaves; None: all.
+    """
+    found, structure = tree_flatten(value)
+    tensors: list[Tensor] = []
+    written: list[Any] = []
+    for place, leaf in enumerate(found):
+        if not isinstance(leaf, Tensor):
+            written.append(_Given(leaf))
+        elif leaf.is_floating_point() and wanted is not None and place not in wanted:
+            written.append(_Left(tuple(leaf.shape), leaf.stride(), leaf.dtype))
+        else:
+            tensors.append(leaf.detach().to(device))
+            written.append(_Sent(leaf.device.type == "cpu"))
+    return tensors, (structure, written)
+
+
+def unpack(packed: Any, tensors: list[Tensor], device: torch.device, mode: FakeTensorMode) -> Any:
+    """What was packed; its tensors are taken from the front of the list, others have no memory."""
+    structure, written = packed
+    found: list[Any] = []
+    for leaf in written:
+        if isinstance(leaf, _Given):
+            found.append(leaf.value)
+        elif isinstance(leaf, _Sent):
+            tensor = tensors.pop(0)
+            found.append(tensor.cpu() if leaf.cpu else tensor)
+        else:
+            with mode:
+                found.append(torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device=device))
+    return tree_unflatten(found, structure)
 
 
 def restrict(plan: Plan, first: int, last: int) -> Plan:
@@ -57,15 +121,9 @@ def _inside(plan: Plan, first: int, last: int) -> Plan | None:
     return plan
 
 
-def layout_of(x: Tensor) -> Tensor:
-    """A batch without memory."""
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-
-
-def stand_in(layout: Tensor, device: torch.device) -> Tensor:
-    """In place of an input that the rule says it does not read: whoever does so gets no sensible number."""
-    value = math.nan if layout.dtype.is_floating_point else -1
-    return torch.full((), value, dtype=layout.dtype, device=device).expand(layout.shape)
+def crossing(plan: Plan, unit: int) -> bool:
+    """Whether units on both sides of a cut go backward together."""
+    return any(leaf.first < unit < leaf.last for leaf in leaves(plan))
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -79,12 +137,12 @@ def stack(losses: Sequence[Tensor]) -> Tensor:
 
 
 def random_state(device: torch.device) -> list[Tensor]:
-    """The state of the random generators of the CPU and of a device, as tensors that can be sent."""
-    state = RandomState.get(torch.empty(0, device=device))
+    """The state of torch's random generators of the CPU and of a device, as tensors that can be sent."""
+    state = RandomState.get(device)
     return [state.cpu.to(device), *(s.to(device) for s in state.devices[1])]
 
 
 def set_random_state(states: list[Tensor], device: torch.device) -> None:
     """Go back to a random state."""
-    own = RandomState.get(torch.empty(0, device=device))
+    own = RandomState.get(device)
     RandomState(states[0].cpu(), (own.devices[0], [s.cpu() for s in states[1:]])).set()

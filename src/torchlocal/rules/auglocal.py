@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from ..cut.copies import UnitCopy
 from .base import Rule, Site
 from .greedy import linear
 
@@ -83,13 +84,22 @@ class AugLocalRule(Rule):
             unit = index - downstream.first
             module, _ = downstream.copy(unit)
             if self._depth == 1:
-                _normalise_classifier(module)
+                _normalise_classifier(module, site)
             units.append(fit_input(module, layout, downstream.input_layout(unit)))
             layout = downstream.units[unit].output_shape, downstream.units[unit].channel_dim
-        return nn.Sequential(*units)
+        return _Units(*units)
 
 
-def fit_input(unit: fx.GraphModule, given: Layout, wanted: Layout) -> nn.Module:
+class _Units(nn.Sequential):
+    """Units that run one after another."""
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile each by itself."""
+        for unit in self:
+            unit.compile(*args, **kwargs)
+
+
+def fit_input(unit: UnitCopy, given: Layout, wanted: Layout) -> nn.Module:
     """A unit changed in place, or with a layer before it, so that it takes features of another shape.
 
     Args:
@@ -109,7 +119,7 @@ def fit_input(unit: fx.GraphModule, given: Layout, wanted: Layout) -> nn.Module:
         )
     strides = _strides(given, wanted)
     if strides is None or not _widen(unit, given[0][1], wanted[0][1], strides):
-        return nn.Sequential(_Adapter(given, wanted), unit)
+        return _Units(_Adapter(given, wanted), unit)
     return unit
 
 
@@ -122,18 +132,17 @@ def _strides(given: Layout, wanted: Layout) -> tuple[int, ...] | None:
     return strides if fits else None
 
 
-def _widen(unit: fx.GraphModule, channels: int, expected: int, strides: tuple[int, ...]) -> bool:
+def _widen(unit: UnitCopy, channels: int, expected: int, strides: tuple[int, ...]) -> bool:
     """Have the unit's first convolutions take another width and more stride, and project the input for all else.
 
     Returns:
         Whether it was possible; if not, nothing was changed.
     """
-    entry = next(node for node in unit.graph.nodes if node.op == "placeholder")
-    first = [user for user in entry.users if _is_plain_convolution(unit, user, expected)]
+    first = [path for path in dict.fromkeys(unit.readers) if _is_plain_convolution(unit, path, expected)]
     if not first:
         return False
-    for node in first:
-        old = unit.get_submodule(str(node.target))
+    for path in first:
+        old = unit.get_submodule(path)
         assert isinstance(old, _CONVOLUTIONS)
         stride = tuple(s * t for s, t in zip(old.stride, strides, strict=True))
         new = type(old)(
@@ -141,26 +150,20 @@ def _widen(unit: fx.GraphModule, channels: int, expected: int, strides: tuple[in
             padding=old.padding, dilation=old.dilation, bias=old.bias is not None, padding_mode=old.padding_mode,  # type: ignore[arg-type]
         )  # fmt: skip
         _initialise(new)
-        unit.set_submodule(str(node.target), new)
-    others = [user for user in entry.users if user not in first]
-    if others:
+        unit.replace(path, new)
+    if any(path not in first for path in unit.readers):
         kind = _CONVOLUTIONS[len(strides) - 1]
         norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[len(strides) - 1]
         projection = kind(channels, expected, 1, strides, bias=False)  # type: ignore[arg-type]
         _initialise(projection)
-        unit.add_submodule("shortcut", nn.Sequential(projection, norm(expected)))
-        with unit.graph.inserting_after(entry):
-            projected = unit.graph.call_module("shortcut", (entry,))
-        for user in others:
-            user.replace_input_with(entry, projected)
-        unit.recompile()
+        unit.project(nn.Sequential(projection, norm(expected)), first)
     return True
 
 
-def _is_plain_convolution(unit: fx.GraphModule, node: fx.Node, channels: int) -> bool:
-    if node.op != "call_module":
+def _is_plain_convolution(unit: UnitCopy, path: str, channels: int) -> bool:
+    if not path or not unit.owns(path):
         return False
-    module: Any = unit.get_submodule(str(node.target))
+    module: Any = unit.get_submodule(path)
     plain = isinstance(module, _CONVOLUTIONS) and module.groups == 1 and module.in_channels == channels
     # Strides divide the extent exactly as before only with "same" padding.
     return plain and all(
@@ -174,12 +177,11 @@ def _initialise(convolution: nn.Module) -> None:
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
 
 
-def _normalise_classifier(unit: fx.GraphModule) -> None:
+def _normalise_classifier(unit: UnitCopy, site: Site) -> None:
     """Put a norm before the classifier, as the published networks of depth 1 have it."""
-    last = [n for n in unit.graph.nodes if n.op == "call_module"][-1]
-    module = unit.get_submodule(str(last.target))
-    if isinstance(module, nn.Linear):
-        unit.set_submodule(str(last.target), nn.Sequential(nn.BatchNorm1d(module.in_features), module))
+    module = unit.get_submodule(unit.last) if unit.owns(unit.last) else None
+    if isinstance(module, nn.Linear) and len(site.output_shape) == 2:
+        unit.replace(unit.last, nn.Sequential(nn.BatchNorm1d(module.in_features), module))
 
 
 class _Adapter(nn.Module):

@@ -52,6 +52,11 @@ class Site:
         return tuple(inner)
 
     @property
+    def per_position(self) -> bool:
+        """Whether the network predicts something at each position of a sequence, (N, T, V)."""
+        return len(self.output_shape) == 3
+
+    @property
     def num_outputs(self) -> int:
         """Size of the network's output vector, for a classifier the number of classes.
 
@@ -68,9 +73,9 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What the network is being trained on: the input x, the target y and the criterion of the task."""
+    """What the network is being trained on: what it is called with, the target y and the criterion of the task."""
 
-    input: Tensor
+    input: Any
     target: Any
     criterion: Callable[[Tensor, Any], Tensor]
 
@@ -83,10 +88,12 @@ class Rule:
     Attributes:
         reads_input: the loss reads ``batch.input``, so it must be at hand where the module is.
         reads_next_module: the loss reads the parameters of the module that follows.
+        compares_examples: the loss is not a mean over examples, so a batch cannot be cut into micro-batches.
     """
 
     reads_input: ClassVar[bool] = False
     reads_next_module: ClassVar[bool] = False
+    compares_examples: ClassVar[bool] = False
 
     def auxiliary(self, site: Site) -> nn.Module:
         """Make the auxiliary network for the features at ``site``."""

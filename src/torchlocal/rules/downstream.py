@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+
+from ..cut.copies import UnitCopy
 
 if TYPE_CHECKING:
-    from ..graph import Chain
-    from ..partition import Unit
+    from ..cut.forward import Forward
+    from ..cut.units import Unit
+    from ..cut.within import Within
 
 __all__ = ["Downstream", "reinitialise"]
 
@@ -20,12 +22,12 @@ class Downstream:
     """The units of the backbone that come after a local module, counted from 0.
 
     Args:
-        chain: all units as something that runs.
+        chain: the network's forward.
         units: all units, described.
         first: index of the first unit after the module.
     """
 
-    def __init__(self, chain: Chain, units: Sequence[Unit], first: int) -> None:
+    def __init__(self, chain: Forward, units: Sequence[Unit], first: int) -> None:
         self._chain, self._units, self.first = chain, tuple(units), first
 
     def __len__(self) -> int:
@@ -45,40 +47,39 @@ class Downstream:
         before = self._units[self.first + unit - 1]
         return before.output_shape, before.channel_dim
 
-    def copy(self, unit: int, *, head: bool = True) -> tuple[fx.GraphModule, torch.Size]:
+    def copy(self, unit: int, *, head: bool = True) -> tuple[UnitCopy, torch.Size]:
         """A unit's architecture with weights of its own, drawn anew, and the shape of what it returns.
 
         Args:
             unit: which one, from 0.
             head: without it, the last unit ends before the head of the network (pooling and classifier).
+
+        Raises:
+            ValueError: there is nothing in the last unit but the head.
         """
-        module, shape = self._unit(unit, head=head)
-        fresh = _copy(module)
+        within = self._within(unit, head=head)
+        fresh = UnitCopy(self._chain, within)
         reinitialise(fresh)
-        return fresh, shape
+        return fresh, within.shape
 
-    def replica(self, unit: int) -> fx.GraphModule:
+    def replica(self, unit: int) -> UnitCopy:
         """A copy of a unit without the head, weights included."""
-        return _copy(self._unit(unit, head=False)[0])
+        return UnitCopy(self._chain, self._within(unit, head=False))
 
-    def _unit(self, unit: int, *, head: bool) -> tuple[fx.GraphModule, torch.Size]:
-        index = self.first + unit
+    def _within(self, unit: int, *, head: bool) -> Within:
+        index, facts = self.first + unit, self._chain.facts
         if head or index < len(self._units) - 1:
-            return self._chain.segment(index, index + 1), self._units[index].output_shape
-        return self._chain.body(self._units[index - 1].output_shape)
+            return facts.within[index - 1]
+        if facts.body is None:
+            raise ValueError(
+                f"rule: the last unit of {type(self._chain.backbone).__name__} holds only the head, so nothing of it "
+                "can be copied without; choose other cuts, or another rule"
+            )
+        return facts.body
 
     def parameters(self, names: Sequence[str]) -> list[Tensor]:
         """Parameters of the backbone by their names in a copy, the backbone's own, to be read only."""
         return [self._chain.backbone.get_parameter(name) for name in names]
-
-
-def _copy(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy in training mode, all of whose parameters learn; on fake tensors where a mode makes these."""
-    copies: dict[int, object] = {}
-    for tensor in [*module.parameters(), *module.buffers()]:
-        twin = tensor.detach().clone()
-        copies[id(tensor)] = nn.Parameter(twin) if isinstance(tensor, nn.Parameter) else twin
-    return copy.deepcopy(module, copies).train()
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
 from .base import Rule, Site
 from .layers import GlobalMean, ToMap, layers_for, pool_to
@@ -18,8 +18,33 @@ _WIDEST_VECTOR = 1024
 _WIDEST_HIDDEN = 2048
 
 
+def read_out(site: Site) -> nn.Module:
+    """A norm and a linear read-out at each position, for features (N, T, C) and predictions (N, T, V).
+
+    Features of another length or layout (those of an encoder) give one prediction for all positions: that of their
+    mean.
+    """
+    head = nn.Sequential(nn.LayerNorm(site.channels), nn.Linear(site.channels, site.output_shape[-1], bias=False))
+    if len(site.feature_shape) == 3 and site.channel_dim == -1 and site.feature_shape[1] == site.output_shape[1]:
+        return head
+    return nn.Sequential(ToMap(site), GlobalMean(), head, _Everywhere(site.output_shape[1]))
+
+
+class _Everywhere(nn.Module):
+    """One prediction (N, V) for each of so many positions."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+
+    def forward(self, prediction: Tensor) -> Tensor:
+        return prediction.unsqueeze(1).expand(-1, self.length, -1)
+
+
 def linear(site: Site) -> nn.Module:
-    """Global average pooling and a linear classifier."""
+    """Global average pooling and a linear classifier; at each position of a sequence a norm and a read-out."""
+    if site.per_position:
+        return read_out(site)
     return nn.Sequential(ToMap(site), GlobalMean(), nn.Linear(site.channels, site.num_outputs))
 
 
@@ -28,8 +53,11 @@ def conv(site: Site) -> nn.Module:
 
     While the map is large (more than 8 rows and columns) the convolution has stride 2 and, up to 128 channels, doubles
     the width. On tokens (N, T, C) the convolution runs along the sequence; on vectors it is a linear layer of at most
-    1024 units (a flattened map may have tens of thousands of features).
+    1024 units (a flattened map may have tens of thousands of features). Where the network predicts at each position of
+    a sequence, a norm and a read-out.
     """
+    if site.per_position:
+        return read_out(site)
     convolution, norm = layers_for(site)
     large = bool(site.spatial) and min(site.spatial) > _SMALL_MAP
     width = max(site.channels, min(2 * site.channels, _HIDDEN)) if large else site.channels
@@ -54,7 +82,10 @@ def mlp_sr(site: Site) -> nn.Module:
     Pooled to a quarter of each side, three 1×1 convolutions, pooled to 2×2 (2 tokens of a sequence), two hidden layers
     of as many units as that leaves features, but at most 2048 (on images from 512 channels on), and a classifier. On
     vectors only two hidden layers, of at most 1024 units, and the classifier: convolutions would be hidden layers, too.
+    Where the network predicts at each position of a sequence, a norm and a read-out.
     """
+    if site.per_position:
+        return read_out(site)
     convolution, norm = layers_for(site)
     channels, spatial = site.channels, site.spatial
     if spatial:

@@ -286,6 +286,7 @@ class InfoProRule(Rule):
                 raise ValueError(f"{name}: must be a whole number of at least 1, not {value!r}")
         if (mean is None) != (std is None) or not all(_are_numbers(v) for v in (mean, std) if v is not None):
             raise ValueError(f"mean, std: give both as one number per channel, or neither, not {mean!r} and {std!r}")
+        self.compares_examples = task == "contrast"  # type: ignore[misc]
         self._task, self._temperature, self._projection = task, float(temperature), projection
         self._weights, self._width, self._mean, self._std = weights, decoder_width, mean, std
         self._published = published[0], published[1]
@@ -328,6 +329,11 @@ class InfoProRule(Rule):
         return auxiliary(features)
 
     def loss(self, site: Site, auxiliary: nn.Module, features: Tensor, batch: Batch) -> Tensor:
+        if not isinstance(batch.input, Tensor):
+            raise ValueError(
+                f"rule: InfoPro reconstructs the network's input, which has to be a single tensor of images, not a "
+                f"{type(batch.input).__name__}; choose another rule, or wrap the network in a module that takes one"
+            )
         decoded, task, probed = auxiliary(features)
         weights = self.weights(site)
         terms: list[Tensor] = []

@@ -29,8 +29,8 @@ class _Ahead(nn.Module):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile what looks ahead and the base rule's network, each by itself."""
-        super().compile(*args, **kwargs)
-        self.base.compile(*args, **kwargs)
+        for module in (self.average, self.learnable, self.base):
+            module.compile(*args, **kwargs)
 
     def forward(self, features: Tensor) -> Tensor:
         ahead: Tensor = self.average(features) + self.learnable(features)
@@ -92,6 +92,7 @@ class ManRule(Rule):
             raise ValueError("base: must be another rule, not MAN itself")
         self._base, self._momentum = base, float(momentum)
         self.reads_input = base.reads_input  # type: ignore[misc]
+        self.compares_examples = base.compares_examples  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return f"ManRule({self._base!r}, momentum={self._momentum:g})"

@@ -122,6 +122,8 @@ class PredSimRule(Rule):
         ValueError: an option is out of range.
     """
 
+    compares_examples = True
+
     def __init__(
         self,
         loss: str = "predsim",
