@@ -29,7 +29,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,timm,lightning]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,timm,lightning,transformers,peft]'
 	touch $@ $(VENV)/.installed
 
 clean:
