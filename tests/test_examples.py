@@ -1,4 +1,4 @@
-"""The examples and the README's first listing run as they are printed."""
+"""The examples and the README's listings run as they are printed."""
 
 import os
 import re
@@ -6,12 +6,14 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from torchvision.models import resnet50
 
+import torchlocal as tl
 from torchlocal.models import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,8 +142,73 @@ def test_imagefolder_resnet50_refuses_what_cannot_work(
     assert "cannot be read" in answer(*small, "--epochs", 1)
 
 
-def test_readme_listing_runs(tmp_path: Path) -> None:
+def test_huggingface_trains_saves_and_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    run_example(monkeypatch, "huggingface.py", "--steps", 6, "--out", "llama")
+    printed = capsys.readouterr().out
+    found = re.search(r"validation loss (\d\.\d{3}) before, (\d\.\d{3}) after 6 steps\n", printed)
+    assert found is not None and float(found[2]) < float(found[1]), printed
+    assert printed.endswith("saved in llama; loaded again it gives the same logits\n")
+    assert sorted(path.name for path in Path("llama").iterdir() if "config" not in path.name) == ["model.safetensors"]
+    model = transformers.LlamaForCausalLM.from_pretrained("llama")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_huggingface_accumulates_the_gradient_of_one_large_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    example = runpy.run_path(str(ROOT / "examples" / "huggingface.py"))
+    results = []
+    for batch_size, accumulated in ((4, 1), (2, 2)):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+        config = transformers.LlamaConfig(vocab_size=256, use_cache=False, **sizes)
+        text = example["Text"](bytes(range(256)) * 8)
+        net = tl.decouple(
+            transformers.LlamaForCausalLM(config),
+            3,
+            sample={"input_ids": text.pieces[:4]},
+            criterion=example["next_token"],
+        )
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        arguments = transformers.TrainingArguments(
+            output_dir="out", max_steps=2, per_device_train_batch_size=batch_size, use_cpu=True, save_strategy="no",
+            gradient_accumulation_steps=accumulated, report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
+        )  # fmt: skip
+        trainer = example["LocalTrainer"](
+            net,
+            tl.PeriodicGuidance(period=2),
+            args=arguments,
+            train_dataset=text,
+            optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)),
+        )
+        trainer.train()
+        results.append([p.detach().clone() for p in net.parameters()])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_huggingface_says_that_transformers_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(SystemExit, match=r"pip install 'torchlocal\[transformers\]'"):
+        run_example(monkeypatch, "huggingface.py")
+
+
+def readme_listings() -> list[str]:
     listings = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    chosen = [listing for listing in listings if "tl.decouple(" in listing]
-    assert chosen, "README.md has no python block with tl.decouple("
-    exec(compile(chosen[0], "README.md", "exec"), {"__name__": "__main__"})
+    return [listing for listing in listings if "tl.decouple(" in listing]
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["classifier", "llama"])
+def test_readme_listings_run(index: int) -> None:
+    assert len(readme_listings()) == 2, "README.md has other python blocks with tl.decouple("
+    listing = readme_listings()[index]
+    if "import torch, transformers" in listing:
+        pytest.importorskip("transformers")
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(listing, "README.md", "exec"), names)
+    assert all(loss.isfinite() for loss in names["losses"])
+    names["net"].guided_step(*((names["batch"], names["ids"]) if index else (names["x"], names["y"])))
