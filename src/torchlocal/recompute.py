@@ -151,14 +151,14 @@ class RandomState:
         self.cpu, self.devices, self.python = cpu, devices, python
 
     @classmethod
-    def get(cls, device: torch.device) -> RandomState:
-        """The state now."""
+    def get(cls, device: torch.device, *, numpy: bool = True) -> RandomState:
+        """The state now; numpy's takes longer than all others, so it may be left out."""
         devices: tuple[list[int], list[Tensor]] = ([], [])
         if device.type not in ("cpu", "meta", "mps"):
             devices = get_device_states(torch.empty(0, device=device))
         elif device.type == "mps":
             devices = [0], [torch.mps.get_rng_state()]
-        return cls(torch.get_rng_state(), devices, _python_state())
+        return cls(torch.get_rng_state(), devices, _python_state(numpy=numpy))
 
     def set(self) -> None:
         """Go back to it."""
@@ -175,13 +175,13 @@ class RandomState:
     def differs_in_python(self) -> bool:
         """Whether Python's or numpy's generator has drawn since."""
         assert self.python is not None
-        (now, numpy_now), (then, numpy_then) = _python_state(), self.python
+        (now, numpy_now), (then, numpy_then) = _python_state(numpy=True), self.python
         return now != then or (numpy_then is not None and repr(numpy_now[2:]) != repr(numpy_then[2:]))
 
 
-def _python_state() -> tuple[Any, Any]:
-    numpy = sys.modules.get("numpy")
-    return random.getstate(), None if numpy is None else numpy.random.get_state()
+def _python_state(*, numpy: bool) -> tuple[Any, Any]:
+    module = sys.modules.get("numpy") if numpy else None
+    return random.getstate(), None if module is None else module.random.get_state()
 
 
 class Replay:
@@ -206,7 +206,7 @@ class Replay:
             return
         places = self._written(first, last)
         if new:
-            self._starts[first] = RandomState.get(self._device), [held(*place).clone() for place in places]
+            self._starts[first] = RandomState.get(self._device, numpy=False), [held(*place).clone() for place in places]
             yield
             return
         random_state, clones = self._starts[first] if again else self._starts.pop(first)
@@ -296,7 +296,7 @@ class Recomputation:
 
         def finish(outputs: list[Any]) -> Gradients:
             gradients = then(outputs)
-            after.append(RandomState.get(self._device))
+            after.append(RandomState.get(self._device, numpy=False))
             return gradients
 
         try:

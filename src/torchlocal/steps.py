@@ -479,7 +479,7 @@ class Step:
             losses.append(loss)
             return [gradient]
 
-        complete = net.complete_at()[modules.start : modules.stop]
+        complete = net.complete_at()[modules.start : modules.stop] if self.optimizers is not None else []
         waiting = [None if unit is None else max(unit, first) for unit in complete]
         pass_ = self._pass(replay=True)
         with pass_.opened():

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 __all__ = ["Facts", "Forward", "Pass", "emptied", "filled"]
 
 Key = tuple[str, int]  # a call: path of the module, which of its calls
+_MOST_BLANKS = 256  # tensors without memory that are kept
 _MOST_LAYOUTS = 8  # of batches that are remembered
 
 
@@ -247,6 +248,7 @@ class Forward:
         self.num_units = len(facts.points) + 1
         self.compiled: dict[str, Any] | None = None
         self.inside = Inside(self)
+        self._blanks: dict[_Layout, Tensor] = {}
         self._layouts: OrderedDict[Any, dict[Key, Any]] = OrderedDict()
         self._made: dict[Any, dict[Key, Any]] = {}
         self._counts: OrderedDict[Any, dict[tuple[int, int], int]] = OrderedDict()
@@ -421,6 +423,17 @@ class Forward:
                 pass_.run(0, self.num_units, [])
         return pass_.outputs
 
+    def blank(self, layout: _Layout) -> Tensor:
+        """A tensor without memory, which a counter of memory does not see; nobody reads it, so one does for all."""
+        if layout not in self._blanks:
+            if len(self._blanks) > _MOST_BLANKS:
+                self._blanks.clear()
+            with _disable_current_modes(), self.mode:
+                self._blanks[layout] = torch.empty_strided(
+                    layout.shape, layout.stride, dtype=layout.dtype, device=layout.device
+                )
+        return self._blanks[layout]
+
     def empty_outputs(self, batch: Batch) -> dict[Key, Any]:
         """``outputs`` as tensors without memory, made once for each layout, not seen by counters of memory."""
         key = key_of(batch), self.fake
@@ -429,7 +442,7 @@ class Forward:
             if len(self._made) > _MOST_LAYOUTS:
                 self._made.clear()
             self._made[key] = {
-                call: ([empty(x, self.mode) if isinstance(x, _Layout) else x for x in leaves], structure)
+                call: ([self.blank(x) if isinstance(x, _Layout) else x for x in leaves], structure)
                 for call, (leaves, structure) in outputs.items()
             }
         return self._made[key]
@@ -453,7 +466,7 @@ class _State:
     """The random generators, and the attributes that the forward assigns, at one moment."""
 
     def __init__(self, forward: Forward, device: torch.device) -> None:
-        self.random = RandomState.get(device)
+        self.random = RandomState.get(device, numpy=forward.facts.python)
         self._values: list[tuple[Any, str, Any, Any]] = []
         for path, name, is_buffer in forward.facts.changes:
             module = forward.backbone.get_submodule(path)
@@ -482,12 +495,6 @@ class _Layout:
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-
-
-def empty(layout: _Layout, mode: FakeTensorMode) -> Tensor:
-    """A tensor without memory, which a counter of memory does not see."""
-    with _disable_current_modes(), mode:
-        return torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=layout.device)
 
 
 Boundary = Callable[[int, Tensor], Tensor]
@@ -709,8 +716,8 @@ class Pass:
         """What a call returned, with tensors that have no memory."""
         if key not in self._stubs:
             leaves, structure = self.outputs[key]
-            mode = self.forward.mode
-            self._stubs[key] = [empty(leaf, mode) if isinstance(leaf, _Layout) else leaf for leaf in leaves], structure
+            blank = self.forward.blank
+            self._stubs[key] = [blank(leaf) if isinstance(leaf, _Layout) else leaf for leaf in leaves], structure
         leaves, structure = self._stubs[key]
         return tree_unflatten(list(leaves), structure)
 
