@@ -461,15 +461,17 @@ def _plan(argv: Sequence[str]) -> int:
             raise ValueError(
                 f"--modules {' '.join(numbers)}: {values.model} can be cut into {num_units} at most; give fewer, or all"
             )
-    result = plan(
-        model,
-        (values.batch_size, channels, height, width),
-        budget=budget,
-        modules=[number if number in words else int(number) for number in numbers],
-        guided_share=values.guided_share,
-        autocast=torch.bfloat16 if values.precision == "bf16" else None,
-        rule=build_rule(config),
-    )
+    with _bar(values.model) as progress:
+        result = plan(
+            model,
+            (values.batch_size, channels, height, width),
+            budget=budget,
+            modules=[number if number in words else int(number) for number in numbers],
+            guided_share=values.guided_share,
+            autocast=torch.bfloat16 if values.precision == "bf16" else None,
+            progress=progress,
+            rule=build_rule(config),
+        )
     absent = set(map(int, set(numbers) - set(words))) - {row.modules for row in result.rows}
     if values.modules and absent:
         print(f"left out, since {values.model} has fewer units: {', '.join(map(str, sorted(absent)))}", file=sys.stderr)
@@ -492,6 +494,22 @@ def _check_sizes(num_classes: int, shape: Sequence[int], batch_size: int) -> Non
             raise ValueError(f"{what}: {max(sizes)} is more than {_MOST_OF_ONE:,}: make it smaller")
     if batch_size * math.prod(shape or [1]) * 4 > _MOST_BYTES:
         raise ValueError(f"--batch-size {batch_size} makes a batch of more than a pebibyte: make it smaller")
+
+
+@contextlib.contextmanager
+def _bar(title: str) -> Iterator[Callable[[float], object] | None]:
+    """A progress bar on the standard error stream, where that is a terminal, as a function of the share done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(f"predicting {title}", total=1.0)
+        yield lambda share: bar.update(task, completed=share)
 
 
 def _check_figure(path: Path) -> None:

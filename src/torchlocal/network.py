@@ -320,7 +320,39 @@ def decouple(
     """
     if modules is not None and not isinstance(modules, int | str) and hasattr(modules, "recommendation"):
         modules = modules.modules
-    backbone, given = _backbone(model, modules, cuts)  # type: ignore[arg-type]
+    make = prepare(
+        model,
+        modules,  # type: ignore[arg-type]
+        sample=sample,
+        cuts=cuts,
+        rule=rule,
+        criterion=criterion,
+        prediction=prediction,
+        carry=carry,
+        cost=cost,
+    )
+    return make(modules)  # type: ignore[arg-type]
+
+
+def prepare(
+    model: nn.Module | Sequence[nn.Module],
+    modules: int | str | None,
+    *,
+    sample: Batch | Sequence[int],
+    cuts: Sequence[str] | None = None,
+    rule: str | Rule = "dgl",
+    criterion: Callable[[Tensor, Any], Tensor] = F.cross_entropy,
+    prediction: Callable[[Any], Tensor] = as_prediction,
+    carry: str | None = None,
+    cost: str = "activation_bytes",
+) -> Callable[[int | str | None], DecoupledNetwork]:
+    """The work of :func:`decouple` that is the same for every number of local modules.
+
+    Returns:
+        What makes the decoupled network of a number of local modules, of ``"all"`` or ``"fewest"``; all that it makes
+        share what was observed and measured.
+    """
+    backbone, given = _backbone(model, modules, cuts)
     batch = _sample(sample, backbone)
     if isinstance(rule, str):
         rule = make_rule(rule)
@@ -377,10 +409,12 @@ def decouple(
             carry=carry,
         )
 
-    if modules == "fewest":
+    def make(modules: int | str | None) -> DecoupledNetwork:
+        if modules != "fewest":
+            return assemble(modules if isinstance(modules, int) else len(units))
         with ThreadPoolExecutor(1) as executor:  # a thread of its own has none of the caller's modes, such as no_grad
             try:
-                modules = executor.submit(_fewest, assemble, len(units), anchor.device).result()
+                return assemble(executor.submit(_fewest, assemble, len(units), anchor.device).result())
             except ValueError as error:
                 if not str(error).startswith("target:"):
                     raise
@@ -388,7 +422,8 @@ def decouple(
                     'modules: "fewest" takes a criterion of class indices (N,) or of a tensor like the output; give a '
                     "number of modules with this one"
                 ) from error
-    return assemble(modules if isinstance(modules, int) else len(units))
+
+    return make
 
 
 def _without_values(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from .cut.batches import Batch, num_examples
 from .memory import LABELS, Prediction, predict
-from .network import DecoupledNetwork, decouple
+from .network import DecoupledNetwork, prepare
 from .sizes import parse_size
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ def plan(
     target: Any = None,
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = _SGD,
     autocast: torch.dtype | None = None,
+    progress: Callable[[float], object] | None = None,
     **options: Any,
 ) -> MemoryPlan:
     """Predict what every way to train ``model`` takes, and recommend one that fits into the budget.
@@ -135,6 +136,7 @@ def plan(
         target: see :func:`torchlocal.memory.predict`.
         optimizer: makes the optimizer whose state is counted; by default SGD with momentum.
         autocast: dtype of forward passes.
+        progress: called with the share of the work that is done, whenever a prediction or a row is.
         options: ``rule``, ``criterion``, ``prediction``, ``cost`` of :func:`torchlocal.decouple`.
 
     Raises:
@@ -147,10 +149,11 @@ def plan(
     for k in modules:
         if k not in ("all", "fewest") and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
             raise ValueError(f'modules: must hold whole numbers of at least 1, "all" or "fewest", not {k!r}')
-    whole = decouple(model, 1, sample=sample, **options)
+    make = prepare(model, 1, sample=sample, **options)
+    whole = make(1)
     num_units, size = len(whole.partition.units), num_examples(whole.sample)
     wanted = dict.fromkeys(num_units if k == "all" else k for k in modules if k != 1)
-    made = [decouple(model, k, sample=sample, **options) for k in wanted if isinstance(k, str) or k <= num_units]
+    made = [make(k) for k in wanted if isinstance(k, str) or k <= num_units]
     nets = {net.num_modules: net for net in sorted(made, key=lambda net: net.num_modules) if net.num_modules > 1}
     common: dict[str, Any] = {"optimizer": optimizer, "autocast": autocast}
 
@@ -198,11 +201,23 @@ def plan(
         )
 
     plain_step: dict[str, Any] = {"step": "plain"}
+    segments = [s for s in range(2, num_units + 1) if s <= 2 * math.isqrt(num_units) + 2]
+    pieces, done = 2 + len(segments) + 2 * len(nets), 0
+
+    def told() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(min(1.0, done / pieces))
+
     plain = predicted(whole, plain_step)
     rows = [row("end-to-end", whole, [plain_step], [plain], flops_ratio=1.0)]
-    segments = [s for s in range(2, num_units + 1) if s <= 2 * math.isqrt(num_units) + 2]
+    told()
     checkpointed: dict[str, Any] = {"step": "guided", "auxiliary": "frozen"}
-    found = {s: predicted(whole, checkpointed | {"recompute": s}) for s in segments}
+    found = {}
+    for s in segments:
+        found[s] = predicted(whole, checkpointed | {"recompute": s})
+        told()
     if found:
         best = min(found, key=lambda s: found[s].total_bytes)
         steps, flops = [checkpointed | {"recompute": best}], found[best].flops / plain.flops
@@ -213,13 +228,16 @@ def plan(
     rows.append(
         row("checkpointing, searched", whole, [exact], [least], flops_ratio=least.flops / plain.flops, note=note)
     )
+    told()
     for net in nets.values():
         steps = [{"step": "local"}, {"step": "guided", "memory": "local"}]
         local, guided = (predicted(net, step) for step in steps)
         rows.append(row("local", net, steps[:1], [local], flops_ratio=local.flops / plain.flops))
+        told()
         mean = (1 - guided_share) * local.flops + guided_share * guided.flops
         note = recomputation(net, "local")
         rows.append(row("pgl", net, steps, [local, guided], flops_ratio=mean / plain.flops, note=note))
+        told()
     return _recommend(rows, budget, size)
 
 

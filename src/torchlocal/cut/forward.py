@@ -248,6 +248,7 @@ class Forward:
         self.num_units = len(facts.points) + 1
         self.compiled: dict[str, Any] | None = None
         self.inside = Inside(self)
+        self._measured: OrderedDict[Any, dict[Any, Any]] = OrderedDict()
         self._blanks: dict[_Layout, Tensor] = {}
         self._layouts: OrderedDict[Any, dict[Key, Any]] = OrderedDict()
         self._made: dict[Any, dict[Key, Any]] = {}
@@ -422,6 +423,16 @@ class Forward:
             with pass_.opened():
                 pass_.run(0, self.num_units, [])
         return pass_.outputs
+
+    def measured(self, batch: Batch, what: str) -> dict[Any, Any]:
+        """Where to keep what parts of the network take on a batch of this layout."""
+        flags = tuple(m.training for m in self.backbone.modules())
+        key = key_of(batch), flags, what
+        if key not in self._measured:
+            self._measured[key] = {}
+            while len(self._measured) > _MOST_LAYOUTS:
+                self._measured.popitem(last=False)
+        return self._measured[key]
 
     def blank(self, layout: _Layout) -> Tensor:
         """A tensor without memory, which a counter of memory does not see; nobody reads it, so one does for all."""
