@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -331,7 +333,7 @@ def decouple(
         carry=carry,
         cost=cost,
     )
-    return make(modules)  # type: ignore[arg-type]
+    return make(modules)
 
 
 def prepare(
@@ -345,12 +347,12 @@ def prepare(
     prediction: Callable[[Any], Tensor] = as_prediction,
     carry: str | None = None,
     cost: str = "activation_bytes",
-) -> Callable[[int | str | None], DecoupledNetwork]:
+) -> Callable[..., DecoupledNetwork]:
     """The work of :func:`decouple` that is the same for every number of local modules.
 
     Returns:
         What makes the decoupled network of a number of local modules, of ``"all"`` or ``"fewest"``; all that it makes
-        share what was observed and measured.
+        share what was observed and measured. With ``fake=True`` the auxiliary networks have no memory: for predictions.
     """
     backbone, given = _backbone(model, modules, cuts)
     batch = _sample(sample, backbone)
@@ -381,7 +383,7 @@ def prepare(
     anchor = next((p for p in backbone.parameters() if p.is_floating_point()), torch.empty(0))
     chain.sample = kept = tree_map_only(Tensor, _without_values, batch)
 
-    def assemble(num_modules: int) -> DecoupledNetwork:
+    def assemble(num_modules: int, *, fake: bool = False) -> DecoupledNetwork:
         auxiliary_bytes = _AuxiliaryBytes(found, units, rule, num_modules, chain)
 
         def price(first: int, last: int) -> float:
@@ -393,10 +395,15 @@ def prepare(
         costs = tuple(float(price(group.start, group.stop)) for group in groups)
         stops = [group.stop for group in groups[:-1]]
         sites = [_site(k, num_modules, units, stop, found, chain) for k, stop in enumerate(stops)]
-        with torch.device(anchor.device):
-            auxiliary = [rule.auxiliary(site).to(anchor.device) for site in sites]
-        for network, stop in zip(auxiliary, stops, strict=True):
-            network.to(dtype=found.boundary(stop - 1).dtype)
+        auxiliary = []
+        for site, stop in zip(sites, stops, strict=True):
+            dtype = found.boundary(stop - 1).dtype
+            if fake:
+                with found.seen.mode, _made_as(dtype, anchor.device):
+                    auxiliary.append(rule.auxiliary(site))
+            else:
+                with torch.device(anchor.device):
+                    auxiliary.append(rule.auxiliary(site).to(device=anchor.device, dtype=dtype))
         return DecoupledNetwork(
             backbone,
             auxiliary,
@@ -409,12 +416,13 @@ def prepare(
             carry=carry,
         )
 
-    def make(modules: int | str | None) -> DecoupledNetwork:
+    def make(modules: int | str | None, *, fake: bool = False) -> DecoupledNetwork:
         if modules != "fewest":
-            return assemble(modules if isinstance(modules, int) else len(units))
+            return assemble(modules if isinstance(modules, int) else len(units), fake=fake)
         with ThreadPoolExecutor(1) as executor:  # a thread of its own has none of the caller's modes, such as no_grad
             try:
-                return assemble(executor.submit(_fewest, assemble, len(units), anchor.device).result())
+                fewest = executor.submit(_fewest, partial(assemble, fake=True), len(units), anchor.device).result()
+                return assemble(fewest, fake=fake)
             except ValueError as error:
                 if not str(error).startswith("target:"):
                     raise
@@ -424,6 +432,18 @@ def prepare(
                 ) from error
 
     return make
+
+
+@contextlib.contextmanager
+def _made_as(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Have layers made in this dtype: fake parameters cannot be converted afterwards."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def _without_values(tensor: Tensor) -> Tensor:
@@ -474,13 +494,8 @@ class _AuxiliaryBytes:
             return tensor
 
         with self._found.seen.mode, torch.enable_grad():
-            default = torch.get_default_dtype()
-            torch.set_default_dtype(features.dtype)  # fake parameters cannot be converted afterwards
-            try:
-                with torch.device(features.device):
-                    network = self._rule.auxiliary(site)
-            finally:
-                torch.set_default_dtype(default)
+            with _made_as(features.dtype, features.device):
+                network = self._rule.auxiliary(site)
             network.train(features.shape[0] > 1)  # BatchNorm over vectors would refuse a single example
             features = features.detach().requires_grad_()
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

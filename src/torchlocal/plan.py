@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MemoryPlan", "PlanRow", "parse_size", "plan"]
 
+_MOST_SEGMENTS = 3  # numbers of segments of uniform checkpointing that are predicted
 _MOST_TRIALS = 6  # predictions per row, to find its largest batch
 _SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -150,10 +151,10 @@ def plan(
         if k not in ("all", "fewest") and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
             raise ValueError(f'modules: must hold whole numbers of at least 1, "all" or "fewest", not {k!r}')
     make = prepare(model, 1, sample=sample, **options)
-    whole = make(1)
+    whole = make(1, fake=True)
     num_units, size = len(whole.partition.units), num_examples(whole.sample)
     wanted = dict.fromkeys(num_units if k == "all" else k for k in modules if k != 1)
-    made = [make(k) for k in wanted if isinstance(k, str) or k <= num_units]
+    made = [make(k, fake=True) for k in wanted if isinstance(k, str) or k <= num_units]
     nets = {net.num_modules: net for net in sorted(made, key=lambda net: net.num_modules) if net.num_modules > 1}
     common: dict[str, Any] = {"optimizer": optimizer, "autocast": autocast}
 
@@ -201,7 +202,7 @@ def plan(
         )
 
     plain_step: dict[str, Any] = {"step": "plain"}
-    segments = [s for s in range(2, num_units + 1) if s <= 2 * math.isqrt(num_units) + 2]
+    segments = _likely_segments(whole)
     pieces, done = 2 + len(segments) + 2 * len(nets), 0
 
     def told() -> None:
@@ -239,6 +240,18 @@ def plan(
         rows.append(row("pgl", net, steps, [local, guided], flops_ratio=mean / plain.flops, note=note))
         told()
     return _recommend(rows, budget, size)
+
+
+def _likely_segments(net: DecoupledNetwork) -> list[int]:
+    """The numbers of segments whose peak is likely the smallest, by the bytes that units keep and hand on."""
+    units = net.partition.units
+    estimates = {}
+    for count in range(2, len(units) + 1):
+        if count <= 2 * math.isqrt(len(units)) + 2:
+            segments = net.recompute_segments(count)
+            kept = max(sum(units[i].activation_bytes for i in segment) for segment in segments)
+            estimates[count] = kept + sum(4 * math.prod(units[segment[-1]].output_shape) for segment in segments[:-1])
+    return sorted(sorted(estimates, key=estimates.__getitem__)[:_MOST_SEGMENTS])
 
 
 def _resized(target: Any, before: int, after: int) -> Any:

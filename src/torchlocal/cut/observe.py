@@ -190,10 +190,14 @@ def fake_twins(model: nn.Module, mode: FakeTensorMode, *, learn: bool) -> dict[i
             continue
         if isinstance(tensor, nn.Parameter):
             wanted = tensor.is_floating_point() if learn else tensor.requires_grad
-            twins[id(tensor)] = nn.Parameter(mode.from_tensor(tensor.detach()), wanted)
+            twins[id(tensor)] = nn.Parameter(_fake(tensor.detach(), mode), wanted)
         else:
-            twins[id(tensor)] = mode.from_tensor(tensor) if tensor.is_floating_point() else tensor.clone()
+            twins[id(tensor)] = _fake(tensor, mode) if tensor.is_floating_point() else tensor.clone()
     return twins
+
+
+def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    return tensor.detach() if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor)
 
 
 def fake_batch(batch: Batch, mode: FakeTensorMode) -> Batch:
