@@ -1,7 +1,7 @@
 """A small Llama, trained by the transformers Trainer as local modules with guidance; text is Python's own source.
 
     pip install '.[transformers]'
-    python examples/huggingface.py                               # 250 steps, about a minute on two CPU cores
+    python examples/huggingface.py                               # 250 steps, one to two minutes on two CPU cores
     python examples/huggingface.py --steps 10 --out runs/trial   # see that it runs
 
 The network reads bytes and predicts the next one. It ends as a folder that ``from_pretrained`` loads, without a trace

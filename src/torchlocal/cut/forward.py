@@ -246,6 +246,8 @@ class Forward:
         self.sample: Batch = None  # a batch of the layout that the network was cut with
         self.batch: Batch = None  # what the network is being called with now
         self.num_units = len(facts.points) + 1
+        self.ends = {key: unit + 1 for unit, (key, _) in enumerate(facts.points)}  # by call, the unit that follows
+        self.recorded: frozenset[Key] = frozenset().union(*facts.before)  # calls that may have to be left out
         self.compiled: dict[str, Any] | None = None
         self.inside = Inside(self)
         self._measured: OrderedDict[Any, dict[Any, Any]] = OrderedDict()
@@ -549,8 +551,7 @@ class Pass:
             self._states[0].random = self._entering[0]
         self._clones: dict[int, list[Tensor]] = {}
         self._stubs: dict[Key, Any] = {}
-        self._units = {key: unit + 1 for unit, (key, _) in enumerate(forward.facts.points)}
-        self._record = frozenset().union(*forward.facts.before)
+        self._record: frozenset[Key] = frozenset()
         self._count: dict[str, int] = {}
         self._first = self._last = 0
         self._features: list[Tensor] = []
@@ -565,11 +566,6 @@ class Pass:
         self._loose: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
         self._grad, self._hooks = True, None
 
-    @property
-    def num_stages(self) -> int:
-        """Number of units."""
-        return self.forward.num_units
-
     @contextlib.contextmanager
     def opened(self, stops: tuple[int, ...] | None = None) -> Iterator[Pass]:
         """Stand between the modules and their callers for a while.
@@ -580,10 +576,10 @@ class Pass:
         """
         facts = self.forward.facts
         if stops is None:
+            self._record = self.forward.recorded
             paths = dict.fromkeys([*(path for path, _ in self._record), *(key[0] for key, _ in facts.points)])
         else:
             paths = dict.fromkeys(facts.points[unit - 1][0][0] for unit in stops)
-            self._record = frozenset()
         modules: list[tuple[nn.Module, Any]] = [
             (self.forward.backbone.get_submodule(path), partial(self._call, path)) for path in paths
         ]
@@ -699,12 +695,12 @@ class Pass:
             return result
         if key in self._record and key not in self.outputs:
             self.outputs[key] = _described(result, self.forward.facts.places[key])
-        unit = self._units.get(key)
+        unit = self.forward.ends.get(key)
         return result if unit is None else self._pass(unit, result)
 
     def _stand_in(self, key: Key) -> Any:
         facts = self.forward.facts
-        unit = self._units.get(key)
+        unit = self.forward.ends.get(key)
         if unit == self._first:
             place = facts.points[unit - 1][1]
             leaves, structure = tree_flatten(self._stub(key))

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten
 from ..recompute import RandomState, Replay
 from .batches import as_prediction
 from .intercept import eagerly
-from .observe import fake_batch, fake_twins
+from .observe import STATISTICS, fake_batch, fake_twins
 from .untouched import swapped, untouched
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["Inside", "NodeStages"]
 
 _MOST_STAGES = 32  # the search takes the cube of it
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # kernels write them unseen
 
 
 class _Untraceable(Exception):
@@ -240,9 +239,7 @@ class Inside:
                     environment[node] = _execute(backbone, node, args, kwargs)
                     trace.written[node] = {n for n, version in before.items() if environment[n]._version != version}
                     trace.mutated[node] = [
-                        place
-                        for place, b in buffers.items()
-                        if b._version != versions[place] or place[1] in _STATISTICS
+                        place for place, b in buffers.items() if b._version != versions[place] or place[1] in STATISTICS
                     ]
                     if isinstance(environment[node], (tuple, list, dict)):
                         trace.composite.add(node)

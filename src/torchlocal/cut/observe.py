@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from ..recompute import RandomState
 from .batches import Batch, call, describe, device_of
 from .intercept import Original, around, eagerly
 from .untouched import swapped, training_mode, untouched
@@ -33,7 +34,7 @@ __all__ = ["Call", "Crossing", "Observation", "Operation", "fake_batch", "fake_t
 
 Node = Any  # torch.autograd.graph.Node
 Value = tuple[Node, int]  # one output of a node
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # kernels write them unseen
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # kernels write them unseen
 _HEAVY = ("embedding", "rnn", "lstm", "gru")  # beside what has a formula for FLOPs; of ids, not of positions alone
 
 
@@ -269,8 +270,6 @@ def _input(sample: Batch) -> str:
 
 
 def _watched(model: nn.Module, sample: Batch, *, fake: bool) -> Observation:
-    from ..recompute import RandomState
-
     seen = Observation(fake=fake)
     if fake:
         twins, batch = fake_twins(model, seen.mode, learn=True), fake_batch(sample, seen.mode)
@@ -442,7 +441,7 @@ class _Watch(TorchDispatchMode):
         for full in buffers:
             owner, _, leaf = full.rpartition(".")
             buffer, version = self._versions[full]
-            if buffer._version != version or leaf in _STATISTICS or (func._schema.is_mutable and args[0] is buffer):
+            if buffer._version != version or leaf in STATISTICS or (func._schema.is_mutable and args[0] is buffer):
                 self._seen.written.setdefault((owner, leaf), len(self._seen.operations) - 1)
         if fed:
             self._fed |= keys
