@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import torchlocal as tl
-from torchlocal.evaluation import load_run
+from torchlocal.run.evaluation import load_run
 
 
 def module_gradients(net: tl.DecoupledNetwork) -> list[Tensor]:

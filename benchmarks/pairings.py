@@ -12,7 +12,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from torchlocal.evaluation import load_run, measure_split
+from torchlocal.run.evaluation import load_run, measure_split
 
 
 def mean_accuracy(run: Path, num_pairings: int, data_root: str | None) -> float:

@@ -3,7 +3,7 @@
 The first 10,000 training and the first 2,000 test images, each 2x2 pixels averaged into one (14x14, 8 bit, halves
 rounded up), with their labels, as one compressed .npz file. The same files give the same bytes:
 
-    python scripts/build_sample.py FOLDER             # writes src/torchlocal/datasets/fashion_mnist_small.npz
+    python scripts/build_sample.py FOLDER             # writes src/torchlocal/data/fashion_mnist_small.npz
     python scripts/build_sample.py FOLDER --check     # compares with it and writes nothing
 
 FOLDER holds train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, plain
@@ -22,9 +22,9 @@ import numpy as np
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 sys.path.insert(0, str(SOURCE))
 
-from torchlocal.datasets.sources import read_idx  # noqa: E402  (works from a checkout that is not installed)
+from torchlocal.data.sources import read_idx  # noqa: E402
 
-TARGET = SOURCE / "torchlocal" / "datasets" / "fashion_mnist_small.npz"
+TARGET = SOURCE / "torchlocal" / "data" / "fashion_mnist_small.npz"
 
 
 def halve(images: np.ndarray) -> np.ndarray:

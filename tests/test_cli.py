@@ -18,14 +18,16 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
-from torchlocal import cli, models, trainer
-from torchlocal.cli import main
-from torchlocal.compare import CompareConfig
-from torchlocal.config import FitConfig, build_rule, guided_memory
+from torchlocal import models
+from torchlocal.cli import commands as cli
+from torchlocal.cli.commands import main
+from torchlocal.cli.options import build_config, config_options, recipe_names, recipe_options
+from torchlocal.compare.comparison import CompareConfig
 from torchlocal.models import build_model
 from torchlocal.network import DecoupledNetwork, decouple
-from torchlocal.options import build_config, config_options, recipe_names, recipe_options
-from torchlocal.trainer import train_step
+from torchlocal.run import trainer
+from torchlocal.run.config import FitConfig, build_rule, guided_memory
+from torchlocal.run.trainer import train_step
 
 COMMANDS = ["fit", "evaluate", "compare", "partition", "plan", "export", "recipes"]
 TINY = [

@@ -19,15 +19,24 @@ import torch
 import yaml
 from torch import nn
 
-from torchlocal import models, trainer
-from torchlocal.assembly import learning_rate
-from torchlocal.compare import METHODS, CompareConfig, compare, method_configs
-from torchlocal.config import FitConfig, GuidanceConfig, config_from_dict
-from torchlocal.costs import StepCosts
-from torchlocal.figures import draw_figures
-from torchlocal.report import Comparison, MethodResult, Row, format_bytes, format_count, markdown_table, write_report
-from torchlocal.sharing import find_branches
-from torchlocal.trainer import Interrupted, train_step
+from torchlocal import models
+from torchlocal.compare.comparison import METHODS, CompareConfig, compare, method_configs
+from torchlocal.compare.costs import StepCosts
+from torchlocal.compare.figures import draw_figures
+from torchlocal.compare.report import (
+    Comparison,
+    MethodResult,
+    Row,
+    format_bytes,
+    format_count,
+    markdown_table,
+    write_report,
+)
+from torchlocal.run import trainer
+from torchlocal.run.branches import find_branches
+from torchlocal.run.build import learning_rate
+from torchlocal.run.config import FitConfig, GuidanceConfig, config_from_dict
+from torchlocal.run.trainer import Interrupted, train_step
 
 SEEDS = (0, 1)
 TIMED = ("step_ms", "step_ratio")
@@ -432,7 +441,7 @@ def test_finished_runs_are_not_repeated(done: tuple[Path, Comparison], monkeypat
         raise AssertionError("a step was trained or measured again")
 
     monkeypatch.setattr(trainer, "train_step", never)
-    monkeypatch.setattr("torchlocal.costs.train_step", never)
+    monkeypatch.setattr("torchlocal.compare.costs.train_step", never)
     again = compare(small_config(out), progress=False)
     assert run_files(out) == before
     assert (out / "report.csv").read_bytes() == report
@@ -730,7 +739,7 @@ def test_every_method_is_timed_with_its_own_threads(tmp_path: Path, monkeypatch:
         seen.setdefault(config.num_threads, set()).add(torch.get_num_threads())
         return train_step(*arguments, config=config, **options)
 
-    monkeypatch.setattr("torchlocal.costs.train_step", counted)
+    monkeypatch.setattr("torchlocal.compare.costs.train_step", counted)
     before = torch.get_num_threads()
     config = small_config(
         tmp_path, methods=("local",), seeds=(0,), epochs=1, grid={"num_threads": [1, 2]}, timing_rounds=1

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from torchlocal.data import DataBundle, Split, data_names, load_data
-from torchlocal.datasets.splits import Augmentation, MemorySource, make_generator
+from torchlocal.data.splits import Augmentation, MemorySource, make_generator
 
 IDX_NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
@@ -92,7 +92,7 @@ def test_embedded_sample() -> None:
     data = load_data()
     assert (data.name, data.num_classes, data.shape) == ("fashion-mnist-small", 10, (1, 14, 14))
     assert (len(data.train), len(data.validation), len(data.test)) == (9000, 1000, 2000)
-    folder = resources.files("torchlocal.datasets")
+    folder = resources.files("torchlocal.data")
     assert "Copyright © 2017 Zalando SE" in (folder / "LICENSE-fashion-mnist.txt").read_text(encoding="utf-8")
     with (folder / "fashion_mnist_small.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         images, labels = arrays["train_images"] / 255, arrays["train_labels"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchlocal as tl
+from torchlocal.memory import plans
 
 N = 256
 X, Y = torch.randn(N, 8, generator=torch.Generator().manual_seed(0)), torch.arange(N) % 5
@@ -30,7 +32,7 @@ def gradients(net: nn.Module) -> list[Tensor]:
 
 
 def cut_in_four(net: tl.DecoupledNetwork) -> Any:
-    return tl.memory.replace(net.guided_plan(net.sample), micro_batches=4)
+    return replace(net.guided_plan(net.sample), micro_batches=4)
 
 
 IGNORED = Y.masked_fill(torch.arange(N) < 150, -100)  # the first half has nothing but ignored targets
@@ -262,9 +264,9 @@ def test_plans_for_many_sizes_of_batches_are_bounded() -> None:
         net.zero_grad()
         net.guided_step(X[:size], Y[:size])
         assert all(map(torch.equal, exact, gradients(net))) and found.peak_bytes is not None
-    assert len(net._plans) == 4
+    assert len(plans._FOUND[net]) == 4
     net.guided_plan(torch.cat([X, X]), torch.cat([Y, Y]), memory="exact")  # a larger one is searched for
-    assert len(net._plans) == 5
+    assert len(plans._FOUND[net]) == 5
     # The plan for one kind of target is not used for another.
     net.guided_plan(X, SOFT, memory="exact")
-    assert len(net._plans) == 6
+    assert len(plans._FOUND[net]) == 6

@@ -23,12 +23,11 @@ import torch
 import torchvision
 from PIL import Image
 
-from torchlocal.assembly import load_run_data
-from torchlocal.config import FitConfig
-from torchlocal.data import load_data
-from torchlocal.datasets import sources, splits
-from torchlocal.datasets.folders import read_folders, read_image
-from torchlocal.datasets.sources import read_idx
+from torchlocal.data import load_data, sources, splits
+from torchlocal.data.folders import read_folders, read_image
+from torchlocal.data.sources import read_idx
+from torchlocal.run.build import load_run_data
+from torchlocal.run.config import FitConfig
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)  # every grey level once
 COLOURS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)

@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from torchlocal import models
-from torchlocal.cli import main
-from torchlocal.export import export
-from torchlocal.report import Comparison, MethodResult, write_report
+from torchlocal.cli.commands import main
+from torchlocal.compare.report import Comparison, MethodResult, write_report
+from torchlocal.run.export import export
 
 TINY = [
     "--model=small", "--modules=2", "--epochs=1", "--batch-size=8", "--precision=fp32", "--num-threads=1",
@@ -34,7 +34,7 @@ ON_A_FULL_DISK = """
 import resource, sys
 from torch import nn
 from torchlocal import models
-from torchlocal.cli import main
+from torchlocal.cli.commands import main
 sys.path.insert(0, sys.argv[1])
 from test_faults_export import small_net
 models._OWN["small"] = small_net

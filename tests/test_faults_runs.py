@@ -22,13 +22,15 @@ import pytest
 import torch
 
 import torchlocal
-from torchlocal import checkpoint, cli, config, rules, trainer
-from torchlocal.cli import main
-from torchlocal.compare import CompareConfig, compare
-from torchlocal.config import FitConfig
-from torchlocal.folder import Owned, Ownership, temporary_name
+from torchlocal import rules
+from torchlocal.cli import commands as cli
+from torchlocal.cli.commands import main
+from torchlocal.compare.comparison import CompareConfig, compare
 from torchlocal.guidance import PeriodicGuidance, PhasedGuidance, RandomGuidance
-from torchlocal.trainer import fit
+from torchlocal.run import checkpoint, config, trainer
+from torchlocal.run.config import FitConfig
+from torchlocal.run.folder import Owned, Ownership, temporary_name
+from torchlocal.run.trainer import fit
 
 # --- the command answers ---
 
@@ -59,7 +61,7 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 )
 def test_the_command_answers_without_torch(argv: str, code: int) -> None:
     told = python(
-        "from torchlocal.cli import main\n"
+        "from torchlocal.cli.commands import main\n"
         f"code = main({argv.split()!r})\n"
         "print('torch', 'torch' in sys.modules, file=sys.stderr)\n"
         "sys.exit(code)\n"
@@ -72,7 +74,6 @@ def test_public_names_are_there_when_asked_for() -> None:
     told = python(
         "import torchlocal as tl\n"
         "assert 'torch' not in sys.modules and set(tl.__all__) <= set(dir(tl))\n"
-        "import torchlocal.plan\n"  # the file, whose name is that of the function
         "assert tl.plan.__name__ == 'plan' and callable(tl.plan), tl.plan\n"
         "from torchlocal import *\n"
         "assert plan is tl.plan and local_step.__module__ == 'torchlocal.steps' and memory.measure\n"
@@ -173,7 +174,7 @@ def test_the_lock_dies_with_its_process_though_a_fork_lives_on(tmp_path: Path) -
     code = (
         "import os, sys, time\n"
         "from pathlib import Path\n"
-        "from torchlocal.folder import Ownership\n"
+        "from torchlocal.run.folder import Ownership\n"
         f"owned = Ownership(Path({str(tmp_path)!r}), 'x')\n"
         "if os.fork() == 0:\n"
         "    time.sleep(60)\n"
@@ -374,7 +375,7 @@ def test_a_closed_pipe_does_not_hide_an_error(tmp_path: Path) -> None:
         assert process.wait(200) == 2
 
 
-@pytest.mark.parametrize("module", ["torchlocal.options", "numpy", "torch.nn", "torchlocal.trainer"])
+@pytest.mark.parametrize("module", ["torchlocal.cli.options", "numpy", "torch.nn", "torchlocal.run.trainer"])
 def test_ctrl_c_during_the_imports_is_one_line(tmp_path: Path, module: str) -> None:
     told = python(
         "import os, signal\n"

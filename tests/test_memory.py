@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_exact_memory_modes_equal_the_plain_guided_step(modules: Any, memory: An
     state = copy.deepcopy(net.state_dict())
     plan = net.guided_plan(make_batch()[0], memory=memory, auxiliary=auxiliary)
     if memory == 800_000:  # a budget may cut the batch: keep what it recomputes, without that
-        plan = tl.memory.replace(plan, micro_batches=1)
+        plan = replace(plan, micro_batches=1)
     plain = outcome(net, state, "guided", auxiliary=auxiliary)
     assert_same(plain, outcome(net, state, "guided", auxiliary=auxiliary, memory=plan))
 
@@ -115,7 +116,7 @@ def test_micro_batches_give_the_mean_gradient() -> None:
     plain = [loss.clone() for loss in net.guided_step(x, y)]
     gradients = [p.grad.clone() for p in net.parameters() if p.grad is not None]
     net.zero_grad()
-    plan = tl.memory.replace(net.guided_plan(x, recompute=3), micro_batches=4)  # 30 examples: parts of 8 and 7
+    plan = replace(net.guided_plan(x, recompute=3), micro_batches=4)  # 30 examples: parts of 8 and 7
     torch.testing.assert_close(net.guided_step(x, y, memory=plan), plain)
     torch.testing.assert_close([p.grad for p in net.parameters() if p.grad is not None], gradients)
 
@@ -271,7 +272,7 @@ def test_where_nothing_fits_the_smallest_plan_is_used_with_a_warning() -> None:
 def test_micro_batches_are_predicted_as_they_are_measured(optimizers: bool) -> None:
     x, y = make_batch(64)
     net = tl.decouple(make_network(4), 4, sample=x)
-    plan = tl.memory.replace(net.guided_plan(x, recompute=2), micro_batches=4)
+    plan = replace(net.guided_plan(x, recompute=2), micro_batches=4)
     options = {"optimizers": [SGD(p) for p in net.module_parameters()]} if optimizers else {}
     net.guided_step(x, y, memory=plan, **options)  # makes the optimizers' state
     net.zero_grad()

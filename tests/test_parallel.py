@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import torchlocal as tl
 from torchlocal import parallel
+from torchlocal.memory.search import GuidedPlan
 from torchlocal.recompute import Again, Keep, Tape
-from torchlocal.schedule import GuidedPlan
 
 STEPS = ["local", "guided", "local", "local", "frozen", "local", "guided", "guided", "local"]
 

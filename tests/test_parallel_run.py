@@ -19,10 +19,12 @@ from networks import SmallNet
 from processes import Pool
 from torch import Tensor, nn
 
-from torchlocal import assembly, cli, trainer
-from torchlocal.config import FitConfig, GuidanceConfig
+from torchlocal.cli import commands as cli
 from torchlocal.parallel.team import Elsewhere, RemoteSplit
-from torchlocal.trainer import Interrupted, fit
+from torchlocal.run import build as assembly
+from torchlocal.run import trainer
+from torchlocal.run.config import FitConfig, GuidanceConfig
+from torchlocal.run.trainer import Interrupted, fit
 
 TIMES = ("seconds", "train_seconds", "epoch_seconds", "images_per_second", "out", "tensorboard", "run")
 

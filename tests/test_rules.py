@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchlocal as tl
-from torchlocal.config import FitConfig, build_rule
 from torchlocal.models import build_model
 from torchlocal.rules import AUXILIARY_NETWORKS, Batch, Rule, Site
+from torchlocal.run.config import FitConfig, build_rule
 
 
 def site(shape: tuple[int, ...], channel_dim: int = 1) -> Site:

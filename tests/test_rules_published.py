@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchlocal as tl
-from torchlocal.config import FitConfig, build_rule
 from torchlocal.models import build_model
 from torchlocal.rules import Batch, Rule, Site, make_rule, published_weights
 from torchlocal.rules.auglocal import auxiliary_depth, sampled_units
@@ -19,6 +18,7 @@ from torchlocal.rules.downstream import reinitialise
 from torchlocal.rules.infopro import PUBLISHED_WEIGHTS, UpsampledConv, supervised_contrast
 from torchlocal.rules.layers import BlockMean, GlobalMean, SpatialStd
 from torchlocal.rules.predsim import similarity
+from torchlocal.run.config import FitConfig, build_rule
 
 
 def site(shape: tuple[int, ...], *, index: int = 0, num_modules: int = 4, channel_dim: int = 1) -> Site:

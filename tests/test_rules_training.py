@@ -18,12 +18,12 @@ from torchvision.models import ConvNeXt, SwinTransformer, VisionTransformer
 from torchvision.models.convnext import CNBlockConfig
 
 import torchlocal as tl
-from torchlocal.compare import CompareConfig
-from torchlocal.config import FitConfig, build_rule, config_from_dict, config_to_dict
+from torchlocal.cli.options import config_options, recipe_names, recipe_options
+from torchlocal.compare.comparison import CompareConfig
 from torchlocal.cut.forward import Pass
 from torchlocal.models import LocalVGG, build_model, mlp
-from torchlocal.options import config_options, recipe_names, recipe_options
 from torchlocal.rules import RULES, make_rule
+from torchlocal.run.config import FitConfig, build_rule, config_from_dict, config_to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in RULES} | {

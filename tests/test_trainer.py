@@ -23,10 +23,18 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchlocal as tl
-from torchlocal import assembly, checkpoint, trainer
-from torchlocal.config import FitConfig, GuidanceConfig, build_guidance, config_from_dict, config_to_dict, guided_memory
-from torchlocal.progress import Reporter, compact
-from torchlocal.trainer import (
+from torchlocal.run import build as assembly
+from torchlocal.run import checkpoint, trainer
+from torchlocal.run.config import (
+    FitConfig,
+    GuidanceConfig,
+    build_guidance,
+    config_from_dict,
+    config_to_dict,
+    guided_memory,
+)
+from torchlocal.run.progress import Reporter, compact
+from torchlocal.run.trainer import (
     Diverged,
     Interrupted,
     build_network,

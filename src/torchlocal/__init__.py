@@ -1,12 +1,11 @@
 """Train any network as gradient-isolated local modules, and reinstate the global objective periodically."""
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import guidance, memory, parallel, rules
+    from .budget import MemoryPlan, plan
     from .cut.units import Partition, Unit
     from .guidance import (
         AlwaysGuidance,
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     )
     from .network import DecoupledNetwork, decouple
     from .parallel import ParallelNetwork, distribute
-    from .plan import MemoryPlan, plan
     from .rules import DGLRule, GreedyRule, Rule
     from .steps import guided_step, local_step
 
@@ -62,8 +60,8 @@ _MODULES = {
     ),
     "network": ("DecoupledNetwork", "decouple"),
     "parallel": ("ParallelNetwork", "distribute"),
+    "budget": ("MemoryPlan", "plan"),
     "cut.units": ("Partition", "Unit"),
-    "plan": ("MemoryPlan", "plan"),
     "rules": ("DGLRule", "GreedyRule", "Rule"),
     "steps": ("guided_step", "local_step"),
 }
@@ -83,14 +81,3 @@ if not TYPE_CHECKING:  # a type checker would take it for a promise that every n
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """`torchlocal.plan` is the function, although importing the file of that name would put the file there."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name == "plan" and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

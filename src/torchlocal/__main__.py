@@ -8,7 +8,7 @@ __all__ = ["main"]
 def main() -> int:
     """Run the command; Ctrl-C is one line from the first import on."""
     try:
-        from torchlocal.cli import main as run
+        from torchlocal.cli.commands import main as run
     except KeyboardInterrupt:
         print("torchlocal: Interrupted.", file=sys.stderr)
         return 130

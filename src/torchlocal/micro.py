@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .cut.batches import Batch, num_examples
+from .modules import LocalModules
 from .rules import Rule
-
-if TYPE_CHECKING:
-    from .network import DecoupledNetwork
 
 __all__ = ["NotCut", "Parts", "can_cut", "criterion_of_parts", "cut_batch"]
 
@@ -37,7 +35,7 @@ class NotCut(ValueError):
     """The batch cannot be cut, for the reason that the message tells."""
 
 
-def cut_batch(net: DecoupledNetwork, batch: Batch, target: Any, count: int, *, follow: bool) -> Parts:
+def cut_batch(net: LocalModules, batch: Batch, target: Any, count: int, *, follow: bool) -> Parts:
     """A batch and its target in parts as equal as can be, each with its share in the loss of the whole.
 
     Args:
@@ -80,7 +78,7 @@ def cut_batch(net: DecoupledNetwork, batch: Batch, target: Any, count: int, *, f
     return list(zip(inputs, labels, shares, strict=True))
 
 
-def criterion_of_parts(net: DecoupledNetwork, target: Any, *, follow: bool) -> Any:
+def criterion_of_parts(net: LocalModules, target: Any, *, follow: bool) -> Any:
     """What the parts of a batch are weighed by :func:`cut_batch` for: one of class indices sums, and divides later.
 
     So a part in which nothing counts does not divide by zero.
@@ -95,7 +93,7 @@ def criterion_of_parts(net: DecoupledNetwork, target: Any, *, follow: bool) -> A
     return functools.partial(criterion, reduction="sum")
 
 
-def _sums(net: DecoupledNetwork, target: Any, *, follow: bool) -> bool:
+def _sums(net: LocalModules, target: Any, *, follow: bool) -> bool:
     """Whether all losses are those of a criterion of class indices that divides by what it counts."""
     function, options = _unwrapped(net.criterion)
     indices = isinstance(target, Tensor) and not target.is_floating_point()
@@ -103,7 +101,7 @@ def _sums(net: DecoupledNetwork, target: Any, *, follow: bool) -> bool:
     return indices and mean and (not follow or net.num_modules == 1 or type(net.rule).loss is Rule.loss)
 
 
-def can_cut(net: DecoupledNetwork, batch: Batch, target: Any, *, follow: bool) -> bool:
+def can_cut(net: LocalModules, batch: Batch, target: Any, *, follow: bool) -> bool:
     """Whether :func:`cut_batch` cuts such a batch at all."""
     try:
         cut_batch(net, batch, target, 2, follow=follow)
@@ -178,7 +176,7 @@ def _unwrapped(criterion: Any) -> tuple[str | None, dict[str, Any]]:
 
 
 @torch.no_grad()
-def _is_mean(net: DecoupledNetwork, batch: Batch, target: Any, labels: list[Any], sizes: list[int]) -> bool:
+def _is_mean(net: LocalModules, batch: Batch, target: Any, labels: list[Any], sizes: list[int]) -> bool:
     """Whether the loss of a batch is the mean of its parts' losses, tried on random predictions."""
     shape, dtype, device = net.chain.prediction_layout(batch)
     size = sum(sizes)

@@ -1,282 +1,63 @@
-"""The decoupled network: the user's backbone, its local modules and their auxiliary networks."""
+"""The decoupled network: the user's backbone as local modules, with the steps that train it."""
 
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from . import steps
-from .cut.batches import Batch, as_prediction, fits_into, key_of, plain, shaped, size_of, tensors_of
-from .cut.forward import Facts, Forward, Pass
+from .cut.batches import Batch, as_prediction, plain, shaped, tensors_of
+from .cut.forward import Facts, Forward
 from .cut.units import Partition, Unit, Units, balance
-from .recompute import Plan, in_segments
+from .memory import plans, predict
+from .modules import LocalModules
 from .rules import Rule, Site, make_rule
 from .rules.downstream import Downstream
-from .schedule import GuidedPlan, find_guided_plan, find_local_plans
+from .steps import guided_step, local_step
 
-if TYPE_CHECKING:
-    from .plan import MemoryPlan
+__all__ = ["COSTS", "DecoupledNetwork", "decouple", "prepare"]
 
 _NO_LARGER = 1.02  # peaks that differ by less count as the same
-_MOST_PLANS = 32  # that are remembered, of the latest layouts of batches
-_MOST_SEARCHES = 4  # with the same options, before plans of larger batches are used again
 COSTS = ("activation_bytes", "flops", "num_parameters")
 
 
-class DecoupledNetwork(nn.Module):
+class Recommended(Protocol):
+    """What :func:`torchlocal.plan` returns, as far as it is asked here."""
+
+    @property
+    def modules(self) -> int:
+        """Number of local modules."""
+        ...
+
+    @property
+    def recommendation(self) -> str:
+        """Why."""
+        ...
+
+
+class DecoupledNetwork(LocalModules):
     """A backbone as K gradient-isolated local modules; made by :func:`decouple`.
 
-    Called like the backbone, it is the backbone. ``parameters()`` are the backbone's, then the auxiliary networks'.
-
-    Attributes:
-        backbone: the user's network, trained in place.
-        auxiliary: K - 1 auxiliary networks, thrown away after training.
-        partition: the units and their grouping.
-        rule: the local rule.
-        criterion: loss of the task, ``criterion(output, target)``.
-        sites: the places that the auxiliary networks were made for.
-        chain: the network's own forward, as a chain of units.
-        sample: a batch of the layout that the network was decoupled with; its floating-point tensors are empty.
-        carry: what happens with tensors that carry gradients and cross a cut beside the features.
+    See :class:`LocalModules` for what it holds; its methods are the functions of the same names.
     """
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        auxiliary: Iterable[nn.Module],
-        *,
-        chain: Forward,
-        partition: Partition,
-        rule: Rule,
-        criterion: Callable[[Tensor, Any], Tensor],
-        sites: Sequence[Site],
-        sample: Batch,
-        carry: str | None = None,
-    ) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.auxiliary = nn.ModuleList(auxiliary)
-        self.chain = chain
-        self.partition = partition
-        self.rule = rule
-        self.criterion = criterion
-        self.sites = tuple(sites)
-        self.sample, self.carry = sample, carry
-        self._plans: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
-
-    @property
-    def num_modules(self) -> int:
-        """Number K of local modules."""
-        return len(self.partition.groups)
-
-    @property
-    def input_shape(self) -> torch.Size:
-        """Shape of the first tensor of the sample."""
-        return tensors_of(self.sample)[0].shape
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The backbone's own forward."""
-        return self.backbone(*args, **kwargs)
-
-    def local_step(self, batch: Batch, target: Any = None, **options: Any) -> list[Tensor]:
-        """See :func:`torchlocal.local_step`."""
-        return steps.local_step(self, batch, target, **options)
-
-    def guided_step(self, batch: Batch, target: Any = None, **options: Any) -> list[Tensor]:
-        """See :func:`torchlocal.guided_step`."""
-        return steps.guided_step(self, batch, target, **options)
-
-    def compile(self, **options: Any) -> None:
-        """Compile every local module and auxiliary network by itself, in place; keys stay as they are.
-
-        Args:
-            options: passed to :func:`torch.compile`.
-        """
-        self.compile_parts(range(len(self.auxiliary)), **options)
-
-    def compile_parts(self, modules: Iterable[int], **options: Any) -> None:
-        """Compile what runs of the backbone, and the auxiliary networks of these local modules."""
-        # Auxiliary networks run the same forward functions; counted together they would pass the limit of recompiles,
-        # and the last of them silently run uncompiled.
-        options = {"isolate_recompiles": True, **options}
-        self.chain.compile(**options)
-        for k in modules:
-            if k < len(self.auxiliary):
-                self.auxiliary[k].compile(**options)
-
-    def module_parameters(self) -> list[list[nn.Parameter]]:
-        """For each local module its parameters and its auxiliary network's, to give each an optimizer of its own.
-
-        A parameter that several modules use (tied ones) belongs to the last of them, whose optimizer finds the sum of
-        what they all give.
-        """
-        lists: list[list[nn.Parameter]] = [[] for _ in self.partition.groups]
-        owners, seen = self.module_owners(), set()
-        for parameters, group in zip(lists, self.partition.groups, strict=True):
-            parameters += [p for p in self.chain.parameters(group.start, group.stop) if owners[id(p)] == group.start]
-            seen |= {id(p) for p in parameters}
-        starts = {group.start: k for k, group in enumerate(self.partition.groups)}
-        for parameter in self.backbone.parameters():  # those that the forward was not seen to use
-            if id(parameter) not in seen:
-                lists[starts[owners[id(parameter)]]].append(parameter)
-        for parameters, network in zip(lists, self.auxiliary, strict=False):
-            parameters += network.parameters()
-        return lists
-
-    def module_owners(self) -> dict[int, int]:
-        """For every tensor of the backbone, by ``id``, the first unit of the local module that it belongs to."""
-        start_of = {unit: group.start for group in self.partition.groups for unit in group}
-        return {key: start_of[unit] for key, unit in self.chain.owners().items()}
-
-    def complete_at(self) -> list[int | None]:
-        """For each local module the unit whose backward pass completes the gradients of its parameters."""
-        first, owners = self.chain.first_users(), self.module_owners()
-        complete: list[int | None] = []
-        for group in self.partition.groups:
-            users = [unit for key, unit in first.items() if owners.get(key) == group.start]
-            complete.append(min([group.start, *users]))
-        return complete
-
-    @torch.no_grad()
-    def depth_outputs(self, batch: Batch) -> list[Tensor]:
-        """What each local module predicts, through its auxiliary network; the last is the backbone's prediction.
-
-        Args:
-            batch: what the network is called with.
-
-        Returns:
-            K tensors, each of the shape of the network's prediction.
-        """
-        batch = plain(batch)
-        outputs: list[Tensor] = []
-        ends = {group.stop: k for k, group in enumerate(self.partition.groups[:-1])}
-
-        def passing(unit: int, features: Tensor) -> Tensor:
-            k = ends[unit]
-            outputs.append(self.rule.predict(self.sites[k], self.auxiliary[k], features))
-            return features
-
-        pass_ = Pass(self.chain, batch)
-        with pass_.opened(tuple(ends)):
-            outputs += pass_.run(0, self.chain.num_units, [], boundary=passing, stops=tuple(ends))
-        return outputs
-
-    def recompute_segments(self, recompute: str | int | None) -> list[range]:
-        """The segments, as ranges of units, that a guided step with ``recompute`` runs twice.
-
-        Raises:
-            ValueError: ``recompute`` is not None, ``"modules"`` or a number from 1 to the number of units.
-        """
-        units = self.partition.units
-        if recompute is None:
-            segments = [range(len(units))]
-        elif recompute == "modules":
-            segments = list(self.partition.groups)
-        elif isinstance(recompute, int) and not isinstance(recompute, bool) and 1 <= recompute <= len(units):
-            sizes = [unit.activation_bytes for unit in units]
-            segments = balance(len(units), recompute, lambda first, last: sum(sizes[first:last]))
-        else:
-            raise ValueError(
-                f"recompute: must be None, 'modules' or a number of segments from 1 to {len(units)}, not {recompute!r}"
-            )
-        return segments
-
-    def guided_plan(
-        self,
-        batch: Batch,
-        target: Any = None,
-        *,
-        recompute: str | int | None = None,
-        memory: str | int | GuidedPlan | None = None,
-        auxiliary: str = "follow",
-        autocast: torch.dtype | None = None,
-        optimizers: object = None,
-    ) -> GuidedPlan:
-        """How a guided step of such a batch runs; found once for each layout of batch and options."""
-        if memory is not None and recompute is not None:
-            raise ValueError(f"recompute: memory={memory!r} chooses what is recomputed; leave recompute out")
-        if isinstance(memory, GuidedPlan):
-            return memory
-        if memory is None or memory == "full":
-            return GuidedPlan(tree=in_segments(self._without_carry(self.recompute_segments(recompute))))
-        if isinstance(memory, bool) or not (memory in ("local", "exact") or (isinstance(memory, int) and memory > 0)):
-            raise ValueError(f"memory: must be 'local', 'exact', 'full', a number of bytes or None, not {memory!r}")
-        self._without_carry([range(0), range(0)])
-        plan: GuidedPlan = self._found(
-            find_guided_plan,
-            batch,
-            target,
-            memory=memory,
-            auxiliary=auxiliary,
-            autocast=autocast,
-            optimizers=optimizers is not None or None,
-        )
-        return plan
-
-    def _without_carry(self, segments: list[range]) -> list[range]:
-        """Refuse to run from cut to cut where more than the features cross."""
-        if self.carry is not None and len(segments) > 1:
-            raise ValueError(
-                'recompute: a network that was decoupled with carry="collect" cannot run from one cut to another, so '
-                "nothing can be recomputed; leave recompute and memory out, or use the network's own checkpointing"
-            )
-        return segments
-
-    def local_plans(
-        self,
-        batch: Batch,
-        target: Any = None,
-        recompute: str | dict[int, Plan] | None = None,
-        *,
-        autocast: torch.dtype | None = None,
-    ) -> dict[int, Plan]:
-        """By module, how those of a local step run that recompute something; found once for each layout of batch."""
-        if recompute is None or isinstance(recompute, dict):
-            return recompute or {}
-        if recompute != "largest":
-            raise ValueError(f"recompute: must be None or 'largest' in a local step, not {recompute!r}")
-        self._without_carry([range(0), range(0)])
-        plans: dict[int, Plan] = self._found(find_local_plans, batch, target, autocast=autocast)
-        return plans
-
-    def _found(self, find: Callable[..., Any], batch: Batch, target: Any, **options: Any) -> Any:
-        """What a search finds, which is looked for once for each layout of batch and target, and options."""
-        flags = tuple(module.training for module in self.modules())
-        key = (find, key_of(batch), key_of(target), flags, *options.values())
-        # A search takes seconds: where batches come in many sizes, one that was found for a larger one has to do.
-        others = [known for known in self._plans if known[0] is find and known[3:] == key[3:]]
-        if key not in self._plans and len(others) >= _MOST_SEARCHES:
-            larger = [known for known in others if fits_into(key[1], known[1]) and fits_into(key[2], known[2])]
-            key = min(larger, key=lambda known: size_of(known[1]), default=key)
-        if key in self._plans:
-            self._plans.move_to_end(key)
-            return self._plans[key]
-        if not self.chain.fake:
-            self.chain.inside.refresh(batch)
-        # A thread of its own has none of the caller's modes: autocast, no_grad, a counter.
-        with ThreadPoolExecutor(1) as executor:
-            self._plans[key] = executor.submit(find, self, batch, target, **options).result()
-        while len(self._plans) > _MOST_PLANS:
-            self._plans.popitem(last=False)
-        return self._plans[key]
-
-    def extra_repr(self) -> str:
-        """Names of the local modules."""
-        return f"local modules: {', '.join(self.partition.names)}; rule={self.rule!r}"
+    local_step = local_step
+    guided_step = guided_step
+    local_plans = plans.local_plans
+    guided_plan = plans.guided_plan
+    recompute_segments = plans.recompute_segments
 
 
 def decouple(
     model: nn.Module | Sequence[nn.Module],
-    modules: int | str | MemoryPlan | None = None,
+    modules: int | str | Recommended | None = None,
     *,
     sample: Batch | Sequence[int],
     cuts: Sequence[str] | None = None,
@@ -324,7 +105,7 @@ def decouple(
         modules = modules.modules
     make = prepare(
         model,
-        modules,  # type: ignore[arg-type]
+        modules,
         sample=sample,
         cuts=cuts,
         rule=rule,
@@ -455,7 +236,6 @@ def _without_values(tensor: Tensor) -> Tensor:
 
 def _fewest(assemble: Callable[[int], DecoupledNetwork], most: int, device: torch.device) -> int:
     """The smallest number of local modules whose local step is predicted to take no more than ``most`` modules do."""
-    from .memory import predict
 
     def peak(num_modules: int) -> int:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # for auxiliary networks to throw away

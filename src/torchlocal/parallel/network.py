@@ -14,12 +14,12 @@ from torch._subclasses import FakeTensor
 from ..cut.batches import Batch as Inputs
 from ..cut.batches import key_of, num_examples, plain
 from ..cut.forward import Pass, filled
+from ..engine import Step, SupportsStep, apply, check_arguments, check_optimizers
+from ..memory.plans import local_plans, plan_and_parts
 from ..micro import cut_batch
-from ..network import DecoupledNetwork
-from ..recompute import Plan
+from ..modules import LocalModules
+from ..recompute import GuidedPlan, Plan
 from ..rules import Batch
-from ..schedule import GuidedPlan
-from ..steps import Step, SupportsStep, apply, check_arguments, check_optimizers, plan_and_parts
 from .channels import Channel, Message, watched
 from .pipelined import Schedule
 from .rehearsal import Rehearsal, layouts, rehearse
@@ -36,7 +36,7 @@ _SCHEDULES = ("1f1b", "gpipe")
 class ParallelNetwork(Stage):
     """A decoupled network whose local modules live on several ranks; made by :func:`distribute`.
 
-    It has the steps of :class:`DecoupledNetwork`. On all stages but the first, batches are left out. Every rank holds
+    It has the steps of :class:`LocalModules`. On all stages but the first, batches are left out. Every rank holds
     the whole network, but trains its own local modules: ``parameters()`` are theirs, for the optimizer of this rank.
 
     Random numbers are those of a single process: the random state that a step begins with on the first stage travels
@@ -60,7 +60,7 @@ class ParallelNetwork(Stage):
 
     def __init__(
         self,
-        net: DecoupledNetwork,
+        net: LocalModules,
         stages: Sequence[range],
         replicas: int = 1,
         *,
@@ -117,7 +117,7 @@ class ParallelNetwork(Stage):
         options = (str(autocast), scale)
         task = self._begin(_LOCAL, batch, target, options)
         if self.is_first:
-            task.plan = self.net.local_plans(task.batch.input, target, recompute, autocast=autocast)
+            task.plan = local_plans(self.net, task.batch.input, target, recompute, autocast=autocast)
         rehearsal = self._rehearse(task.batch.input, task.batch.target, autocast)
         self._enter(task, rehearsal)
         step = self._step(task, rehearsal, autocast, backward, scale, follow=True)

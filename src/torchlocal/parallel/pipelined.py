@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..cut.forward import Pass
-from ..steps import Step
+from ..engine import Step
+from ..modules import LocalModules
 from .rehearsal import Rehearsal
-
-if TYPE_CHECKING:
-    from ..network import DecoupledNetwork
 
 __all__ = ["Schedule"]
 
@@ -36,7 +34,7 @@ class Schedule:
     def __init__(
         self,
         *,
-        net: DecoupledNetwork,
+        net: LocalModules,
         stage: int,
         stages: Sequence[range],
         rehearsal: Rehearsal,
@@ -98,7 +96,7 @@ class _Arrive(torch.autograd.Function):
 class _Body(nn.Module):
     """The local modules of a stage as one module, which trains their auxiliary networks on the way."""
 
-    def __init__(self, net: DecoupledNetwork, modules: range, device: torch.device, rehearsal: Rehearsal) -> None:
+    def __init__(self, net: LocalModules, modules: range, device: torch.device, rehearsal: Rehearsal) -> None:
         super().__init__()
         self._strides = rehearsal.features[modules.start - 1].stride() if modules.start else None
         self._held = (net, modules, device)  # in a tuple: the network is no submodule of it

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..cut.batches import Batch as Inputs
 from ..cut.batches import device_of, plain
 from ..cut.forward import Pass, emptied
+from ..engine import Step
+from ..modules import LocalModules
 from ..recompute import RandomState
-from ..steps import Step
-
-if TYPE_CHECKING:
-    from ..network import DecoupledNetwork
 
 __all__ = ["Rehearsal", "count_flops", "layouts", "measure_seconds", "rehearse"]
 
@@ -132,9 +130,7 @@ class Rehearsal:
         """Whether a step draws random numbers."""
         return any(self.draws) or any(self.losses)
 
-    def skip(
-        self, net: DecoupledNetwork, modules: range, device: torch.device, *, follow: bool
-    ) -> dict[int, RandomState]:
+    def skip(self, net: LocalModules, modules: range, device: torch.device, *, follow: bool) -> dict[int, RandomState]:
         """Draw what these modules draw; with ``follow`` also the losses of those that have an auxiliary network.
 
         Returns:
@@ -160,7 +156,7 @@ def _repeat(draws: list[_Draw], device: torch.device) -> None:
         draw.repeat(device)
 
 
-def _twin(net: DecoupledNetwork) -> DecoupledNetwork:
+def _twin(net: LocalModules) -> LocalModules:
     twin = copy.deepcopy(net)
     twin.chain.compiled = None
     return twin
@@ -179,7 +175,7 @@ def _blank(batch: Inputs, device: torch.device) -> Inputs:
 
 
 def rehearse(
-    net: DecoupledNetwork, batch: Inputs, target: Any, *, device: torch.device, autocast: torch.dtype | None
+    net: LocalModules, batch: Inputs, target: Any, *, device: torch.device, autocast: torch.dtype | None
 ) -> Rehearsal:
     """Run a copy of the network once on zeros, and note what it draws; random state and network stay as they are.
 
@@ -225,7 +221,7 @@ def rehearse(
     return Rehearsal(draws=draws, losses=losses, features=handed, outputs=emptied(pass_.outputs), decides=decides)
 
 
-def layouts(net: DecoupledNetwork, batch: Inputs, *, device: torch.device) -> dict[Any, Any]:
+def layouts(net: LocalModules, batch: Inputs, *, device: torch.device) -> dict[Any, Any]:
     """What the calls return that are left out when the network runs from a cut point on."""
     if net.chain.facts.fake:
         return emptied(net.chain.outputs(batch))
@@ -241,7 +237,7 @@ def layouts(net: DecoupledNetwork, batch: Inputs, *, device: torch.device) -> di
 
 
 def measure_seconds(
-    net: DecoupledNetwork,
+    net: LocalModules,
     batch: Inputs,
     target: Any,
     *,
@@ -282,7 +278,7 @@ def measure_seconds(
     return [statistics.median(taken[1:]) for taken in times]
 
 
-def count_flops(net: DecoupledNetwork) -> list[float]:
+def count_flops(net: LocalModules) -> list[float]:
     """Floating-point operations of every local module and its auxiliary network, in one forward pass of the sample."""
     costs = []
     for k, group in enumerate(net.partition.groups):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..cut.batches import Batch
 from ..cut.units import balance
-from ..network import DecoupledNetwork
+from ..modules import LocalModules
 from .network import ParallelNetwork
 from .rehearsal import count_flops, measure_seconds
 
@@ -62,7 +62,7 @@ def check_same(values: Mapping[str, Any]) -> None:
 
 
 def distribute(
-    net: DecoupledNetwork,
+    net: LocalModules,
     *,
     replicas: int = 1,
     assignment: str | Sequence[int] = "flops",
@@ -164,7 +164,7 @@ def distribute(
     return ParallelNetwork(net, stages, replicas, boundary_dtype=boundary_dtype, in_flight=in_flight, timeout=timeout)
 
 
-def _refuse(net: DecoupledNetwork) -> None:
+def _refuse(net: LocalModules) -> None:
     """Refuse what works in one process only."""
     facts, kind = net.chain.facts, type(net.backbone).__name__
     if net.carry is not None:
@@ -185,7 +185,7 @@ def _refuse(net: DecoupledNetwork) -> None:
         )
 
 
-def _refuse_shared_buffers(net: DecoupledNetwork, stages: Sequence[range]) -> None:
+def _refuse_shared_buffers(net: LocalModules, stages: Sequence[range]) -> None:
     """Refuse a buffer that one stage writes and another one uses."""
     facts, groups = net.chain.facts, net.partition.groups
     written: dict[str, int] = {}
@@ -214,7 +214,7 @@ def _checksum(net: nn.Module) -> str:
 
 
 def _costs(
-    net: DecoupledNetwork, assignment: str, sample: tuple[Batch, Any] | None, autocast: torch.dtype | None
+    net: LocalModules, assignment: str, sample: tuple[Batch, Any] | None, autocast: torch.dtype | None
 ) -> list[float]:
     if assignment == "flops":
         return count_flops(net)

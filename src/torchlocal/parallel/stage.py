@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..cut.units import Partition
-from ..network import DecoupledNetwork
+from ..modules import LocalModules
 from .channels import watched
 
 __all__ = ["Stage"]
@@ -28,7 +28,7 @@ class Stage:
         timeout: longest time to wait for another rank, in seconds.
     """
 
-    def __init__(self, net: DecoupledNetwork, stages: Sequence[range], replicas: int, timeout: float) -> None:
+    def __init__(self, net: LocalModules, stages: Sequence[range], replicas: int, timeout: float) -> None:
         self.net, self.stages = net, list(stages)
         self._timeout = timeout
         self.device = next((p.device for p in net.parameters()), torch.device("cpu"))
@@ -123,7 +123,7 @@ class Stage:
         return self.train(False)
 
     def compile(self, **options: Any) -> None:
-        """Compile the local modules of this rank; see :meth:`DecoupledNetwork.compile`."""
+        """Compile the local modules of this rank; see :meth:`LocalModules.compile`."""
         self.net.compile_parts(self.modules, **options)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -15,18 +15,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..recompute import Plan, leaves
+from ..modules import LocalModules
+from ..recompute import Plan, Replaying, Stages, leaves
 from .channels import Channel
 from .tasks import crossing, restrict
-
-if TYPE_CHECKING:
-    from ..network import DecoupledNetwork
-    from ..recompute import Replaying, Stages
 
 __all__ = ["Tie", "Ties", "find_ties"]
 
@@ -60,7 +57,7 @@ class Tie:
         return range(self.users[0], self.owner)
 
 
-def find_ties(net: DecoupledNetwork, stages: Sequence[range]) -> list[Tie]:
+def find_ties(net: LocalModules, stages: Sequence[range]) -> list[Tie]:
     """The parameters that modules of several stages use."""
     groups = net.partition.groups
     stage_of = {unit: stage for stage, modules in enumerate(stages) for k in modules for unit in groups[k]}

@@ -77,7 +77,7 @@ class ManRule(Rule):
     def __init__(
         self, base: str | Rule = "dgl", *, momentum: float = 0.995, base_options: dict[str, Any] | None = None
     ) -> None:
-        from . import make_rule  # which knows this rule, too
+        from . import make_rule
 
         if isinstance(momentum, bool) or not isinstance(momentum, int | float) or not 0 <= momentum <= 1:
             raise ValueError(f"momentum: must be a number from 0 to 1, not {momentum!r}")

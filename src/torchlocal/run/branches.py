@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchlocal.assembly import count_steps, learning_rate
-from torchlocal.checkpoint import fixed_fields
-from torchlocal.config import FitConfig, build_guidance, config_to_dict
+from torchlocal.run.build import count_steps, learning_rate
+from torchlocal.run.checkpoint import fixed_fields
+from torchlocal.run.config import FitConfig, build_guidance, config_to_dict
 
 __all__ = ["Branch", "find_branches", "first_alike"]
 

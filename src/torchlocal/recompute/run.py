@@ -1,109 +1,18 @@
-"""Running part of a network forward and backward while keeping few activations: plans, and what carries them out.
-
-A plan is a tree over a chain of stages. Any tree gives the same gradients, buffers and random numbers, bit for bit;
-they differ in what is alive at a time and in how often a stage runs forward (Beaumont et al., "Optimal checkpointing
-for heterogeneous chains: how to train deep neural networks with limited memory", 2019).
-"""
+"""Carries a plan out: forward and backward through a chain of stages, some of which run twice."""
 
 from __future__ import annotations
 
-import random
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import get_device_states, set_device_states
 
-__all__ = [
-    "Again",
-    "Inner",
-    "Keep",
-    "Plan",
-    "RandomState",
-    "Recomputation",
-    "Replay",
-    "Stages",
-    "Tape",
-    "in_segments",
-    "leaves",
-    "without_autocast",
-]
+from .plan import Inner, Keep, Plan, Tape, leaves, recomputes
+from .state import RandomState, keeping_nothing, without_autocast
 
-
-@dataclass(frozen=True)
-class Tape:
-    """Stages ``first`` to ``last - 1`` run forward with their graph, then backward."""
-
-    first: int
-    last: int
-
-
-@dataclass(frozen=True)
-class Inner:
-    """Stage ``first`` is a chain itself, and runs by a plan of its own."""
-
-    first: int
-    plan: Plan
-
-    @property
-    def last(self) -> int:
-        """The stage after it."""
-        return self.first + 1
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """Two plans, one after the other."""
-
-    left: Plan
-    right: Plan
-
-    @property
-    def first(self) -> int:
-        """First stage."""
-        return self.left.first
-
-    @property
-    def last(self) -> int:
-        """Stage after the last."""
-        return self.right.last
-
-
-@dataclass(frozen=True)
-class Keep(_Pair):
-    """``left`` runs forward with its graph, which is kept while ``right`` runs forward and backward."""
-
-    left: Tape
-
-
-@dataclass(frozen=True)
-class Again(_Pair):
-    """``left`` runs forward without a graph; then ``right``, forward and backward; then ``left`` again by its plan."""
-
-
-Plan: TypeAlias = Tape | Inner | Keep | Again
-
-
-def in_segments(segments: list[range]) -> Plan:
-    """The plan that keeps the input of each segment and runs all but the last one twice."""
-    plan: Plan = Tape(segments[-1].start, segments[-1].stop)
-    for segment in reversed(segments[:-1]):
-        plan = Again(Tape(segment.start, segment.stop), plan)
-    return plan
-
-
-def leaves(plan: Plan) -> list[Tape | Inner]:
-    """The parts of a plan that run with a graph, in the order of their stages."""
-    return [plan] if isinstance(plan, Tape | Inner) else [*leaves(plan.left), *leaves(plan.right)]
-
-
-def _recomputes(plan: Plan) -> bool:
-    """Whether a plan runs anything twice."""
-    return _recomputes(plan.right) if isinstance(plan, Keep) else not isinstance(plan, Tape)
+__all__ = ["Recomputation", "Stages"]
 
 
 class Replaying(Protocol):
@@ -134,107 +43,6 @@ class Stages(Protocol):
 
     def entry_index(self, stage: int) -> int | None:
         """Where in the state before ``stage`` the very input of the chain is still to be found, if anywhere."""
-
-
-class RandomState:
-    """The state of the random generators: torch's of the CPU and of a device, Python's, and numpy's where it is loaded.
-
-    Args:
-        cpu: torch's state of the CPU.
-        devices: indices and states of the devices.
-        python: Python's and numpy's states; None: they are left alone.
-    """
-
-    def __init__(
-        self, cpu: Tensor, devices: tuple[list[int], list[Tensor]], python: tuple[Any, Any] | None = None
-    ) -> None:
-        self.cpu, self.devices, self.python = cpu, devices, python
-
-    @classmethod
-    def get(cls, device: torch.device, *, numpy: bool = True) -> RandomState:
-        """The state now; numpy's takes longer than all others, so it may be left out."""
-        devices: tuple[list[int], list[Tensor]] = ([], [])
-        if device.type not in ("cpu", "meta", "mps"):
-            devices = get_device_states(torch.empty(0, device=device))
-        elif device.type == "mps":
-            devices = [0], [torch.mps.get_rng_state()]
-        return cls(torch.get_rng_state(), devices, _python_state(numpy=numpy))
-
-    def set(self) -> None:
-        """Go back to it."""
-        torch.set_rng_state(self.cpu)
-        if self.devices[0] and torch.backends.mps.is_available():
-            torch.mps.set_rng_state(self.devices[1][0])
-        elif self.devices[0]:
-            set_device_states(*self.devices)
-        if self.python is not None:
-            random.setstate(self.python[0])
-            if self.python[1] is not None:
-                sys.modules["numpy"].random.set_state(self.python[1])
-
-    def differs_in_python(self) -> bool:
-        """Whether Python's or numpy's generator has drawn since."""
-        assert self.python is not None
-        (now, numpy_now), (then, numpy_then) = _python_state(numpy=True), self.python
-        return now != then or (numpy_then is not None and repr(numpy_now[2:]) != repr(numpy_then[2:]))
-
-
-def _python_state(*, numpy: bool) -> tuple[Any, Any]:
-    module = sys.modules.get("numpy") if numpy else None
-    return random.getstate(), None if module is None else module.random.get_state()
-
-
-class Replay:
-    """Replays stages that are told apart by the random state and the buffers that they start from.
-
-    Args:
-        written: the buffers that stages write in place, where each is looked up.
-        device: that they run on.
-    """
-
-    def __init__(
-        self, written: Callable[[int, int], list[tuple[dict[str, Tensor | None], str]]], device: torch.device
-    ) -> None:
-        self._written, self._device = written, device
-        self._starts: dict[int, tuple[RandomState, list[Tensor]]] = {}  # of every piece, at its first run
-
-    @contextmanager
-    def replaying(self, first: int, last: int, *, new: bool, again: bool) -> Iterator[None]:
-        """See :class:`Replaying`."""
-        if new and not again:
-            yield
-            return
-        places = self._written(first, last)
-        if new:
-            self._starts[first] = RandomState.get(self._device, numpy=False), [held(*place).clone() for place in places]
-            yield
-            return
-        random_state, clones = self._starts[first] if again else self._starts.pop(first)
-        random_state.set()
-        with started_from(places, clones, again=again):
-            yield
-
-
-@contextmanager
-def started_from(
-    places: list[tuple[dict[str, Tensor | None], str]], clones: list[Tensor], *, again: bool
-) -> Iterator[None]:
-    """Have buffers hold for a while what they held at the start of a first run, whose result they hold already."""
-    current = [held(*place) for place in places]
-    for (own, name), clone in zip(places, clones, strict=True):
-        own[name] = clone.clone() if again else clone
-    try:
-        yield
-    finally:
-        for (own, name), tensor in zip(places, current, strict=True):
-            own[name] = tensor
-
-
-def held(own: dict[str, Tensor | None], name: str) -> Tensor:
-    """A buffer that is there."""
-    tensor = own[name]
-    assert tensor is not None
-    return tensor
 
 
 Gradients: TypeAlias = list[Tensor | None]
@@ -290,7 +98,7 @@ class Recomputation:
         """
         self._stops |= {stop for leaf in leaves(plan) for stop in (leaf.first, leaf.last)}
         self._origin, self._differentiable = plan.first if origin is None else origin, differentiable
-        if not _recomputes(plan):
+        if not recomputes(plan):
             return self._run(plan, state, then, new=True)
         after: list[RandomState] = []
 
@@ -377,38 +185,6 @@ class Recomputation:
             if new and self._passed is not None:
                 self._passed(end, tuple(state))
         return state
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """For backward passes, which autocast would have compute in another dtype; and casts of weights are dropped.
-
-    [Note: autocast and its cache] Under autocast the low-precision copies of weights are kept until the outermost
-    autocast ends, with the graph that they have, or with none where they were made without gradients. A step goes
-    backward several times, and forward without gradients, so the copies are dropped after each.
-    """
-    if not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    torch.clear_autocast_cache()
-    return torch.autocast(device.type, enabled=False)
-
-
-@contextmanager
-def keeping_nothing() -> Iterator[None]:
-    """For a forward pass that will be run again: with gradients asked for, as ever, but nothing is kept for backward.
-
-    Under ``torch.no_grad`` the same operations may run other kernels (attention with a mask that learns, for example),
-    whose results differ in their last bits.
-    """
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_keep_nothing, _never):
-        yield
-
-
-def _keep_nothing(_: Tensor) -> None:
-    return None
-
-
-def _never(_: Any) -> Tensor:
-    raise AssertionError("there is no backward pass through it")
 
 
 def _asking(value: Any) -> Any:

@@ -20,18 +20,18 @@ import torch
 import yaml
 
 from torchlocal import __version__ as torchlocal_version
-from torchlocal.assembly import build_network, build_optimizer, count_steps, load_run_data, resolve_execution
-from torchlocal.checkpoint import check_same_config, write_config, write_file, write_json
-from torchlocal.config import FitConfig, build_guidance, build_rule, config_to_dict, guided_memory
-from torchlocal.costs import StepCosts, measure_costs
+from torchlocal.compare.costs import StepCosts, measure_costs
+from torchlocal.compare.methods import METHODS, CompareConfig, Subject, method_configs
+from torchlocal.compare.report import Comparison, MethodResult, write_report
 from torchlocal.data import DataBundle
-from torchlocal.folder import Ownership, expand
-from torchlocal.methods import METHODS, CompareConfig, Subject, method_configs
 from torchlocal.models import build_model
 from torchlocal.network import decouple
-from torchlocal.report import Comparison, MethodResult, write_report
-from torchlocal.sharing import Branch, find_branches, first_alike
-from torchlocal.trainer import Diverged, fit
+from torchlocal.run.branches import Branch, find_branches, first_alike
+from torchlocal.run.build import build_network, build_optimizer, count_steps, load_run_data, resolve_execution
+from torchlocal.run.checkpoint import check_same_config, write_config, write_file, write_json
+from torchlocal.run.config import FitConfig, build_guidance, build_rule, config_to_dict, guided_memory
+from torchlocal.run.folder import Ownership, expand
+from torchlocal.run.trainer import Diverged, fit
 
 __all__ = ["METHODS", "CompareConfig", "Subject", "compare", "method_configs"]
 

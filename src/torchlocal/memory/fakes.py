@@ -1,85 +1,31 @@
-"""How much memory a step takes at its peak: measured while it runs, or predicted without running it.
-
-Counted are the bytes of all tensors that are alive, at the moment when most are: parameters, gradients, optimizer
-state, activations, temporaries. Not counted is the workspace that a kernel allocates inside itself, nor what an
-allocator loses to fragments.
-"""
+"""A network and a batch without memory, on which the engine runs as it is, and everything is counted."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from .counting import LABELS, FlopTotal, PeakCounter
-from .cut.batches import Batch, describe, device_of, num_examples, plain, same_layout
-from .cut.intercept import eagerly
-from .cut.observe import fake_batch, fake_twins
-from .cut.untouched import swapped
-from .recompute import RandomState
-from .rules import Batch as StepBatch
-from .rules import Rule, Site
+from ..cut.batches import Batch, describe, device_of, num_examples, plain, same_layout
+from ..cut.intercept import eagerly
+from ..cut.observe import fake_batch, fake_twins
+from ..cut.untouched import swapped
+from ..engine import run_guided, run_local
+from ..micro import cut_batch
+from ..modules import LocalModules
+from ..recompute import GuidedPlan, Plan, RandomState
+from ..rules import Batch as StepBatch
+from ..rules import Rule, Site
+from .counter import FlopTotal, PeakCounter
 
-if TYPE_CHECKING:
-    from .network import DecoupledNetwork
-    from .schedule import GuidedPlan
+__all__ = ["FakeStep", "MakesOptimizer", "Prediction"]
 
-__all__ = ["LABELS", "Measurement", "PeakCounter", "Prediction", "measure", "predict"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """Peak of one call, in bytes.
-
-    Attributes:
-        peak_bytes: beyond what was allocated when the call began.
-        process_bytes: the largest part of the process that was in main memory during the call, workspace of the kernels
-            and Python included; None where the system does not tell.
-    """
-
-    peak_bytes: int
-    process_bytes: int | None = None
-
-
-def measure(function: Callable[[], object], *, device: torch.device | str = "cpu") -> Measurement:
-    """Run ``function`` once and measure the peak of the memory that it allocates.
-
-    Args:
-        function: what to run, for example one training step.
-        device: on CUDA the caching allocator's own count is read, elsewhere tensors are counted at the dispatcher.
-
-    Returns:
-        The peak in bytes, beyond what was allocated before.
-    """
-    _reset_process_peak()
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        function()
-        torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device) - before
-    else:
-        with PeakCounter() as counter:
-            function()
-        peak = counter.peak
-    return Measurement(peak_bytes=peak, process_bytes=_process_peak())
-
-
-def _reset_process_peak() -> None:
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:  # Linux
-        file.write("5")
-
-
-def _process_peak() -> int | None:
-    with contextlib.suppress(OSError), open("/proc/self/status") as file:
-        return next((int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM")), None)
-    return None
+MakesOptimizer: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,57 +53,16 @@ class Prediction:
         return self.resident_bytes + self.peak_bytes
 
 
-def predict(
-    net: DecoupledNetwork,
-    batch: Batch | Sequence[int] | None = None,
-    target: Any = None,
-    *,
-    step: str = "local",
-    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
-    **options: Any,
-) -> Prediction:
-    """Predict the peak of one training step: the step's own code runs on fake tensors, which have no memory.
-
-    Neither the network nor any random generator is touched, and no GPU is needed: the counting is that of the kernels
-    of the device that the network is on. Integers and masks of the batch stay what they are.
-
-    Args:
-        net: the decoupled network.
-        batch: a batch, or the shape of one that is a tensor; by default the sample that the network was decoupled with.
-        target: what the criterion takes; by default class indices, one for each example or position, or where the
-            criterion refuses those, a tensor of the shape of the prediction.
-        step: ``"local"``, ``"guided"``, or ``"plain"`` for an ordinary step of the backbone, without torchlocal.
-        optimizer: makes the optimizer of given parameters, for example ``torch.optim.AdamW``; its state is counted, and
-            so is its update after the step. By default neither is.
-        options: those of the step, for example ``memory="exact"`` or ``autocast=torch.bfloat16``.
-
-    Raises:
-        ValueError: the step is unknown, or its options are; the network does not run on such a batch, or it cannot run
-            without values, since its forward looks at those of its features.
-    """
-    if step not in ("local", "guided", "plain"):
-        raise ValueError(f"step: must be 'local', 'guided' or 'plain', not {step!r}")
-    fake = FakeStep(net, batch, target)
-    search: dict[str, Any] = {name: options[name] for name in ("autocast", "recompute") if name in options}
-    if step == "guided":  # plans are looked for outside, and remembered by the network itself
-        for name in ("auxiliary", "memory", "optimizers"):
-            search |= {name: options[name]} if name in options else {}
-        options |= {"memory": net.guided_plan(fake.given, target, **search), "recompute": None}
-    elif step == "local" and options.get("recompute") is not None:
-        options["recompute"] = net.local_plans(fake.given, target, **search)
-    return fake.run(step, optimizer=optimizer, count_flops=True, **options)
-
-
 class FakeStep:
     """A network and a batch without memory, to be stepped and counted; the network is as it was at any other time.
 
     Args:
         net: the network.
-        batch: see :func:`predict`.
-        target: see :func:`predict`.
+        batch: see :func:`torchlocal.memory.predict`.
+        target: see :func:`torchlocal.memory.predict`.
     """
 
-    def __init__(self, net: DecoupledNetwork, batch: Batch | Sequence[int] | None = None, target: Any = None) -> None:
+    def __init__(self, net: LocalModules, batch: Batch | Sequence[int] | None = None, target: Any = None) -> None:
         self.net, self.mode = net, net.chain.mode
         if not net.chain.facts.fake:
             raise ValueError(
@@ -174,7 +79,7 @@ class FakeStep:
             self.target = self._target(target)
 
     @staticmethod
-    def _layout(net: DecoupledNetwork, batch: Any) -> Batch:
+    def _layout(net: LocalModules, batch: Any) -> Batch:
         if batch is None:
             return net.sample
         if isinstance(batch, (tuple, list)) and batch and all(isinstance(n, int) for n in batch):
@@ -210,54 +115,78 @@ class FakeStep:
             self._depth, chain.fake = 0, before
             state.set()
 
-    def run(
+    def local(
         self,
-        step: str,
+        plans: dict[int, Plan],
         *,
-        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
+        autocast: torch.dtype | None,
+        optimizer: MakesOptimizer | None = None,
         optimizers: object = None,
-        autocast: torch.dtype | None = None,
-        backward: object = None,
         count_flops: bool = False,
-        **options: Any,
     ) -> Prediction:
-        """Step once, and count.
-
-        Args:
-            step: ``"local"``, ``"guided"`` or ``"plain"``.
-            optimizer: see :func:`predict`.
-            optimizers: not None: one for each local module is made by ``optimizer``; without that, gradients are freed
-                as they would be then.
-            autocast: the step's option.
-            backward: of no effect.
-            count_flops: whether FLOPs are counted, too.
-            options: the step's options.
-        """
+        """Take a local step, and count; ``plans``: by module, what is recomputed."""
         net = self.net
-        if step == "local" and options.get("recompute") is None and net.num_modules > 2:
+        if not plans and net.num_modules > 2:
             net.chain.expected(self.given, tuple(g.stop for g in net.partition.groups[:-1]))  # outside of the counting
+
+        def step(each: list[Any] | None, counter: PeakCounter) -> float:
+            run_local(net, self.batch, self.target, plans, autocast=autocast, optimizers=each)
+            return 1.0
+
+        return self._count(step, optimizer, optimizers, count_flops=count_flops)
+
+    def guided(
+        self,
+        plan: GuidedPlan,
+        *,
+        auxiliary: str,
+        autocast: torch.dtype | None,
+        optimizer: MakesOptimizer | None = None,
+        optimizers: object = None,
+        count_flops: bool = False,
+    ) -> Prediction:
+        """Take a guided step by a plan, and count."""
+        net, follow = self.net, auxiliary == "follow"
+
+        def step(each: list[Any] | None, counter: PeakCounter) -> float:
+            fewer, batch, target = self._fewer_parts(plan, 1 if each is None else 3)
+            if plan.micro_batches > fewer.micro_batches == 1:
+                self._add_gradients(counter, auxiliary=follow)
+            parts = cut_batch(net, batch, target, fewer.micro_batches, follow=follow)
+            run_guided(net, fewer, parts, auxiliary=auxiliary, autocast=autocast, optimizers=each)
+            return num_examples(self.batch) / num_examples(batch)
+
+        return self._count(step, optimizer, optimizers, count_flops=count_flops)
+
+    def plain(self, autocast: torch.dtype | None, *, optimizer: MakesOptimizer | None = None) -> Prediction:
+        """Take an ordinary step of the backbone, and count."""
+
+        def step(each: list[Any] | None, counter: PeakCounter) -> float:
+            with self.autocast(autocast):
+                loss = self.net.criterion(self.net.chain.call(self.batch), self.target)
+            loss.backward()
+            return 1.0
+
+        return self._count(step, optimizer, None, count_flops=True)
+
+    def _count(
+        self,
+        step: Callable[[list[Any] | None, PeakCounter], float],
+        optimizer: MakesOptimizer | None,
+        optimizers: object,
+        *,
+        count_flops: bool,
+    ) -> Prediction:
+        """Take a step on fake tensors; it is given the optimizers, and returns by how much its FLOPs are too few."""
+        net = self.net
         with self.active():
             self.clear()
             groups = [list(net.parameters())] if optimizers is None else net.module_parameters()
             states = [_with_state(optimizer(group)) for group in groups] if optimizer is not None else []
-            counter = PeakCounter(self._resident(states))
-            flops, parts = FlopTotal(), 1.0
+            each: list[Any] | None = None if optimizers is None else states or [_Free(group) for group in groups]
+            counter, flops = PeakCounter(self._resident(states)), FlopTotal()
             with counter, flops if count_flops else contextlib.nullcontext(), self._labels(counter):
-                if step == "plain":
-                    self._plain(autocast)
-                else:
-                    run = net.local_step if step == "local" else net.guided_step
-                    batch, target = self.batch, self.target
-                    if step == "guided":
-                        chosen = {name: options.pop(name, None) for name in ("memory", "recompute")}
-                        plan = net.guided_plan(batch, target, **chosen)
-                        options["memory"], batch, target = self._fewer_parts(plan, 1 if optimizers is None else 3)
-                        parts = num_examples(self.batch) / num_examples(batch)
-                        if plan.micro_batches > options["memory"].micro_batches == 1:
-                            self._add_gradients(counter, auxiliary=options.get("auxiliary") != "frozen")
-                    if optimizers is not None:
-                        options["optimizers"] = states or [_Free(group) for group in groups]
-                    run(batch, target, autocast=autocast, **options)
+                parts = step(each, counter)
                 if optimizers is None and states:
                     with counter.labelling("optimizer"):
                         states[0].step()
@@ -301,11 +230,6 @@ class FakeStep:
                 for parameter in parameters:
                     if parameter.requires_grad and (auxiliary or label == "gradients"):
                         parameter.grad = torch.empty_like(parameter)
-
-    def _plain(self, autocast: torch.dtype | None) -> None:
-        with self.autocast(autocast):
-            loss = self.net.criterion(self.net.chain.call(self.batch), self.target)
-        loss.backward()
 
     def autocast(self, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
         """The autocast of a step."""

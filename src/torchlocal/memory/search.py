@@ -7,22 +7,20 @@ whole on fake tensors, so that its peak is not an estimate.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 
-from .bench import Bench, plans_of
-from .cut.batches import Batch, describe, num_examples
-from .memory import FakeStep
-from .micro import can_cut
-from .recompute import Again, Inner, Keep, Plan, Tape
-from .solver import Solver, StageCost
+from ..cut.batches import Batch, describe, num_examples
+from ..micro import can_cut
+from ..modules import LocalModules
+from ..recompute import Again, GuidedPlan, Inner, Keep, Plan, Tape
+from ..recompute.solver import Solver, StageCost
+from .costs import Bench, plans_of
+from .fakes import FakeStep
 
-if TYPE_CHECKING:
-    from .network import DecoupledNetwork
-
-__all__ = ["GuidedPlan", "find_guided_plan", "find_local_plans"]
+__all__ = ["find_guided_plan", "find_local_plans"]
 
 _LEAST_PART = 16  # examples in the smallest micro-batch that the search considers
 _MOST_PARTS = 16
@@ -32,31 +30,8 @@ _MOST_TRIALS = 5
 _COST_OF_SMALL_PARTS = 4.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class GuidedPlan:
-    """How a guided step runs.
-
-    Attributes:
-        tree: what is recomputed.
-        micro_batches: in how many parts the batch is cut.
-        peak_bytes: predicted peak; None where it was not asked for.
-        recomputed: FLOPs that are recomputed, as a share of one forward pass of the backbone.
-    """
-
-    tree: Plan
-    micro_batches: int = 1
-    peak_bytes: int | None = None
-    recomputed: float = 0.0
-
-    @property
-    def bytes(self) -> int:
-        """The predicted peak of a plan that a search has found."""
-        assert self.peak_bytes is not None
-        return self.peak_bytes
-
-
 def find_guided_plan(
-    net: DecoupledNetwork,
+    net: LocalModules,
     batch: Batch,
     target: Any,
     memory: str | int,
@@ -90,7 +65,7 @@ def find_guided_plan(
 class _GuidedSearch:
     """Plans for the guided steps of one network, batch and set of options."""
 
-    def __init__(self, net: DecoupledNetwork, batch: Batch, target: Any, *, auxiliary: str, **options: Any) -> None:
+    def __init__(self, net: LocalModules, batch: Batch, target: Any, *, auxiliary: str, **options: Any) -> None:
         self._fake = FakeStep(net, batch, target)
         given = target if target is not None else self._fake.target
         self._cuttable = can_cut(net, batch, given, follow=auxiliary == "follow")
@@ -103,7 +78,7 @@ class _GuidedSearch:
 
     def local_peak(self) -> int:
         """Peak of the local step of the same batch."""
-        return self._fake.run("local", **self._options).peak_bytes
+        return self._fake.local({}, **self._options).peak_bytes
 
     def smallest(self, *, micro_batches: bool) -> GuidedPlan:
         """The cheapest plan with about the smallest peak."""
@@ -190,7 +165,7 @@ class _GuidedSearch:
     def _verified(self, solution: tuple[Plan, float], parts: int) -> GuidedPlan:
         tree, flops = solution
         plan = GuidedPlan(tree=tree, micro_batches=parts, recomputed=flops / self._forward)
-        prediction = self._fake.run("guided", memory=plan, auxiliary=self._auxiliary, **self._options)
+        prediction = self._fake.guided(plan, auxiliary=self._auxiliary, **self._options)
         return replace(plan, peak_bytes=prediction.peak_bytes)
 
 
@@ -210,7 +185,7 @@ def _share(peak: int, parts: int, gradients: int) -> int:
 
 
 def find_local_plans(
-    net: DecoupledNetwork, batch: Batch, target: Any, *, autocast: torch.dtype | None = None
+    net: LocalModules, batch: Batch, target: Any, *, autocast: torch.dtype | None = None
 ) -> dict[int, Plan]:
     """For the modules that take most, plans by which the peak of a local step is the smallest."""
     bench = Bench(FakeStep(net, batch, target), autocast)

@@ -21,8 +21,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from torchlocal import checkpoint
-from torchlocal.assembly import (
+from torchlocal.guidance import Guidance
+from torchlocal.lifetime import STOPPING
+from torchlocal.network import DecoupledNetwork
+from torchlocal.parallel.network import ParallelNetwork
+from torchlocal.parallel.team import Elsewhere, Team
+from torchlocal.run import checkpoint
+from torchlocal.run.branches import Branch
+from torchlocal.run.build import (
     Execution,
     build_network,
     build_optimizer,
@@ -34,16 +40,10 @@ from torchlocal.assembly import (
     share_out,
     train_step,
 )
-from torchlocal.config import FitConfig, GuidanceConfig, build_guidance, config_to_dict
-from torchlocal.evaluation import evaluate, measure_split
-from torchlocal.folder import Owned, Ownership, expand
-from torchlocal.guidance import Guidance
-from torchlocal.lifetime import STOPPING
-from torchlocal.network import DecoupledNetwork
-from torchlocal.parallel.network import ParallelNetwork
-from torchlocal.parallel.team import Elsewhere, Team
-from torchlocal.progress import Reporter
-from torchlocal.sharing import Branch
+from torchlocal.run.config import FitConfig, GuidanceConfig, build_guidance, config_to_dict
+from torchlocal.run.evaluation import evaluate, measure_split
+from torchlocal.run.folder import Owned, Ownership, expand
+from torchlocal.run.progress import Reporter
 
 _PATIENCE = 3.0  # seconds
 _RESULT = (

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchlocal.config import MOST_STEPS, FitConfig, build_guidance, build_rule, guided_options
 from torchlocal.data import DataBundle, load_data
 from torchlocal.guidance import Guidance, cosine_factor
 from torchlocal.models import build_model
@@ -19,6 +18,7 @@ from torchlocal.network import DecoupledNetwork, decouple
 from torchlocal.parallel.network import ParallelNetwork
 from torchlocal.parallel.setup import distribute
 from torchlocal.parallel.team import RemoteSplit, ShareOfSplit, Team
+from torchlocal.run.config import MOST_STEPS, FitConfig, build_guidance, build_rule, guided_options
 
 __all__ = [
     "Execution",

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchlocal.checkpoint import write_file
-from torchlocal.figures import FIGURES, draw_figures
+from torchlocal.compare.figures import FIGURES, draw_figures
+from torchlocal.run.checkpoint import write_file
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from torchlocal.checkpoint import load_checkpoint, write_file
-from torchlocal.config import config_from_dict
 from torchlocal.models import build_model
+from torchlocal.run.checkpoint import load_checkpoint, write_file
+from torchlocal.run.config import config_from_dict
 
 __all__ = ["export"]
 

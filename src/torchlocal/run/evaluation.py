@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from torchlocal import checkpoint
-from torchlocal.assembly import Execution, build_network, load_run_data, resolve_execution
-from torchlocal.config import FitConfig, config_from_dict
 from torchlocal.data import DataBundle, Split
 from torchlocal.network import DecoupledNetwork
 from torchlocal.parallel.network import ParallelNetwork
+from torchlocal.run import checkpoint
+from torchlocal.run.build import Execution, build_network, load_run_data, resolve_execution
+from torchlocal.run.config import FitConfig, config_from_dict
 
 __all__ = ["evaluate", "load_run", "measure_split"]
 

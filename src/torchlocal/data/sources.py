@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchlocal.datasets.splits import DIGITS_STREAM, Augmentation, make_generator
+from torchlocal.data.splits import DIGITS_STREAM, Augmentation, make_generator
 
 __all__ = ["READERS", "Images", "default_root", "read_idx"]
 
@@ -87,7 +87,7 @@ def _whole(values: Any, kind: type[np.integer[Any]], what: str) -> np.ndarray:
 
 
 def _read_fashion_mnist_small(root: Path | None, download: bool) -> Images:
-    file = resources.files("torchlocal.datasets") / "fashion_mnist_small.npz"
+    file = resources.files("torchlocal.data") / "fashion_mnist_small.npz"
     with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
         train = _checked(arrays["train_images"][:, None], arrays["train_labels"], 10, "the embedded sample")
         test = _checked(arrays["test_images"][:, None], arrays["test_labels"], 10, "the embedded sample")

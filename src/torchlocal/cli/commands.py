@@ -20,9 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from torchlocal.folder import expand
-from torchlocal.lifetime import STOPPING, end_with_parent, unbroken_streams
-from torchlocal.options import (
+from torchlocal.cli.options import (
     Option,
     add_config_option,
     add_option,
@@ -38,14 +36,16 @@ from torchlocal.options import (
     suggestion,
     with_dashes,
 )
+from torchlocal.lifetime import STOPPING, end_with_parent, unbroken_streams
+from torchlocal.run.folder import expand
 from torchlocal.sizes import parse_size, shorten
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
     from rich.console import Console
 
-    from torchlocal.config import FitConfig
     from torchlocal.network import DecoupledNetwork
+    from torchlocal.run.config import FitConfig
 
 __all__ = ["main"]
 
@@ -133,7 +133,7 @@ def _parse_run(
     parser: ArgumentParser, argv: Sequence[str], options: Mapping[str, Option], *, section: str | None = None
 ) -> dict[str, Any]:
     """Parse options that may come from recipes; those of other commands in a recipe are left out."""
-    from torchlocal.config import FitConfig
+    from torchlocal.run.config import FitConfig
 
     ignored = [name for name in config_options(FitConfig) if name not in options]
 
@@ -154,7 +154,7 @@ def _console() -> Console:
 
 
 def _fit(argv: Sequence[str]) -> int:
-    from torchlocal.config import FitConfig
+    from torchlocal.run.config import FitConfig
 
     options = config_options(FitConfig)
     parser = make_parser("fit", "[--config RECIPE] [options]", _COMMANDS["fit"])
@@ -196,7 +196,7 @@ def _fit(argv: Sequence[str]) -> int:
         print(f"nothing to resume in {out}: starting", file=sys.stderr)
 
     from torchlocal.parallel.team import Team, process_group, restarted
-    from torchlocal.trainer import fit
+    from torchlocal.run.trainer import fit
 
     with (
         _continue_with(lambda: _resume_command(config, values)),
@@ -270,7 +270,7 @@ def _quoted(path: Path) -> str:
 
 def _resume_command(config: FitConfig, values: Mapping[str, Any]) -> str | None:
     """How to go on with a run, if it has begun; the ranks that a launcher started leave it to that to say."""
-    from torchlocal.config import config_to_dict
+    from torchlocal.run.config import config_to_dict
 
     out = expand(config.out)
     try:
@@ -289,8 +289,8 @@ def _resume_command(config: FitConfig, values: Mapping[str, Any]) -> str | None:
 
 
 def _compare(argv: Sequence[str]) -> int:
-    from torchlocal.config import FitConfig
-    from torchlocal.methods import CompareConfig
+    from torchlocal.compare.methods import CompareConfig
+    from torchlocal.run.config import FitConfig
 
     if "--resume" in argv:
         raise ValueError("--resume: a comparison always goes on where it was; leave it out")
@@ -307,8 +307,8 @@ def _compare(argv: Sequence[str]) -> int:
     fit_values = {name: value for name, value in values.items() if name != "out"}
     config = build_config(CompareConfig, {**values, "fit": fit_values})
 
-    from torchlocal.compare import compare
-    from torchlocal.report import terminal_table
+    from torchlocal.compare.comparison import compare
+    from torchlocal.compare.report import terminal_table
 
     out = expand(config.out)
     if not (out / "compare.yaml").exists():
@@ -334,8 +334,8 @@ def _evaluate(argv: Sequence[str]) -> int:
     if values.split not in ("test", "validation", "train"):
         raise ValueError(f"--split {values.split} is unknown: choose test, validation or train")
 
-    from torchlocal.tables import depth_table
-    from torchlocal.trainer import evaluate
+    from torchlocal.compare.tables import depth_table
+    from torchlocal.run.trainer import evaluate
 
     result = evaluate(expand(values.run), split=values.split, device=values.device, data_root=values.data_root)
     if values.json:
@@ -346,7 +346,7 @@ def _evaluate(argv: Sequence[str]) -> int:
 
 
 def _partition(argv: Sequence[str]) -> int:
-    from torchlocal.config import FitConfig
+    from torchlocal.run.config import FitConfig
 
     stems = {"model", "modules", "cuts", "rule", "auxiliary", "rule_options"}
     stems |= {"data", "data_root", "image_size", "batch_size"}
@@ -365,7 +365,7 @@ def _partition(argv: Sequence[str]) -> int:
     config = build_config(FitConfig, {name: value for name, value in values.items() if name in options})
     _check_sizes(values["num_classes"], shape or [], config.batch_size)
 
-    from torchlocal.tables import partition_tables
+    from torchlocal.compare.tables import partition_tables
 
     net = _decouple(config, shape, values["num_classes"])
     console = _console()
@@ -376,10 +376,10 @@ def _partition(argv: Sequence[str]) -> int:
 
 def _decouple(config: FitConfig, shape: Sequence[int] | None, num_classes: int) -> DecoupledNetwork:
     """The network of a run, for a batch that is never made; data are read only if their shape is not known."""
-    from torchlocal.config import build_rule
     from torchlocal.data import load_data
     from torchlocal.models import build_model
     from torchlocal.network import decouple
+    from torchlocal.run.config import build_rule
 
     name = config.data.removeprefix("pairs:")
     if shape is None and name in _SHAPES:
@@ -400,7 +400,7 @@ def _decouple(config: FitConfig, shape: Sequence[int] | None, num_classes: int) 
 
 
 def _plan(argv: Sequence[str]) -> int:
-    from torchlocal.config import FitConfig
+    from torchlocal.run.config import FitConfig
 
     options = {
         n: option for n, option in config_options(FitConfig).items() if n in ("rule", "auxiliary", "rule_options")
@@ -438,12 +438,12 @@ def _plan(argv: Sequence[str]) -> int:
 
     import torch
 
-    from torchlocal.checkpoint import write_file
-    from torchlocal.config import build_rule
+    from torchlocal.budget import plan
+    from torchlocal.compare.tables import plan_table
     from torchlocal.models import build_model
     from torchlocal.network import decouple
-    from torchlocal.plan import plan
-    from torchlocal.tables import plan_table
+    from torchlocal.run.checkpoint import write_file
+    from torchlocal.run.config import build_rule
 
     channels, height, width = map(int, parts)
     model = build_model(values.model, num_classes=values.num_classes, in_channels=channels, image_size=(height, width))
@@ -539,7 +539,7 @@ def _export(argv: Sequence[str]) -> int:
     if values.to is None:
         raise ValueError("--to is missing: give the file to write, such as model.safetensors")
 
-    from torchlocal.export import export
+    from torchlocal.run.export import export
 
     path = export(expand(values.run), to=expand(values.to), weights=values.weights, overwrite=values.overwrite)
     print(f"Wrote {path} ({path.stat().st_size:,} bytes); loaded back, its outputs are the backbone's.")

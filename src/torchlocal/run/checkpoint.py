@@ -16,8 +16,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from torchlocal.config import FitConfig, config_to_dict
-from torchlocal.folder import temporary_name
+from torchlocal.run.config import FitConfig, config_to_dict
+from torchlocal.run.folder import temporary_name
 
 __all__ = [
     "check_same_config",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .recompute import Again, Inner, Keep, Plan, Tape
+from .plan import Again, Inner, Keep, Plan, Tape
 
 __all__ = ["Alternative", "Solver", "StageCost"]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torchlocal.compare.report import format_bytes, format_count, new_table
 from torchlocal.memory import LABELS
-from torchlocal.report import format_bytes, format_count, new_table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from torchlocal.budget import MemoryPlan
     from torchlocal.network import DecoupledNetwork
-    from torchlocal.plan import MemoryPlan
 
 __all__ = ["depth_table", "partition_tables", "plan_table"]
 

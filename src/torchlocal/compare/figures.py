@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from torchlocal.report import Comparison, MethodResult
+    from torchlocal.compare.report import Comparison, MethodResult
 
 __all__ = ["FIGURES", "draw_figures"]
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .counting import FlopTotal, PeakCounter
-from .cut.forward import Pass
-from .recompute import Plan, Recomputation, Stages, Tape, keeping_nothing
-from .solver import Alternative, Solver, StageCost
-from .steps import Step
-
-if TYPE_CHECKING:
-    from .memory import FakeStep
+from ..cut.forward import Pass
+from ..engine import Step
+from ..recompute import Plan, Recomputation, Stages, Tape, keeping_nothing
+from ..recompute.solver import Alternative, Solver, StageCost
+from .counter import FlopTotal, PeakCounter
+from .fakes import FakeStep
 
 __all__ = ["Bench", "plans_of"]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torchlocal.config import FitConfig, GuidanceConfig, build_guidance, config_from_dict, config_to_dict
+from torchlocal.run.config import FitConfig, GuidanceConfig, build_guidance, config_from_dict, config_to_dict
 
 __all__ = ["METHODS", "CompareConfig", "Subject", "method_configs"]
 

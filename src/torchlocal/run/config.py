@@ -8,8 +8,8 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torchlocal.folder import expand
 from torchlocal.guidance import Guidance, make_guidance
+from torchlocal.run.folder import expand
 from torchlocal.sizes import check_plain, parse_size
 
 if TYPE_CHECKING:
@@ -295,7 +295,7 @@ def guided_memory(config: FitConfig) -> dict[str, int | str | None]:
 
 def build_rule(config: FitConfig) -> "Rule":
     """Make the local rule of a run, with its auxiliary network."""
-    from torchlocal.rules import RULES, make_rule  # loads torch, which is not needed to refuse other options
+    from torchlocal.rules import RULES, make_rule
 
     given = config.rule_options
     options: dict[str, Any] = {}

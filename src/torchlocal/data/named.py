@@ -12,16 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchlocal.datasets.folders import read_folders
-from torchlocal.datasets.sources import READERS
-from torchlocal.datasets.splits import (
-    FOLDER_STREAM,
-    VALIDATION_STREAM,
-    FolderSource,
-    MemorySource,
-    Split,
-    make_generator,
-)
+from torchlocal.data.folders import read_folders
+from torchlocal.data.sources import READERS
+from torchlocal.data.splits import FOLDER_STREAM, VALIDATION_STREAM, FolderSource, MemorySource, Split, make_generator
 
 __all__ = ["DataBundle", "Split", "data_names", "load_data"]
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from torchlocal.datasets.folders import read_image
+from torchlocal.data.folders import read_image
 
 __all__ = ["Augmentation", "FolderSource", "ImageSource", "MemorySource", "Split", "make_generator"]
 

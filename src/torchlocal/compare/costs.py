@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from torchlocal import memory
-from torchlocal.assembly import build_network, build_optimizer, count_steps, resolve_execution, train_step
-from torchlocal.config import FitConfig, build_guidance, guided_options
 from torchlocal.data import DataBundle
+from torchlocal.run.build import build_network, build_optimizer, count_steps, resolve_execution, train_step
+from torchlocal.run.config import FitConfig, build_guidance, guided_options
 
 __all__ = ["StepCosts", "measure_costs"]
 

@@ -1,0 +1,1 @@
+"""Methods side by side: what is trained, their costs, the report."""

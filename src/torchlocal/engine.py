@@ -1,0 +1,457 @@
+"""The engine of both steps, on one process or on the share that a rank has of one: what runs, and in which order.
+
+[Note: one forward, and who backward is outside of] A step calls the network itself, ``model(batch)``, so that what the
+network does, a step does: hooks, branches, random numbers, attributes that change. A local step is one such call; where
+the forward comes to a cut, the module before it learns at once, and hands its output on without its graph. All forward
+passes and losses are under the step's autocast, all backward passes outside of any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from .cut.batches import Batch as Inputs
+from .cut.batches import describe, device_of, num_examples, plain, same_layout
+from .cut.carry import Carried
+from .cut.forward import Pass
+from .micro import Parts, criterion_of_parts
+from .modules import LocalModules
+from .recompute import GuidedPlan, Plan, RandomState, Recomputation, Stages, Tape, without_autocast
+from .rules import Batch
+
+__all__ = ["Step", "SupportsStep", "apply", "check_arguments", "check_optimizers", "run_guided", "run_local"]
+
+
+class SupportsStep(Protocol):
+    """What a step needs of an optimizer."""
+
+    def step(self) -> Any: ...
+
+    def zero_grad(self) -> Any: ...
+
+
+def run_local(
+    net: LocalModules,
+    batch: Inputs,
+    target: Any,
+    plans: dict[int, Plan],
+    *,
+    autocast: torch.dtype | None = None,
+    backward: Callable[[Tensor], Any] | None = None,
+    scale: float = 1.0,
+    optimizers: Sequence[SupportsStep] | None = None,
+) -> list[Tensor]:
+    """A local step of all modules, of which some recompute by a plan; returns the K losses."""
+    step = Step.begin(net, batch, target, autocast, backward, scale)
+    step.optimizers = optimizers
+    losses, _ = step.local(range(net.num_modules), plans, [])
+    return losses
+
+
+def run_guided(
+    net: LocalModules,
+    plan: GuidedPlan,
+    parts: Parts,
+    *,
+    auxiliary: str = "follow",
+    autocast: torch.dtype | None = None,
+    backward: Callable[[Tensor], Any] | None = None,
+    scale: float = 1.0,
+    optimizers: Sequence[SupportsStep] | None = None,
+) -> list[Tensor]:
+    """A guided step of all modules by a plan, one part of the batch after another; returns the losses."""
+    follow, total = auxiliary == "follow", list[Tensor]()
+    for i, (part, labels, share) in enumerate(parts):
+        step = Step.begin(net, part, labels, autocast, backward, scale)
+        step.part_of(parts, share, follow=follow)
+        step.optimizers = optimizers if i == len(parts) - 1 else None
+        losses = step.guided(plan.tree, follow=follow)
+        total = [a + b for a, b in zip(total, losses, strict=True)] if total else losses
+    return total
+
+
+@dataclass
+class Step:
+    """One step's options, and what both kinds of steps do, on one process or on the share that a rank has of one."""
+
+    net: LocalModules
+    batch: Batch
+    device: torch.device
+    dtype: torch.dtype | None = None
+    backward_with: Callable[[Tensor], Any] | None = None
+    scale: float = 1.0
+    share: Tensor | float = 1.0  # of this part in the loss of the whole batch
+    parts: Parts | None = None
+    optimizers: Sequence[SupportsStep] | None = None
+    outputs: dict[Any, Any] | None = None  # of modules that another process runs
+    entering: dict[int, RandomState] | None = None  # by unit, where another process runs those before
+    learnt: Callable[[int], None] | None = None  # called with every module that has its gradients, before its update
+    carried: Carried | None = field(default=None)
+    run: Pass | None = None  # the latest of the network's forward
+
+    @classmethod
+    def begin(
+        cls,
+        net: LocalModules,
+        inputs: Inputs,
+        target: Any,
+        dtype: torch.dtype | None = None,
+        backward: Callable[[Tensor], Any] | None = None,
+        scale: float = 1.0,
+    ) -> Step:
+        """A step on a batch."""
+        batch = Batch(input=inputs, target=target, criterion=net.criterion)
+        return cls(net, batch, device_of(inputs, net.backbone), dtype, backward, scale)
+
+    def part_of(self, parts: Parts, share: Tensor | float, *, follow: bool) -> None:
+        """Be a step on one of the parts of a batch."""
+        if len(parts) > 1:
+            self.parts, self.share = parts, share
+            criterion = criterion_of_parts(self.net, self.batch.target, follow=follow)
+            self.batch = replace(self.batch, criterion=criterion)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What forward passes and losses run under."""
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def loss(self, k: int, features: Tensor) -> Tensor:
+        """Local loss of module ``k``, for the last module the global loss."""
+        try:
+            if k == self.net.num_modules - 1:
+                return self.batch.criterion(features, self.batch.target)
+            return self.net.rule.loss(self.net.sites[k], self.net.auxiliary[k], features, self.batch)
+        except ValueError as error:
+            raise self._explained(error) or error from error
+
+    def _explained(self, error: ValueError) -> ValueError | None:
+        """In place of what torch says of a batch of one, or of a target whose rows are not the batch's."""
+        target, count = self.batch.target, num_examples(self.batch.input)
+        if count == 1 and "more than 1 value per channel" in str(error):
+            return ValueError(
+                "batch: a single example is too few for BatchNorm, which expects more than 1 value per channel; leave "
+                "an incomplete last batch out (drop_last=True)"
+            )
+        if "match" in str(error) and isinstance(target, Tensor) and target.ndim and target.shape[0] != count:
+            return ValueError(
+                f"target: it has {target.shape[0]} rows, but the batch has {count}, and the criterion does not take "
+                f"that: {error}"
+            )
+        return None
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward from a loss, outside of autocast."""
+        if not loss.requires_grad:  # a module with nothing to train
+            return
+        if self.outputs is not None and isinstance(loss, FakeTensor) and not self.net.chain.fake:
+            raise ValueError(
+                f"rule: the loss of {self.net.rule!r} reads the network's input, which is not sent to this rank; set "
+                "reads_input = True in its class"
+            )
+        loss = self.weighed(loss)
+        with without_autocast(self.device):
+            if self.backward_with is not None:
+                self.backward_with(loss)
+            elif self.carried is not None:
+                loss.backward(retain_graph=True)  # what crosses the cut beside the features needs its part later
+            else:
+                loss.backward()
+
+    def weighed(self, loss: Tensor) -> Tensor:
+        """A loss as it goes backward."""
+        if isinstance(self.share, Tensor) or self.share != 1.0:
+            loss = loss * self.share
+        return loss * self.scale if self.scale != 1.0 else loss
+
+    def told(self, loss: Tensor) -> Tensor:
+        """A loss as it is returned: of a part, its share."""
+        loss = loss.detach()
+        return loss * self.share if self.parts is not None else loss
+
+    def follow(self, k: int, features: Tensor) -> Tensor:
+        """Train the auxiliary network of module ``k`` alone."""
+        with torch.enable_grad():
+            with self.autocast():
+                loss = self.loss(k, features.detach())
+            self.backward(loss)
+        return self.told(loss)
+
+    def learn(self, k: int, outputs: list[Any]) -> tuple[Tensor, Tensor | None]:
+        """Loss of module ``k`` on its output alone, which is taken out of its list, and the gradient of the output."""
+        features = outputs.pop().requires_grad_()
+        with torch.enable_grad():
+            with self.autocast():
+                loss = self.loss(k, features)
+            self.backward(loss)
+        return self.told(loss), features.grad
+
+    def units(self, modules: range) -> tuple[int, int]:
+        """The units of consecutive local modules: the first, and the one after the last."""
+        groups = self.net.partition.groups
+        return groups[modules.start].start, groups[modules.stop - 1].stop
+
+    # --- the local step ---
+
+    def local(self, modules: range, plans: dict[int, Plan], state: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Local step of consecutive modules.
+
+        Args:
+            modules: which ones.
+            plans: by module, what is recomputed.
+            state: the features that the first one takes, or nothing where it begins with the batch; taken out.
+
+        Returns:
+            Their losses, and a list with the features that the last of them hands on, if it is not the network's last.
+        """
+        losses: list[Tensor] = []
+        if plans:
+            pass_ = self._pass(replay=True)
+            with pass_.opened():
+                for k in modules:
+                    loss, state = self._local_by_plan(pass_, k, plans.get(k), state)
+                    losses.append(loss)
+                    self._update(k, modules)
+            return losses, state
+        first, last = self.units(modules)
+        ends = {self.net.partition.groups[k].stop: k for k in modules}
+        chain = self.net.chain
+        stops = tuple(unit for unit in ends if unit < chain.num_units)
+        leaf = chain.needs_leaves()
+        handed: list[Tensor] = []
+
+        def learn(unit: int, features: Tensor) -> Tensor:
+            loss = self.loss(ends[unit], features)
+            handing = features.detach()
+            del features
+            self._learn(ends[unit], loss)
+            losses.append(self.told(loss))
+            del loss
+            self._update(ends[unit], modules)
+            if unit == last:
+                handed.append(handing)
+            if self.carried is not None:
+                self.carried.cut()
+            return handing.requires_grad_() if leaf else handing
+
+        if self.net.carry == "collect":
+            if self.backward_with is not None:
+                raise ValueError('backward: cannot be given with carry="collect", which goes backward in its own way')
+            self.carried = Carried()
+        inner = tuple(unit for unit in stops if unit != last)
+        pass_ = self._pass(expected=None if first else chain.expected(self.batch.input, inner), replay=first > 0)
+        with pass_.opened(stops if first == 0 else None), self.carried or nullcontext(), self.autocast():
+            (features,) = pass_.run(first, last, state, boundary=learn, stops=inner)
+            if last == chain.num_units:
+                loss = self.loss(self.net.num_modules - 1, features)
+                del features
+                self._learn(self.net.num_modules - 1, loss)
+                losses.append(self.told(loss))
+                del loss
+                self._update(self.net.num_modules - 1, modules)
+            else:
+                learn(last, features)
+                del features
+        if self.carried is not None:
+            with without_autocast(self.device):
+                self.carried.hand_back()
+        return losses, handed
+
+    def _learn(self, k: int, loss: Tensor) -> None:
+        try:
+            self.backward(loss)
+        except RuntimeError as error:
+            if "backward through the graph a second time" not in str(error):
+                raise
+            raise ValueError(
+                f"model: local module {k + 1} uses a tensor that carries a gradient from an earlier module, beside the "
+                'features that are handed to it; decouple with carry="collect", or cut elsewhere'
+            ) from error
+
+    def _local_by_plan(
+        self, pass_: Pass, k: int, plan: Plan | None, state: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        group = self.net.partition.groups[k]
+        kept: list[Tensor] = []
+
+        def learn(outputs: list[Any]) -> list[Tensor | None]:
+            features: Tensor = outputs[0].detach()  # a tensor of its own: learn() asks for the other's gradient
+            loss, gradient = self.learn(k, outputs)
+            kept.extend((loss, features))
+            return [gradient]
+
+        plan = plan or Tape(group.start, group.stop)
+        Recomputation(pass_, self.device, context=self.autocast).run(plan, state, learn)
+        loss, features = kept
+        return loss, [features]
+
+    def _update(self, k: int, modules: range) -> None:
+        if self.learnt is not None:
+            self.learnt(k)
+        if self.optimizers is not None:
+            apply(self.optimizers[k - modules.start])
+
+    def _pass(self, *, replay: bool = False, expected: dict[Any, int] | None = None) -> Pass:
+        self.run = Pass(
+            self.net.chain,
+            self.batch.input,
+            replay=replay,
+            outputs=self.outputs,
+            expected=expected,
+            entering=self.entering,
+        )
+        return self.run
+
+    # --- the guided step ---
+
+    def guided(self, plan: Plan, *, follow: bool) -> list[Tensor]:
+        """Guided step of the whole network, by a plan."""
+        net = self.net
+        last = net.num_modules - 1
+        losses: list[Tensor] = []
+        ends = {group.stop: k for k, group in enumerate(net.partition.groups[:-1])} if follow else {}
+        if isinstance(plan, Tape):  # the network's own forward, as ever
+
+            def passing(unit: int, features: Tensor) -> Tensor:
+                losses.append(self.follow(ends[unit], features))
+                return features
+
+            pass_ = self._pass()
+            with pass_.opened(tuple(ends)), self.autocast():
+                (prediction,) = pass_.run(0, plan.last, [], boundary=passing, stops=tuple(ends))
+                loss = self.loss(last, prediction)
+                del prediction
+            losses.append(self.told(loss))
+            self.backward(loss)
+            for optimizer in reversed(self.optimizers or ()):
+                apply(optimizer)
+            return losses
+
+        self.through(range(net.num_modules), plan, [], losses, follow=follow)
+        return losses
+
+    def through(
+        self,
+        modules: range,
+        plan: Plan,
+        state: list[Tensor],
+        losses: list[Tensor],
+        *,
+        follow: bool,
+        onward: Callable[[list[Any]], list[Tensor | None]] | None = None,
+        around: Callable[[Stages], Stages] = lambda stages: stages,
+    ) -> list[Tensor | None]:
+        """Forward and backward through consecutive local modules, from one cut point to another, by a plan.
+
+        Args:
+            modules: which ones.
+            plan: over their units.
+            state: the features that the first one takes, or nothing where it begins with the batch; taken out.
+            losses: gets their losses.
+            follow: whether the auxiliary networks learn.
+            onward: takes the features that the last one hands on out of a list, and returns their gradient; None: it is
+                the network's last.
+            around: makes the chain that the plan runs on of the network's.
+
+        Returns:
+            The gradient of ``state``.
+        """
+        net = self.net
+        first, _ = self.units(modules)
+        groups = net.partition.groups
+        ends = {groups[k].stop: k for k in modules if k < net.num_modules - 1} if follow else {}
+
+        def passed(unit: int, state: tuple[Any, ...]) -> None:
+            if unit in ends:
+                losses.append(self.follow(ends[unit], state[0]))
+
+        def learn(outputs: list[Any]) -> list[Tensor | None]:
+            loss, gradient = self.learn(net.num_modules - 1, outputs)
+            losses.append(loss)
+            return [gradient]
+
+        complete = net.complete_at()[modules.start : modules.stop] if self.optimizers is not None else []
+        waiting = [None if unit is None else max(unit, first) for unit in complete]
+        pass_ = self._pass(replay=True)
+        with pass_.opened():
+            return Recomputation(
+                around(pass_),
+                self.device,
+                context=self.autocast,
+                stops=frozenset(ends),
+                passed=passed,
+                done=lambda unit: self._finish(unit, waiting),
+            ).run(plan, state, onward or learn, differentiable=first > 0)
+
+    def _finish(self, unit: int, waiting: list[int | None]) -> None:
+        """Update the modules whose gradients are complete when all units from ``unit`` on have run backward."""
+        for k in reversed(range(len(self.optimizers or ()))):
+            complete = waiting[k]
+            if complete is not None and complete >= unit:
+                assert self.optimizers is not None
+                apply(self.optimizers[k])
+                waiting[k] = None
+
+
+def apply(optimizer: SupportsStep) -> None:
+    """Update, and free the gradients."""
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def check_arguments(
+    net: LocalModules,
+    batch: Inputs,
+    optimizers: Sequence[SupportsStep] | None = None,
+    backward: Callable[[Tensor], Any] | None = None,
+    scale: float = 1.0,
+    *,
+    count: int | None = None,
+) -> Inputs:
+    """Refuse a batch that does not fit the network, and options that do not go together.
+
+    Returns:
+        The batch, as a tensor, a tuple or a dict.
+    """
+    batch = plain(batch)
+    if not same_layout(batch, net.sample):
+        raise ValueError(
+            f"batch: {describe(batch)} does not fit; the network was decoupled with {describe(net.sample)}, of which "
+            "the number of examples may differ"
+        )
+    if not torch.is_grad_enabled():
+        raise ValueError(
+            "step: gradients are switched off here (torch.no_grad), so nothing would learn; take it outside"
+        )
+    check_optimizers(optimizers, net.num_modules if count is None else count, backward, scale)
+    return batch
+
+
+def check_optimizers(
+    optimizers: Sequence[SupportsStep] | None, count: int, backward: Callable[[Tensor], Any] | None, scale: float
+) -> None:
+    """Refuse a wrong number of optimizers, and options that leave gradients which are not those of an update."""
+    if optimizers is None:
+        return
+    if len(optimizers) != count:
+        raise ValueError(
+            f"optimizers: {len(optimizers)} given for {count} local modules; make one for each list of "
+            "parameters that module_parameters() returns"
+        )
+    if backward is not None:
+        raise ValueError(
+            "optimizers: they would step on the gradients that backward= leaves, which a scaler has multiplied; leave "
+            "one of the two out, and step after the step"
+        )
+    if scale != 1.0:
+        raise ValueError(
+            f"optimizers: they step at every call, so gradients scaled by {scale:g} would not be accumulated; leave "
+            "scale out, or step yourself after the last batch"
+        )

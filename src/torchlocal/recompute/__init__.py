@@ -1,0 +1,26 @@
+"""Running part of a network forward and backward while keeping few activations: plans, what carries them out, and a
+solver that finds the cheapest for a given memory."""
+
+from .plan import Again, GuidedPlan, Inner, Keep, Plan, Tape, in_segments, leaves
+from .run import Recomputation, Replaying, Stages
+from .state import RandomState, Replay, held, keeping_nothing, started_from, without_autocast
+
+__all__ = [
+    "Again",
+    "GuidedPlan",
+    "Inner",
+    "Keep",
+    "Plan",
+    "RandomState",
+    "Recomputation",
+    "Replay",
+    "Replaying",
+    "Stages",
+    "Tape",
+    "held",
+    "in_segments",
+    "keeping_nothing",
+    "leaves",
+    "started_from",
+    "without_autocast",
+]

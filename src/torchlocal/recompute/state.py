@@ -1,0 +1,148 @@
+"""What a second run has to start from, and what passes run under: random numbers, buffers, autocast, saved tensors."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+__all__ = ["RandomState", "Replay", "held", "keeping_nothing", "started_from", "without_autocast"]
+
+
+class RandomState:
+    """The state of the random generators: torch's of the CPU and of a device, Python's, and numpy's where it is loaded.
+
+    Args:
+        cpu: torch's state of the CPU.
+        devices: indices and states of the devices.
+        python: Python's and numpy's states; None: they are left alone.
+    """
+
+    def __init__(
+        self, cpu: Tensor, devices: tuple[list[int], list[Tensor]], python: tuple[Any, Any] | None = None
+    ) -> None:
+        self.cpu, self.devices, self.python = cpu, devices, python
+
+    @classmethod
+    def get(cls, device: torch.device, *, numpy: bool = True) -> RandomState:
+        """The state now; numpy's takes longer than all others, so it may be left out."""
+        devices: tuple[list[int], list[Tensor]] = ([], [])
+        if device.type not in ("cpu", "meta", "mps"):
+            devices = get_device_states(torch.empty(0, device=device))
+        elif device.type == "mps":
+            devices = [0], [torch.mps.get_rng_state()]
+        return cls(torch.get_rng_state(), devices, _python_state(numpy=numpy))
+
+    def set(self) -> None:
+        """Go back to it."""
+        torch.set_rng_state(self.cpu)
+        if self.devices[0] and torch.backends.mps.is_available():
+            torch.mps.set_rng_state(self.devices[1][0])
+        elif self.devices[0]:
+            set_device_states(*self.devices)
+        if self.python is not None:
+            random.setstate(self.python[0])
+            if self.python[1] is not None:
+                sys.modules["numpy"].random.set_state(self.python[1])
+
+    def differs_in_python(self) -> bool:
+        """Whether Python's or numpy's generator has drawn since."""
+        assert self.python is not None
+        (now, numpy_now), (then, numpy_then) = _python_state(numpy=True), self.python
+        return now != then or (numpy_then is not None and repr(numpy_now[2:]) != repr(numpy_then[2:]))
+
+
+def _python_state(*, numpy: bool) -> tuple[Any, Any]:
+    module = sys.modules.get("numpy") if numpy else None
+    return random.getstate(), None if module is None else module.random.get_state()
+
+
+class Replay:
+    """Replays stages that are told apart by the random state and the buffers that they start from.
+
+    Args:
+        written: the buffers that stages write in place, where each is looked up.
+        device: that they run on.
+    """
+
+    def __init__(
+        self, written: Callable[[int, int], list[tuple[dict[str, Tensor | None], str]]], device: torch.device
+    ) -> None:
+        self._written, self._device = written, device
+        self._starts: dict[int, tuple[RandomState, list[Tensor]]] = {}  # of every piece, at its first run
+
+    @contextmanager
+    def replaying(self, first: int, last: int, *, new: bool, again: bool) -> Iterator[None]:
+        """See :class:`Replaying`."""
+        if new and not again:
+            yield
+            return
+        places = self._written(first, last)
+        if new:
+            self._starts[first] = RandomState.get(self._device, numpy=False), [held(*place).clone() for place in places]
+            yield
+            return
+        random_state, clones = self._starts[first] if again else self._starts.pop(first)
+        random_state.set()
+        with started_from(places, clones, again=again):
+            yield
+
+
+@contextmanager
+def started_from(
+    places: list[tuple[dict[str, Tensor | None], str]], clones: list[Tensor], *, again: bool
+) -> Iterator[None]:
+    """Have buffers hold for a while what they held at the start of a first run, whose result they hold already."""
+    current = [held(*place) for place in places]
+    for (own, name), clone in zip(places, clones, strict=True):
+        own[name] = clone.clone() if again else clone
+    try:
+        yield
+    finally:
+        for (own, name), tensor in zip(places, current, strict=True):
+            own[name] = tensor
+
+
+def held(own: dict[str, Tensor | None], name: str) -> Tensor:
+    """A buffer that is there."""
+    tensor = own[name]
+    assert tensor is not None
+    return tensor
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """For backward passes, which autocast would have compute in another dtype; and casts of weights are dropped.
+
+    [Note: autocast and its cache] Under autocast the low-precision copies of weights are kept until the outermost
+    autocast ends, with the graph that they have, or with none where they were made without gradients. A step goes
+    backward several times, and forward without gradients, so the copies are dropped after each.
+    """
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    torch.clear_autocast_cache()
+    return torch.autocast(device.type, enabled=False)
+
+
+@contextmanager
+def keeping_nothing() -> Iterator[None]:
+    """For a forward pass that will be run again: with gradients asked for, as ever, but nothing is kept for backward.
+
+    Under ``torch.no_grad`` the same operations may run other kernels (attention with a mask that learns, for example),
+    whose results differ in their last bits.
+    """
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_keep_nothing, _never):
+        yield
+
+
+def _keep_nothing(_: Tensor) -> None:
+    return None
+
+
+def _never(_: Any) -> Tensor:
+    raise AssertionError("there is no backward pass through it")

@@ -1,0 +1,1 @@
+"""Training runs: configuration, loop, folder, evaluation, export."""
