@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .cut.batches import Batch, as_prediction, plain, shaped, tensors_of
-from .cut.forward import Facts, Forward
+from .cut.facts import Facts
+from .cut.forward import Forward
+from .cut.inside import Inside
 from .cut.units import Partition, Unit, Units, balance
 from .memory import plans, predict
 from .modules import LocalModules
@@ -105,7 +107,7 @@ def decouple(
         modules = modules.modules
     make = prepare(
         model,
-        modules,
+        modules,  # type: ignore[arg-type]
         sample=sample,
         cuts=cuts,
         rule=rule,
@@ -160,7 +162,7 @@ def prepare(
             f"{len(units)} units at most ({', '.join(u.name for u in units)}){found.explain(modules)}; ask for fewer, "
             "or pass a list of modules"
         )
-    chain = Forward(backbone, Facts.of(found), prediction, found.seen.mode)
+    chain = Forward(backbone, Facts.of(found), prediction, Inside, found.seen.mode)
     anchor = next((p for p in backbone.parameters() if p.is_floating_point()), torch.empty(0))
     chain.sample = kept = tree_map_only(Tensor, _without_values, batch)
 

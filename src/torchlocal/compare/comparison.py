@@ -22,7 +22,8 @@ import yaml
 from torchlocal import __version__ as torchlocal_version
 from torchlocal.compare.costs import StepCosts, measure_costs
 from torchlocal.compare.methods import METHODS, CompareConfig, Subject, method_configs
-from torchlocal.compare.report import Comparison, MethodResult, write_report
+from torchlocal.compare.report import write_report
+from torchlocal.compare.results import Comparison, MethodResult
 from torchlocal.data import DataBundle
 from torchlocal.models import build_model
 from torchlocal.network import decouple

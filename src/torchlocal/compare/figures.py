@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from torchlocal.compare.results import Comparison, MethodResult
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from torchlocal.compare.report import Comparison, MethodResult
 
 __all__ = ["FIGURES", "draw_figures"]
 

@@ -256,7 +256,7 @@ class _Skeleton:
         if end is not None:
             points.append(end)
         narrowed = dataclasses.replace(facts, points=tuple(points), before=before[: len(points) + 1])
-        self._forward = Forward(twins[id(backbone)], narrowed, chain.prediction, chain.mode)
+        self._forward = Forward(twins[id(backbone)], narrowed, chain.prediction, mode=chain.mode)
 
     def refreshed(self) -> Forward:
         """Bring what is the backbone's, and may have been replaced there, up to date."""

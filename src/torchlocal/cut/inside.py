@@ -13,7 +13,7 @@ import contextlib
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,12 +21,10 @@ from torch.utils._pytree import tree_flatten
 
 from ..recompute import RandomState, Replay
 from .batches import as_prediction
+from .forward import Forward, Pass
 from .intercept import eagerly
-from .observe import STATISTICS, fake_batch, fake_twins
+from .observe import STATISTICS, Key, fake_batch, fake_twins
 from .untouched import swapped, untouched
-
-if TYPE_CHECKING:
-    from .forward import Forward, Key
 
 __all__ = ["Inside", "NodeStages"]
 
@@ -274,8 +272,6 @@ class Inside:
     def _agrees(
         self, unit: int, stages: NodeStages, batch: Tensor, outputs: Any, state: RandomState, kept: list[Any]
     ) -> bool:
-        from .forward import Pass
-
         forward = self._forward
         if unit:
             layout = next(leaf for leaf in outputs[forward.facts.points[unit - 1][0]][0] if hasattr(leaf, "stride"))

@@ -30,8 +30,9 @@ from .batches import Batch, call, describe, device_of
 from .intercept import Original, around, eagerly
 from .untouched import swapped, training_mode, untouched
 
-__all__ = ["Call", "Crossing", "Observation", "Operation", "fake_batch", "fake_twins", "observe"]
+__all__ = ["Call", "Crossing", "Key", "Observation", "Operation", "fake_batch", "fake_twins", "observe"]
 
+Key = tuple[str, int]  # a call: path of the module, which of its calls
 Node = Any  # torch.autograd.graph.Node
 Value = tuple[Node, int]  # one output of a node
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # kernels write them unseen

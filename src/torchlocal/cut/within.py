@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from .observe import Call, Observation
-
-if TYPE_CHECKING:
-    from .units import Units
+from .observe import Call, Key, Observation
+from .units import Units
 
 __all__ = ["Within", "body", "within"]
 
-Key = tuple[str, int]
 _PERMUTING = ("aten.permute.default", "aten.transpose.int", "prim.device.default")  # the last: a question, no operation
 
 

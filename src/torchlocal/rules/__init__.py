@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
-from collections.abc import Mapping
-from typing import Any
-
 from .auglocal import AugLocalRule
 from .base import Batch, Rule, Site
 from .dense import dense
@@ -14,6 +9,7 @@ from .downstream import Downstream
 from .greedy import AUXILIARY_NETWORKS, DGLRule, GreedyRule
 from .infopro import InfoProRule, published_weights
 from .man import ManRule
+from .names import RULES, make_rule
 from .predsim import PredSimRule
 
 __all__ = [
@@ -34,32 +30,13 @@ __all__ = [
     "published_weights",
 ]
 
-RULES: dict[str, type[Rule]] = {
-    "greedy": GreedyRule,
-    "dgl": DGLRule,
-    "predsim": PredSimRule,
-    "infopro": InfoProRule,
-    "auglocal": AugLocalRule,
-    "man": ManRule,
-}
-
-
-def make_rule(name: str, options: Mapping[str, Any] | None = None) -> Rule:
-    """Make a rule by name.
-
-    Args:
-        name: one of ``RULES``.
-        options: keyword arguments of the rule.
-
-    Raises:
-        ValueError: there is no such rule, it has no such option, or an option is out of range.
-    """
-    if not isinstance(name, str) or name not in RULES:
-        raise ValueError(f"rule: no rule named {name!r}; choose one of {', '.join(RULES)}, or pass a Rule")
-    known = list(inspect.signature(RULES[name]).parameters)
-    for option in options or {}:
-        if option not in known:
-            close = difflib.get_close_matches(str(option), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}"
-            raise ValueError(f"rule: {name!r} has no option {option!r}; {hint}")
-    return RULES[name](**(options or {}))
+RULES.update(
+    {
+        "greedy": GreedyRule,
+        "dgl": DGLRule,
+        "predsim": PredSimRule,
+        "infopro": InfoProRule,
+        "auglocal": AugLocalRule,
+        "man": ManRule,
+    }
+)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..cut.copies import UnitCopy
-
-if TYPE_CHECKING:
-    from ..cut.forward import Forward
-    from ..cut.units import Unit
-    from ..cut.within import Within
+from ..cut.forward import Forward
+from ..cut.units import Unit
+from ..cut.within import Within
 
 __all__ = ["Downstream", "reinitialise"]
 

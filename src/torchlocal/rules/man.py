@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Batch, Rule, Site
+from .names import make_rule
 
 __all__ = ["ManRule"]
 
@@ -77,8 +78,6 @@ class ManRule(Rule):
     def __init__(
         self, base: str | Rule = "dgl", *, momentum: float = 0.995, base_options: dict[str, Any] | None = None
     ) -> None:
-        from . import make_rule
-
         if isinstance(momentum, bool) or not isinstance(momentum, int | float) or not 0 <= momentum <= 1:
             raise ValueError(f"momentum: must be a number from 0 to 1, not {momentum!r}")
         if isinstance(base, Rule):

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from torchlocal import models
 from torchlocal.cli.commands import main
-from torchlocal.compare.report import Comparison, MethodResult, write_report
+from torchlocal.compare.report import write_report
+from torchlocal.compare.results import Comparison, MethodResult
 from torchlocal.run.export import export
 
 TINY = [

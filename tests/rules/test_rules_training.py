@@ -25,7 +25,7 @@ from torchlocal.models import LocalVGG, build_model, mlp
 from torchlocal.rules import RULES, make_rule
 from torchlocal.run.config import FitConfig, build_rule, config_from_dict, config_to_dict
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in RULES} | {
     "predsim-sim": ("predsim", {"loss": "sim"}),
     "predsim-free": ("predsim", {"backpropagation_free": True}),

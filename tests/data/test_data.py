@@ -109,7 +109,7 @@ def test_embedded_sample() -> None:
 
 
 def load_build_sample() -> ModuleType:
-    path = Path(__file__).parents[1] / "scripts" / "build_sample.py"
+    path = Path(__file__).parents[2] / "scripts" / "build_sample.py"
     spec = importlib.util.spec_from_file_location("build_sample", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

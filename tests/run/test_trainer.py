@@ -221,7 +221,7 @@ def test_stop_while_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, e
 CHILD = """
 import sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {paths!r}
 import test_trainer as t
 t.assembly.build_model = t.build_small_net
 t.fit(t.small_config(Path({out!r}), **t.LONG), progress=True)
@@ -244,7 +244,7 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_stop_another_process(tmp_path: Path, long_run: Path, signum: signal.Signals) -> None:
     """SIGTERM saves; SIGKILL finds the last checkpoint whole, whatever was being written."""
     out = tmp_path / "parts"
-    script = CHILD.format(tests=str(Path(__file__).parent), out=str(out))
+    script = CHILD.format(paths=[str(p) for p in Path(__file__).parents[:2]], out=str(out))
     child = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
     assert child.stderr is not None
     told = ""

@@ -23,15 +23,8 @@ from torchlocal import models
 from torchlocal.compare.comparison import METHODS, CompareConfig, compare, method_configs
 from torchlocal.compare.costs import StepCosts
 from torchlocal.compare.figures import draw_figures
-from torchlocal.compare.report import (
-    Comparison,
-    MethodResult,
-    Row,
-    format_bytes,
-    format_count,
-    markdown_table,
-    write_report,
-)
+from torchlocal.compare.report import format_bytes, format_count, markdown_table, write_report
+from torchlocal.compare.results import Comparison, MethodResult, Row
 from torchlocal.run import trainer
 from torchlocal.run.branches import find_branches
 from torchlocal.run.build import learning_rate

@@ -498,7 +498,7 @@ def test_an_error_of_ours_is_one_line_with_code_1(
 
 def test_warnings_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [sys.executable, "-m", "torchlocal", "fit", *TINY, "--model=mlp", "--modules=2", "--guidance.period=99"]
-    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2])}
     told = subprocess.run(
         [*argv, f"--out={tmp_path}", "--steps=2", "--quiet"], capture_output=True, text=True, env=environment
     )
@@ -581,7 +581,7 @@ def test_signals_where_there_is_no_run(
 
 def test_the_process_ends_with_the_code_of_the_signal(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "torchlocal", "fit", *TINY, "--model=mlp", "--modules=2", "--epochs=100000"]
-    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2])}
     with subprocess.Popen(
         [*argv, f"--out={tmp_path / 'out'}"], stderr=subprocess.PIPE, text=True, env=environment
     ) as process:

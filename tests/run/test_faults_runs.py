@@ -82,8 +82,22 @@ def test_public_names_are_there_when_asked_for() -> None:
     assert (told.returncode, told.stdout) == (0, "False\n"), told.stderr
 
 
-@pytest.mark.parametrize("module", ["sizes", "config", "methods", "plan", "network", "rules", "parallel", "guidance"])
-def test_every_room_can_be_entered_first(module: str) -> None:
+@pytest.mark.parametrize(
+    "module",
+    [
+        "run.config",
+        "compare.methods",
+        "budget",
+        "network",
+        "rules.man",
+        "parallel",
+        "memory",
+        "steps",
+        "recompute",
+        "cut.inside",
+    ],
+)
+def test_every_file_can_be_entered_first(module: str) -> None:
     told = python(f"import torchlocal.{module}")
     assert told.returncode == 0, told.stderr
 
@@ -202,7 +216,7 @@ def test_of_many_that_come_and_go_one_is_the_owner(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from torchlocal import folder as room\n"
+        "from torchlocal.run import folder as room\n"
         "room._WAIT = 0.0\n"
         f"folder, count = Path({str(tmp_path / 'a/b')!r}), Path({str(tmp_path / 'count')!r})\n"
         "for _ in range(200):\n"
