@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,8 +19,8 @@ import torch
 import yaml
 from torch import nn
 
-from torchlocal import models
-from torchlocal.compare.comparison import METHODS, CompareConfig, compare, method_configs
+from torchlocal.compare import comparison
+from torchlocal.compare.comparison import METHODS, CompareConfig, method_configs
 from torchlocal.compare.costs import StepCosts
 from torchlocal.compare.figures import draw_figures
 from torchlocal.compare.report import format_bytes, format_count, markdown_table, write_report
@@ -43,18 +43,23 @@ def small_net(num_classes: int, in_channels: int, size: tuple[int, int]) -> nn.M
     return nn.Sequential(*layers, nn.Dropout(0.1), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, num_classes))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _small() -> Iterator[None]:
-    """The small network under a name of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models._OWN, "small", small_net)
-        yield
+def compare(config: CompareConfig, **options: Any) -> Comparison:
+    """With the small network, called "small", in place of one by name."""
+    own = {"model": small} if config.fit.model == SMALL else {}
+    return comparison.compare(config, **own, **options)
+
+
+def small() -> nn.Module:
+    return small_net(10, 1, (8, 8))
+
+
+SMALL = "own:small"
 
 
 def small_config(out: Path, **changes: Any) -> CompareConfig:
     """All four methods, two seeds; 3 epochs of 8 steps on digits."""
     fit = FitConfig(
-        model="small",
+        model=SMALL,
         modules=3,
         guidance=GuidanceConfig(period=3),
         data="digits",

@@ -535,7 +535,7 @@ def test_a_command_line_that_cannot_work(
         (
             "version",
             None,
-            "has checkpoint version None, this torchlocal reads version 2: use the torchlocal",
+            "has checkpoint version None, this torchlocal reads version 3: use the torchlocal",
         ),
         ("config", None, "lacks config, as every checkpoint has it: use a copy, or the torchlocal that wrote it"),
         ("net", {"backbone.0.weight": 3}, "lacks net.backbone.0.weight"),

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import torchlocal as tl
 from torchlocal.run import build as assembly
 from torchlocal.run import checkpoint, trainer
+from torchlocal.run.callbacks import RunState
 from torchlocal.run.config import (
     FitConfig,
     GuidanceConfig,
@@ -33,17 +34,15 @@ from torchlocal.run.config import (
     config_to_dict,
     guided_memory,
 )
-from torchlocal.run.progress import Reporter, compact
+from torchlocal.run.own import Own
+from torchlocal.run.progress import Progress, compact
 from torchlocal.run.trainer import (
     Diverged,
+    Execution,
     Interrupted,
-    build_network,
     build_optimizer,
     count_steps,
-    evaluate,
-    fit,
     learning_rate,
-    load_run_data,
     resolve_execution,
     train_step,
 )
@@ -51,26 +50,32 @@ from torchlocal.run.trainer import (
 TIMES = ("seconds", "train_seconds", "epoch_seconds", "images_per_second", "run")
 
 
-def build_small_net(name: str, *, num_classes: int, in_channels: int, **options: Any) -> nn.Module:
-    if name == "small":
-        return SmallNet(num_classes, in_channels)
-    return REAL_BUILD_MODEL(name, num_classes=num_classes, in_channels=in_channels, **options)
+def small_net() -> nn.Module:
+    return SmallNet(10, 1)
 
 
-REAL_BUILD_MODEL = assembly.build_model
+def small(config: FitConfig) -> Own:
+    """The small network, where the configuration says so, in place of one by name."""
+    return Own(model=small_net if config.model == "own:small_net" else None)
 
 
-@pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The small network under a name of its own."""
-    monkeypatch.setattr(assembly, "build_model", build_small_net)
+def fit(config: FitConfig, **options: Any) -> dict[str, Any]:
+    return trainer.fit(config, model=small(config).model, **options)
+
+
+def build_network(config: FitConfig, data: Any, execution: Execution) -> tl.DecoupledNetwork:
+    return assembly.build_network(config, data, execution, small(config))
+
+
+def evaluate(run: Path, split: str = "test") -> dict[str, Any]:
+    return tl.evaluate(run, split, model=small_net)
 
 
 def small_config(out: Path, **changes: Any) -> FitConfig:
     """Two epochs of 5 steps with augmentation, dropout, BatchNorm and periodic guidance."""
     values: dict[str, Any] = {
         "out": str(out),
-        "model": "small",
+        "model": "own:small_net",
         "modules": 3,
         "guidance": GuidanceConfig(period=3, length=2),
         "num_train": 160,
@@ -223,7 +228,6 @@ import sys
 from pathlib import Path
 sys.path[:0] = {paths!r}
 import test_trainer as t
-t.assembly.build_model = t.build_small_net
 t.fit(t.small_config(Path({out!r}), **t.LONG), progress=True)
 """
 LONG: dict[str, Any] = {"epochs": 30, "checkpoint_every": 1}
@@ -232,11 +236,7 @@ LONG: dict[str, Any] = {"epochs": 30, "checkpoint_every": 1}
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("long") / "whole"
-    assembly.build_model, kept = build_small_net, assembly.build_model  # type: ignore[assignment]
-    try:
-        fit(small_config(out, **LONG), progress=False)
-    finally:
-        assembly.build_model = kept
+    fit(small_config(out, **LONG), progress=False)
     return out
 
 
@@ -302,7 +302,7 @@ def test_end_to_end_equals_a_plain_loop(
     config = small_config(tmp_path, modules=modules, guidance=guidance, **changes)
     fit(config, progress=False)
 
-    data = load_run_data(config)
+    data = Own().load(config)
     torch.manual_seed(config.seed)
     model = SmallNet(data.num_classes, data.shape[0])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
@@ -336,7 +336,7 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path) -> None:
             return func(*args, **(kwargs or {}))
 
     config = small_config(tmp_path, clip=1.0, log_every=1000)
-    data, execution = load_run_data(config), resolve_execution(config)
+    data, execution = Own().load(config), resolve_execution(config)
     net = build_network(config, data, execution)
     optimizer = build_optimizer(config, net)
     batches = list(data.train.batches(32, train=True))
@@ -396,7 +396,7 @@ def test_module_losses_that_no_step_measured_are_empty(tmp_path: Path) -> None:
 
 def test_backbone_and_dropout_do_not_depend_on_the_modules(tmp_path: Path) -> None:
     """So that methods differ by their training alone, not by their start."""
-    data = load_run_data(small_config(tmp_path))
+    data = Own().load(small_config(tmp_path))
     states = []
     for modules in (1, 3):
         config = small_config(tmp_path, modules=modules)
@@ -407,9 +407,13 @@ def test_backbone_and_dropout_do_not_depend_on_the_modules(tmp_path: Path) -> No
 def test_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # what rich takes for a terminal
     monkeypatch.setenv("COLUMNS", "160")
-    with Reporter(10, 4, enabled=True, events=None) as reporter:
-        reporter.advance(6, "epoch 1/2")
-        reporter.losses(6, [2.0, 1.0], guided_share=0.25, lr=0.1, speed=1234.5)
+    progress = Progress()
+    state = RunState(config=FitConfig(), out=tmp_path, run="", step=4, num_steps=10, epoch=1, num_epochs=2, rows=[])
+    progress.on_start(state)
+    progress.advance(6, "epoch 1/2")
+    values = {"loss/module_1": 2.0, "loss/global": 1.0, "guided_share": 0.25, "lr": 0.1, "images_per_second": 1234.5}
+    progress.on_step(replace(state, step=6), values)
+    progress.on_end(state, None)
     told = capsys.readouterr().err
     for part in ("epoch 1/2", "6/10", "loss 1.000", "modules 2.00 1.00", "guided 25%", "1234 images/s", "ETA 0:00:"):
         assert part in told
@@ -481,7 +485,7 @@ def test_steps_of_an_epoch(tmp_path: Path) -> None:
 def test_every_optimizer(tmp_path: Path, name: str) -> None:
     decay = 0.0 if name == "Rprop" else 1e-4
     config = small_config(tmp_path, optimizer=name, lr=0.01, weight_decay=decay)
-    data, execution = load_run_data(config), resolve_execution(config)
+    data, execution = Own().load(config), resolve_execution(config)
     net = build_network(config, data, execution)
     if name == "Muon":
         with pytest.raises(ValueError, match=r"^optimizer='Muon' does not take this network .*2D"):
@@ -677,7 +681,6 @@ def stopped_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was stopped after step 3."""
     out = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(assembly, "build_model", build_small_net)
         after_steps(monkeypatch, 3, stop())
         with pytest.raises(Interrupted):
             fit(small_config(out), progress=False)
@@ -762,7 +765,7 @@ def test_refused_checkpoints(
         ),
         ({"seed": 1, "epochs": 3}, r"configuration: epochs \(2 there, 3 now\), seed \(0 there, 1 now\);"),
         ({"guidance": GuidanceConfig(period=4, length=2)}, r"configuration: guidance.period \(3 there, 4 now\);"),
-        ({"model": "resnet20"}, r"configuration: model \('small' there, 'resnet20' now\);"),
+        ({"model": "resnet20"}, r"configuration: model \('own:small_net' there, 'resnet20' now\);"),
         ({"precision": "bf16"}, r"configuration: precision \('fp32' there, 'bf16' now\);"),
     ],
     ids=str,

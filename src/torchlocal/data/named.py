@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,10 @@ class DataBundle:
     shape: tuple[int, int, int]
     classes: tuple[str, ...] = ()
     checksum: str = ""
+
+    def sample(self, batch_size: int) -> Any:
+        """What a network is cut for: a batch of the training images, or the shape of one."""
+        return max(2, batch_size), *self.shape  # BatchNorm asks for two
 
 
 def data_names() -> list[str]:

@@ -4,21 +4,20 @@ import dataclasses
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
-from torchlocal.data import DataBundle, load_data
+from torchlocal.data import DataBundle, LoaderBundle
 from torchlocal.guidance import Guidance, cosine_factor
-from torchlocal.models import build_model
 from torchlocal.network import DecoupledNetwork, decouple
 from torchlocal.parallel.network import ParallelNetwork
 from torchlocal.parallel.setup import distribute
 from torchlocal.parallel.team import RemoteSplit, ShareOfSplit, Team
 from torchlocal.run.config import MOST_STEPS, FitConfig, build_guidance, build_rule, guided_options
+from torchlocal.run.own import Own
 
 __all__ = [
     "Execution",
@@ -26,13 +25,13 @@ __all__ = [
     "build_optimizer",
     "count_steps",
     "learning_rate",
-    "load_run_data",
     "load_shared_data",
     "resolve_execution",
     "share_out",
     "train_step",
 ]
 
+_NAMED = Own()
 _UNFIT_OPTIMIZERS = (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)  # another step, other gradients
 
 
@@ -53,16 +52,15 @@ class Execution:
         """Return the GradScaler that fp16 needs."""
         return torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
 
-    def place(self, images: Tensor) -> Tensor:
-        """Move a batch of images to the device, in its memory layout."""
-        layout = torch.channels_last if self.channels_last else torch.preserve_format
-        return images.to(self.device, non_blocking=True, memory_format=layout)
+    def place(self, batch: Any) -> Any:
+        """Move a batch, or its target, to the device, images in its memory layout; what another rank reads is None."""
 
-    def place_batch(self, images: Tensor | None, targets: Tensor | None) -> tuple[Any, Any]:
-        """Move a batch to the device; one that another rank reads is None."""
-        if images is None or targets is None:
-            return None, None
-        return self.place(images), targets.to(self.device, non_blocking=True)
+        def placed(tensor: Tensor) -> Tensor:
+            images = self.channels_last and tensor.ndim == 4 and tensor.is_floating_point()
+            layout = torch.channels_last if images else torch.preserve_format
+            return tensor.to(self.device, non_blocking=True, memory_format=layout)
+
+        return tree_map_only(Tensor, placed, batch)
 
 
 def resolve_execution(config: FitConfig) -> Execution:
@@ -85,54 +83,36 @@ def resolve_execution(config: FitConfig) -> Execution:
     return Execution(device=device, precision=precision, channels_last=channels_last)
 
 
-def load_run_data(config: FitConfig) -> DataBundle:
-    """Load the data of a run. Its validation split does not depend on the run's seed.
-
-    Raises:
-        ValueError: they cannot be loaded, or have a single class: any network would be right on all images.
-    """
-    data = load_data(
-        config.data,
-        root=config.data_root,
-        num_train=config.num_train,
-        num_validation=config.num_validation,
-        augment=config.augment,
-        image_size=config.image_size,
-        num_workers=config.num_workers,
-    )
-    if data.num_classes < 2:
-        raise ValueError(
-            f"data={config.data!r} has a single class ({', '.join(data.classes)}), of which nothing can be learned: "
-            "give every class a folder of its own in train"
-        )
-    return data
-
-
-def load_shared_data(config: FitConfig, team: Team) -> DataBundle:
+def load_shared_data(config: FitConfig, own: Own, team: Team) -> DataBundle:
     """Load the data where they are read; the other ranks only learn how many there are, and of what shape."""
     if not team.parallel:
-        return load_run_data(config)
+        return own.load(config)
+    if isinstance(own.bundle, LoaderBundle):
+        raise ValueError(
+            "data: loaders of your own are read by one process: train on a single rank, or hand in what "
+            "torchlocal.data.load_data returns"
+        )
     if config.batch_size % team.replicas:
         raise ValueError(
             f"batch_size={config.batch_size} cannot be shared by replicas={config.replicas}: make it a multiple"
         )
-    own: DataBundle | None = None
+    loaded: DataBundle | None = None
 
     def load() -> dict[str, Any]:
-        nonlocal own
-        own = load_run_data(config)
-        sizes = {name: len(getattr(own, name)) for name in ("train", "validation", "test")}
+        nonlocal loaded
+        loaded = own.load(config)
+        sizes = {name: len(getattr(loaded, name)) for name in ("train", "validation", "test")}
         fields = ("name", "num_classes", "shape", "classes", "checksum")
-        return {**{name: getattr(own, name) for name in fields}, **sizes}
+        return {**{name: getattr(loaded, name) for name in fields}, **sizes}
 
     told = team.at_reader(load)
-    if own is None and team.reads:  # the first stage of another replica
-        own = load_run_data(config)
-    if own is None:
+    if loaded is None and team.reads:  # the first stage of another replica
+        loaded = own.load(config)
+    if loaded is None:
         splits = {name: RemoteSplit(told[name]) for name in ("train", "validation", "test")}
         return DataBundle(**{**told, **splits})
-    share: Any = ShareOfSplit(own.train, team.replica, team.replicas)
-    return dataclasses.replace(own, train=share)
+    share: Any = ShareOfSplit(loaded.train, team.replica, team.replicas)
+    return dataclasses.replace(loaded, train=share)
 
 
 def share_out(
@@ -145,28 +125,29 @@ def share_out(
         )
     sample = None
     if team.rank == 0:
-        sample = execution.place_batch(*next(data.train.batches(config.batch_size, train=True, seed=config.seed)))
+        sample = execution.place(next(data.train.batches(config.batch_size, train=True, seed=config.seed)))
     return distribute(
         net, replicas=team.replicas, assignment="time", sample=sample, autocast=execution.autocast, timeout=team.timeout
     )
 
 
-def build_network(config: FitConfig, data: DataBundle, execution: Execution) -> DecoupledNetwork:
+def build_network(config: FitConfig, data: DataBundle, execution: Execution, own: Own = _NAMED) -> DecoupledNetwork:
     """Build and cut the network of a run, on its device.
 
     The seed decides the weights: torch's global generators are set to it. The backbone's are drawn first, so that they
     are the same whatever its modules and auxiliary networks are.
     """
-    channels, height, width = data.shape
     torch.manual_seed(config.seed)
-    model = build_model(config.model, num_classes=data.num_classes, in_channels=channels, image_size=(height, width))
+    model = own.make_model(config, data)
+    anchor = next(model.parameters(), torch.empty(0))
     net = decouple(
         model,
         modules=config.modules if config.cuts is None else None,
         cuts=config.cuts,
-        sample=(max(2, config.batch_size), *data.shape),  # BatchNorm asks for two
+        sample=tree_map_only(Tensor, lambda tensor: tensor.to(anchor.device), data.sample(config.batch_size)),
         rule=build_rule(config),
-        criterion=partial(F.cross_entropy, label_smoothing=config.label_smoothing),
+        criterion=own.make_criterion(config),
+        prediction=own.make_prediction(),
     )
     net.recompute_segments(config.recompute)  # refuses a number of segments that it cannot be cut into
     layout = torch.channels_last if execution.channels_last else torch.preserve_format
@@ -261,7 +242,7 @@ def learning_rate(
 def train_step(
     net: DecoupledNetwork | ParallelNetwork,
     optimizer: torch.optim.Optimizer,
-    batches: Iterable[tuple[Tensor | None, Tensor | None]],
+    batches: Iterable[tuple[Any, Any]],
     *,
     config: FitConfig,
     execution: Execution,
@@ -274,7 +255,7 @@ def train_step(
     Args:
         net: the network, in training mode.
         optimizer: over its parameters.
-        batches: config.accumulate batches of images (B, C, H, W) and targets (B,).
+        batches: config.accumulate batches with their targets; None where another rank reads them.
         config: the run's.
         execution: where it runs.
         guided: whether this is a guided step, or else a local one.
@@ -293,7 +274,7 @@ def train_step(
     total: list[Tensor] = []
     try:
         for x, y in batches:
-            losses = step(*execution.place_batch(x, y), **options)
+            losses = step(execution.place(x), execution.place(y), **options)
             total = [a + b for a, b in zip(total, losses, strict=True)] if total else losses
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):

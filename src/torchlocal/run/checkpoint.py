@@ -22,6 +22,7 @@ from torchlocal.run.folder import temporary_name
 __all__ = [
     "check_same_config",
     "fixed_fields",
+    "load_backbone",
     "load_checkpoint",
     "load_network",
     "reading",
@@ -32,10 +33,19 @@ __all__ = [
     "write_metrics",
 ]
 
+BACKBONE = "backbone."  # begins the names of its tensors in a decoupled network
 FORMAT = "torchlocal checkpoint"
-VERSION = 2  # 1 held an option of every schedule
+VERSION = 3  # 2 knew no data and no criterion of the user's own
 # What every checkpoint holds, and what is added to resume from it.
-_FIELDS: dict[str, Any] = {"config": dict, "precision": str, "data": dict, "modules": list, "step": int, "net": dict}
+_FIELDS: dict[str, Any] = {
+    "run": str,
+    "config": dict,
+    "precision": str,
+    "data": dict,
+    "modules": list,
+    "step": int,
+    "net": dict,
+}
 _DATA_FIELDS = ("num_train", "num_validation", "num_classes", "shape")
 _RESUMED_FIELDS: dict[str, Any] = {
     "optimizer": dict, "random": dict, "position": dict, "rows": list, "loss_sums": Tensor,
@@ -135,6 +145,16 @@ def load_network(net: nn.Module, state: Mapping[str, Any], path: Path) -> None:
                 "use the model, the data and the torchlocal that wrote it"
             )
     net.load_state_dict(saved)
+
+
+def load_backbone(model: nn.Module, state: Mapping[str, Any], path: Path) -> None:
+    """Load a checkpoint's weights into a plain network.
+
+    Raises:
+        ValueError: they are another network's.
+    """
+    saved = {key.removeprefix(BACKBONE): value for key, value in state["net"].items() if key.startswith(BACKBONE)}
+    load_network(model, {"net": saved}, path)
 
 
 def fixed_fields(config: Mapping[str, Any]) -> dict[str, Any]:
