@@ -77,7 +77,9 @@ loaders = {
     "validation": DataLoader(draw(256, seed=2), batch_size=256),
     "test": DataLoader(draw(512, seed=3), batch_size=256),
 }
-config = tl.FitConfig(out=options.out, modules=3, epochs=options.epochs, optimizer="adamw", lr=0.003, precision="fp32")
+config = tl.FitConfig.of(
+    out=options.out, modules=3, epochs=options.epochs, optimizer="adamw", lr=0.003, precision="fp32"
+)
 torch.manual_seed(0)
 model = Patches(num_classes=4)  # trained in place
 try:

@@ -490,7 +490,7 @@ def test_a_single_class_is_nothing_to_train_on(root: Path) -> None:
         (root / "b").rename(root / part / "images")
     assert load_data("folder", root=root, num_validation=1).num_classes == 1
     assert "has a single class (images), of which nothing can be learned: give every class a folder" in refusal(
-        lambda: Own().load(FitConfig(data="folder", data_root=str(root)))
+        lambda: Own().load(FitConfig.of(data="folder", data_root=str(root)))
     )
 
 

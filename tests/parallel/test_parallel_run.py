@@ -38,7 +38,7 @@ def small_config(out: Path, **changes: Any) -> FitConfig:
         "precision": "fp32", "device": "cpu", "num_threads": 1, "log_every": 2, "tensorboard": False,
         "guidance": GuidanceConfig(period=3, length=1),
     }  # fmt: skip
-    return FitConfig(**(values | changes))
+    return FitConfig.of(**(values | changes))
 
 
 def fit(config: FitConfig, **options: Any) -> dict[str, Any]:

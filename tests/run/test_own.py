@@ -37,7 +37,7 @@ def config(out: Path, **changes: Any) -> tl.FitConfig:
         "out": str(out), "modules": 3, "guidance": tl.GuidanceConfig(period=3, length=2), "memory": "full", "epochs": 2,
         "lr": 0.05, "precision": "fp32", "device": "cpu", "num_threads": 1, "log_every": 2, "tensorboard": False,
     }  # fmt: skip
-    return tl.FitConfig(**(values | changes))
+    return tl.FitConfig.of(**(values | changes))
 
 
 class Noisy(Dataset[tuple[Tensor, Tensor]]):
@@ -187,7 +187,7 @@ def test_a_network_of_ones_own_on_data_by_name_is_that_by_name(tmp_path: Path) -
         assert results[0][key] == results[1][key]
     data = load_data("digits", num_train=160, num_validation=32)
     bundle = tl.fit(config(tmp_path / "bundle", model="mlp", batch_size=32), data=data, progress=False)
-    assert bundle["test_loss"] == results[0]["test_loss"] and bundle["config"]["data"] == "own:digits"
+    assert bundle["test_loss"] == results[0]["test_loss"] and bundle["config"]["data"]["name"] == "own:digits"
 
 
 # --- batches and targets of any kind ---
@@ -431,7 +431,7 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, _, options = recorder.calls[0]
     run = checkpoint.load_checkpoint(tmp_path / "last.pt")["run"]
     assert name == "init" and options["project"] == "mine" and options["tags"] == ["a"]
-    assert options["id"] == run and options["resume"] == "allow" and options["config"]["epochs"] == 2
+    assert options["id"] == run and options["resume"] == "allow" and options["config"]["optimisation"]["epochs"] == 2
     logged = [(arguments[0], options["step"]) for name, arguments, options in recorder.calls if name == "log"]
     assert [step for _, step in logged] == [2, 4, 5, 5, 6, 8, 10, 10] and "loss/global" in logged[0][0]
     assert set(logged[3][0]) == {"validation/loss", "validation/accuracy"}

@@ -56,7 +56,7 @@ def small_net() -> nn.Module:
 
 def small(config: FitConfig) -> Own:
     """The small network, where the configuration says so, in place of one by name."""
-    return Own(model=small_net if config.model == "own:small_net" else None)
+    return Own(model=small_net if config.model.name == "own:small_net" else None)
 
 
 def fit(config: FitConfig, **options: Any) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def small_config(out: Path, **changes: Any) -> FitConfig:
         "log_every": 2,
         "tensorboard": False,
     }
-    return FitConfig(**(values | changes))
+    return FitConfig.of(**(values | changes))
 
 
 def after_steps(monkeypatch: pytest.MonkeyPatch, num_steps: int, action: Callable[[Any], None]) -> None:
@@ -303,19 +303,19 @@ def test_end_to_end_equals_a_plain_loop(
     fit(config, progress=False)
 
     data = Own().load(config)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.run.seed)
     model = SmallNet(data.num_classes, data.shape[0])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
-    torch.manual_seed(config.seed + 2**32)
+    torch.manual_seed(config.run.seed + 2**32)
     model.train()
     step = 0
     for epoch in range(2):
-        batches = data.train.batches(config.batch_size, epoch=epoch, train=True, seed=config.seed)
+        batches = data.train.batches(config.optimisation.batch_size, epoch=epoch, train=True, seed=config.run.seed)
         for i, (x, y) in enumerate(batches, start=1):
-            (F.cross_entropy(model(x), y) / config.accumulate).backward()
-            if i % config.accumulate == 0:
-                if config.clip:
-                    nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            (F.cross_entropy(model(x), y) / config.optimisation.accumulate).backward()
+            if i % config.optimisation.accumulate == 0:
+                if config.optimisation.clip:
+                    nn.utils.clip_grad_norm_(model.parameters(), config.optimisation.clip)
                 for group in optimizer.param_groups:
                     group["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * step / 10))
                 optimizer.step()
@@ -460,9 +460,9 @@ def test_schedules_equal_torch(tmp_path: Path) -> None:
     phased = small_config(tmp_path, epochs=6, lr=0.8, guidance=GuidanceConfig(name="phased", share=0.25))
     late = [0.8] * 45 + torch_rates(lambda o: schedulers.CosineAnnealingLR(o, 15), 15, 0.8)
     assert rates(phased, 10, 60) == pytest.approx(late, abs=1e-12)
-    assert rates(replace(phased, decay=1.0), 10, 60) == rates(cosine, 10, 60)
-    assert rates(replace(cosine, decay=0.25), 10, 60) == rates(phased, 10, 60)
-    assert rates(replace(cosine, decay=1e-9), 10, 60) == [0.8] * 60
+    assert rates(phased.changed(decay=1.0), 10, 60) == rates(cosine, 10, 60)
+    assert rates(cosine.changed(decay=0.25), 10, 60) == rates(phased, 10, 60)
+    assert rates(cosine.changed(decay=1e-9), 10, 60) == [0.8] * 60
 
 
 def test_warmup(tmp_path: Path) -> None:
@@ -594,7 +594,7 @@ def test_refused_configurations(tmp_path: Path, changes: dict[str, Any], told: s
         (
             {"period": 3, "share": 0.1},
             r"^guidance.share=0.1 means nothing to guidance.name='periodic': leave it out, or give "
-            r"guidance.name=phased or random or annealed$",
+            r"guidance.name=random or annealed or phased$",
         ),
         ({"auxiliary": "ignore"}, r"^guidance.auxiliary='ignore' is unknown: give 'follow' or 'frozen'$"),
     ],
@@ -608,23 +608,23 @@ def test_refused_guidance(changes: dict[str, Any], told: str) -> None:
 
 def test_what_is_left_out_of_guidance() -> None:
     assert build_guidance(FitConfig()) == tl.PhasedGuidance()
-    assert build_guidance(FitConfig(guidance=GuidanceConfig(length=2))) == tl.PeriodicGuidance(length=2)
-    assert build_guidance(FitConfig(guidance=GuidanceConfig(name="annealed", share=0.6))) == tl.AnnealedGuidance(
+    assert build_guidance(FitConfig.of(guidance=GuidanceConfig(length=2))) == tl.PeriodicGuidance(length=2)
+    assert build_guidance(FitConfig.of(guidance=GuidanceConfig(name="annealed", share=0.6))) == tl.AnnealedGuidance(
         start_share=0.6, end_share=0.0
     )
     random = GuidanceConfig(name="random", share=0.1)
-    assert build_guidance(FitConfig(guidance=random, seed=3)) == tl.RandomGuidance(share=0.1, seed=3)
+    assert build_guidance(FitConfig.of(guidance=random, seed=3)) == tl.RandomGuidance(share=0.1, seed=3)
     never = GuidanceConfig(name="never", period=3)  # a recipe's period, with which the command says never
-    assert build_guidance(FitConfig(guidance=never)) == tl.NeverGuidance()
+    assert build_guidance(FitConfig.of(guidance=never)) == tl.NeverGuidance()
 
 
 def test_memory_of_guided_steps() -> None:
     always = GuidanceConfig(name="always")
     assert guided_memory(FitConfig()) == {"memory": "local"}
-    assert guided_memory(FitConfig(guidance=always)) == {"memory": "full"}
-    assert guided_memory(FitConfig(guidance=always, memory="exact")) == {"memory": "exact"}
-    assert guided_memory(FitConfig(memory="2KiB")) == {"memory": 2048}
-    assert guided_memory(FitConfig(recompute="modules")) == {"recompute": "modules"}
+    assert guided_memory(FitConfig.of(guidance=always)) == {"memory": "full"}
+    assert guided_memory(FitConfig.of(guidance=always, memory="exact")) == {"memory": "exact"}
+    assert guided_memory(FitConfig.of(memory="2KiB")) == {"memory": 2048}
+    assert guided_memory(FitConfig.of(recompute="modules")) == {"recompute": "modules"}
 
 
 @pytest.mark.parametrize(
@@ -805,11 +805,11 @@ def test_recomputation_may_differ_as_long_as_batches_are_whole(tmp_path: Path, m
 def test_a_run_that_is_older_than_an_option_has_its_default(tmp_path: Path) -> None:
     config = small_config(tmp_path, steps=2)
     result = fit(config, progress=False)
-    del result["config"]["guidance"]["periods"]
+    del result["config"]["optimisation"]["clip"]
     checkpoint.write_json(tmp_path / "result.json", result)
     assert fit(config, resume=True, progress=False) == result
-    changed = replace(config, guidance=replace(config.guidance, start=1))
-    with pytest.raises(ValueError, match=r"configuration: guidance.start \(None there, 1 now\);"):
+    changed = config.changed(guidance=config.guidance.changed({"start": 1}))
+    with pytest.raises(ValueError, match=r"configuration: guidance.start \(absent there, 1 now\);"):
         fit(changed, resume=True, progress=False)
 
 

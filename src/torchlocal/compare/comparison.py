@@ -94,14 +94,14 @@ def _compare(config: CompareConfig, own: Own, out: Path, progress: bool) -> Comp
     configs = {method: subject.config for method, subject in subjects.items()}
     firsts = first_alike(configs, out)
     runs = {
-        (method, seed): replace(configs[method], out=str(out / method / f"seed{seed}"), seed=seed)
+        (method, seed): configs[method].changed(out=str(out / method / f"seed{seed}"), seed=seed)
         for seed in config.seeds
         for method in configs
         if firsts[method] == method
     }
     for run in runs.values():  # before anything is written or takes time
         _check_run_folder(run, data.checksum)
-    if not all((Path(run.out) / "result.json").exists() for run in runs.values()):
+    if not all((Path(run.run.out) / "result.json").exists() for run in runs.values()):
         _check_parts(configs, data, own)
     _say(progress, f"comparing {', '.join(configs)} in {out}")
     alike = [f"{method} as {first}" for method, first in firsts.items() if first != method]
@@ -118,7 +118,7 @@ def _compare(config: CompareConfig, own: Own, out: Path, progress: bool) -> Comp
     trained: dict[str, dict[int, dict[str, Any]]] = {}
     diverged: list[str] = []
     for number, ((method, seed), run) in enumerate(runs.items(), start=1):
-        finished = (Path(run.out) / "result.json").exists()
+        finished = (Path(run.run.out) / "result.json").exists()
         _say(progress, f"run {number} of {len(runs)}: {method}, seed {seed}{' (finished before)' if finished else ''}")
         branches = [
             Branch(step=step, config=runs[other, seed]) for other, (trunk, step) in trunks.items() if trunk == method
@@ -132,7 +132,9 @@ def _compare(config: CompareConfig, own: Own, out: Path, progress: bool) -> Comp
             raise ValueError(f"{method}, seed {seed}: {error}") from error
     results = {method: trained[firsts[method]] for method in configs if firsts[method] in trained}
     if not results:
-        raise Diverged(f"every run diverged ({'; '.join(diverged)}): lower lr={config.fit.lr:g}, or train in fp32")
+        raise Diverged(
+            f"every run diverged ({'; '.join(diverged)}): lower lr={config.fit.optimisation.lr:g}, or train in fp32"
+        )
     comparison = Comparison(
         title=f"{_several(config, 'model')} on {data.name}, {_modules_text(config)}",
         results=tuple(
@@ -157,12 +159,12 @@ def _say(progress: bool, text: str) -> None:
 
 def _several(config: CompareConfig, name: str) -> str:
     """An option of all runs, or its values in the grid."""
-    return ", ".join(map(str, config.grid.get(name, [getattr(config.fit, name)])))
+    return ", ".join(map(str, config.grid.get(name, [config.fit.value(name)])))
 
 
 def _modules_text(config: CompareConfig) -> str:
-    if config.fit.cuts is not None:
-        return f"cut after {', '.join(config.fit.cuts)}"
+    if config.fit.cut.after is not None:
+        return f"cut after {', '.join(config.fit.cut.after)}"
     words = {"all": "one local module per unit", "fewest": "as few local modules as take no more memory"}
     modules = _several(config, "modules")
     return words.get(modules, f"K = {modules}")
@@ -176,7 +178,7 @@ def _command(own: Own) -> str:
 
 def _count_units(config: FitConfig, data: DataBundle, own: Own, name: str) -> int:
     with torch.random.fork_rng(devices=[]):
-        model = own.make_model(replace(config, model=name), data)
+        model = own.make_model(config.changed(model=name), data)
         return len(decouple(model, 1, sample=data.sample(2), prediction=own.make_prediction()).partition.units)
 
 
@@ -185,7 +187,7 @@ def _check_run_folder(config: FitConfig, checksum: str) -> None:
 
     `fit` would refuse the first, too, but only when its turn comes; of a finished run it reads no data.
     """
-    path = Path(config.out) / "config.yaml"
+    path = Path(config.run.out) / "config.yaml"
     if not path.is_file():
         return
     try:
@@ -229,9 +231,10 @@ def _plain(config: CompareConfig, *, public: bool = False) -> dict[str, Any]:
 
     `public` leaves out where the data lie on this machine.
     """
-    run = {name: value for name, value in config_to_dict(config.fit).items() if name not in ("out", "seed")}
+    run = config_to_dict(config.fit)
+    del run["run"]["out"], run["run"]["seed"]
     if public:
-        del run["data_root"]
+        del run["data"]["root"]
     section = {
         "out": config.out,
         "methods": list(config.methods),
@@ -254,8 +257,7 @@ def _costs(
         "num_threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "configs": {
-            method: {name: value for name, value in config_to_dict(fit_config).items() if name not in ("out", "seed")}
-            for method, fit_config in configs.items()
+            method: config_to_dict(fit_config.changed(out="runs/fit", seed=0)) for method, fit_config in configs.items()
         },
         "timing_rounds": config.timing_rounds,
         "versions": _versions(),
@@ -333,6 +335,7 @@ def _facts(
     alike: Sequence[str],
     begun: Sequence[str],
 ) -> dict[str, str]:
+    chosen = config.fit.optimisation
     fit_config, first = config.fit, next(iter(next(iter(results.values())).values()))
     if isinstance(data, LoaderBundle):
         told = f"{data.name}: {len(data.train) // data.train.batch_size:,} training batches of {data.train.batch_size}"
@@ -341,9 +344,7 @@ def _facts(
             f"{data.name}: {len(data.train):,} training, {len(data.validation):,} validation and {len(data.test):,} "
             f"test images of {' x '.join(map(str, data.shape))}, {data.num_classes} classes"
         )
-    length = (
-        f"{first['epochs']} epochs, {first['steps']} steps of {fit_config.batch_size * fit_config.accumulate} images"
-    )
+    length = f"{first['epochs']} epochs, {first['steps']} steps of {chosen.batch_size * chosen.accumulate} images"
     seconds = sum(result["seconds"] for found in results.values() for result in found.values())
     shared = ", first steps in common counted for each" if begun else ""
     rule = _several(config, "rule") if "rule" in config.grid else repr(build_rule(fit_config))
@@ -351,19 +352,19 @@ def _facts(
     varied += [f"{name} ({_options_text(config.variants[name])})" for name in config.methods if name in config.variants]
     device = first["device"]
     if device == "cpu":
-        device += f" ({fit_config.num_threads or torch.get_num_threads()} threads, {platform.machine()})"
+        device += f" ({fit_config.run.num_threads or torch.get_num_threads()} threads, {platform.machine()})"
     return {
         "Data": told,
         "Network": f"{_several(config, 'model')}, {_modules_text(config)}, local rule {rule}",
         "Guidance": f"{build_guidance(fit_config)!r}, auxiliary networks {fit_config.guidance.auxiliary}, "
         + ", ".join(f"{name} {value}" for name, value in guided_memory(fit_config).items()),
-        "Training": f"{length}; {fit_config.optimizer}, lr {fit_config.lr:g}, "
-        f"weight decay {fit_config.weight_decay:g}, schedule {fit_config.schedule}",
+        "Training": f"{length}; {chosen.optimizer}, lr {chosen.lr:g}, weight decay {chosen.weight_decay:g}, "
+        f"schedule {chosen.schedule}",
         **({"Varied": "; ".join(varied)} if varied else {}),
         "Seeds": ", ".join(map(str, config.seeds)),
         **(
             {"Compiled": "yes; memory, but for that on CUDA, and FLOPs are of the same steps without torch.compile"}
-            if fit_config.compile
+            if fit_config.run.compile
             else {}
         ),
         **({"Trained once": ", ".join(alike) + " (recomputation changes no result)"} if alike else {}),

@@ -72,19 +72,19 @@ class _Subject:
         self.config, self.execution = config, resolve_execution(config)
         steps_per_epoch, num_steps = count_steps(config, len(data.train))
         guidance = build_guidance(config).bind(num_steps=num_steps, steps_per_epoch=steps_per_epoch)
-        self.num_threads = config.num_threads or torch.get_num_threads()
+        self.num_threads = config.run.num_threads or torch.get_num_threads()
         self.guided_share = sum(guidance(step) for step in range(num_steps)) / num_steps
         self.net = build_network(config, data, self.execution, own)
-        if config.compile:
+        if config.run.compile:
             self.net.compile()
         self.optimizer = build_optimizer(config, self.net)
         self.scaler = self.execution.make_scaler()
         self.net.train()
         shares = {"local": 1 - self.guided_share, "guided": self.guided_share}
         self.kinds = [kind for kind, share in shares.items() if share > 0]
-        batches = data.train.batches(config.batch_size, train=True)
+        batches = data.train.batches(config.optimisation.batch_size, train=True)
         # Placed beforehand, so that neither loading nor copying is measured.
-        self.batches = self.execution.place(list(islice(batches, config.accumulate)))
+        self.batches = self.execution.place(list(islice(batches, config.optimisation.accumulate)))
 
     def step(self, kind: str) -> None:
         torch.set_num_threads(self.num_threads)
@@ -102,7 +102,7 @@ class _Subject:
         """FLOPs of one optimizer step, counted on tensors without memory."""
         options = guided_options(self.config) if kind == "guided" else {}
         found = memory.predict(self.net, *self.batches[0], step=kind, autocast=self.execution.autocast, **options)
-        return self.config.accumulate * found.flops
+        return self.config.optimisation.accumulate * found.flops
 
     def wait(self) -> None:
         """Let the device finish, where it runs beside Python."""

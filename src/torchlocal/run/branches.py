@@ -10,11 +10,9 @@ from typing import Any
 
 from torchlocal.run.build import count_steps, learning_rate
 from torchlocal.run.checkpoint import fixed_fields
-from torchlocal.run.config import FitConfig, build_guidance, config_to_dict
+from torchlocal.run.config import FitConfig, build_guidance, config_to_dict, fit_options
 
 __all__ = ["Branch", "find_branches", "first_alike"]
-
-_GUIDED_FIELDS = ("memory", "decay")  # of guided steps alone, and of the learning rate, which is compared by itself
 
 _MOST_STEPS = 1_000_000  # of a run that is looked through, step by step
 
@@ -63,19 +61,19 @@ def find_branches(runs: Mapping[str, FitConfig], num_images: int) -> dict[str, t
 
 def _trained_fields(config: FitConfig) -> dict[str, Any]:
     """The fields on which the weights depend, also by how sums are rounded."""
-    fields = config_to_dict(config)
-    rounding = {name: fields[name] for name in ("device", "channels_last", "num_threads")}
-    return fixed_fields(fields) | rounding
+    rounding = {name: config.value(name) for name, one in fit_options().items() if one.rounds}
+    return fixed_fields(config_to_dict(config)) | rounding
 
 
 def _local_fields(config: FitConfig) -> dict[str, Any]:
     """Those on which local steps depend, but for their learning rate."""
+    guided = {name for name, one in fit_options().items() if one.guided}
     fields = _trained_fields(config)
-    return {name: fields[name] for name in fields if not name.startswith("guidance.") and name not in _GUIDED_FIELDS}
+    return {name: fields[name] for name in fields if not name.startswith("guidance.") and name not in guided}
 
 
 def _common_steps(a: FitConfig, b: FitConfig, steps_per_epoch: int, num_steps: int) -> int:
-    if a.compile or num_steps > _MOST_STEPS or _local_fields(a) != _local_fields(b):
+    if a.run.compile or num_steps > _MOST_STEPS or _local_fields(a) != _local_fields(b):
         return 0
     if "random" in (a.guidance.name, b.guidance.name):  # which steps are guided depends on the seed
         return 0

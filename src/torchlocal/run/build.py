@@ -70,16 +70,16 @@ def resolve_execution(config: FitConfig) -> Execution:
         ValueError: if the device does not exist here, or cannot compute in the precision.
     """
     try:
-        device = torch.device(_best_device() if config.device == "auto" else config.device)
+        device = torch.device(_best_device() if config.run.device == "auto" else config.run.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f'device={config.device!r} is not available here: give "auto" or "cpu"') from error
-    precision = config.precision
+        raise ValueError(f'device={config.run.device!r} is not available here: give "auto" or "cpu"') from error
+    precision = config.run.precision
     if precision == "auto":
         precision = "bf16" if _has_fast_bf16(device) else "fp32"
     if precision != "fp32" and not torch.amp.is_autocast_available(device.type):
         raise ValueError(f'precision={precision!r} does not exist on {device}: give "fp32" or "auto"')
-    channels_last = precision == "bf16" if config.channels_last is None else config.channels_last
+    channels_last = precision == "bf16" if config.run.channels_last is None else config.run.channels_last
     return Execution(device=device, precision=precision, channels_last=channels_last)
 
 
@@ -92,9 +92,10 @@ def load_shared_data(config: FitConfig, own: Own, team: Team) -> DataBundle:
             "data: loaders of your own are read by one process: train on a single rank, or hand in what "
             "torchlocal.data.load_data returns"
         )
-    if config.batch_size % team.replicas:
+    if config.optimisation.batch_size % team.replicas:
         raise ValueError(
-            f"batch_size={config.batch_size} cannot be shared by replicas={config.replicas}: make it a multiple"
+            f"batch_size={config.optimisation.batch_size} cannot be shared by replicas={config.run.replicas}: make it "
+            "a multiple"
         )
     loaded: DataBundle | None = None
 
@@ -125,7 +126,9 @@ def share_out(
         )
     sample = None
     if team.rank == 0:
-        sample = execution.place(next(data.train.batches(config.batch_size, train=True, seed=config.seed)))
+        sample = execution.place(
+            next(data.train.batches(config.optimisation.batch_size, train=True, seed=config.run.seed))
+        )
     return distribute(
         net, replicas=team.replicas, assignment="time", sample=sample, autocast=execution.autocast, timeout=team.timeout
     )
@@ -137,19 +140,21 @@ def build_network(config: FitConfig, data: DataBundle, execution: Execution, own
     The seed decides the weights: torch's global generators are set to it. The backbone's are drawn first, so that they
     are the same whatever its modules and auxiliary networks are.
     """
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.run.seed)
     model = own.make_model(config, data)
     anchor = next(model.parameters(), torch.empty(0))
     net = decouple(
         model,
-        modules=config.modules if config.cuts is None else None,
-        cuts=config.cuts,
-        sample=tree_map_only(Tensor, lambda tensor: tensor.to(anchor.device), data.sample(config.batch_size)),
+        modules=config.cut.modules if config.cut.after is None else None,
+        cuts=config.cut.after,
+        sample=tree_map_only(
+            Tensor, lambda tensor: tensor.to(anchor.device), data.sample(config.optimisation.batch_size)
+        ),
         rule=build_rule(config),
         criterion=own.make_criterion(config),
         prediction=own.make_prediction(),
     )
-    net.recompute_segments(config.recompute)  # refuses a number of segments that it cannot be cut into
+    net.recompute_segments(config.memory.recompute)  # refuses a number of segments that it cannot be cut into
     layout = torch.channels_last if execution.channels_last else torch.preserve_format
     return net.to(execution.device, memory_format=layout)  # type: ignore[call-overload]
 
@@ -160,31 +165,30 @@ def build_optimizer(config: FitConfig, net: nn.Module | ParallelNetwork) -> torc
     Raises:
         ValueError: if torch.optim has no such optimizer, or it does not take the configuration's values.
     """
-    options: dict[str, Any] = {"lr": config.lr}
-    if config.optimizer == "sgd":
+    chosen = config.optimisation
+    options: dict[str, Any] = {"lr": chosen.lr}
+    if chosen.optimizer == "sgd":
         kind: type[torch.optim.Optimizer] = torch.optim.SGD
-        options |= {"nesterov": config.momentum > 0}
-    elif config.optimizer == "adamw":
+        options |= {"nesterov": chosen.momentum > 0}
+    elif chosen.optimizer == "adamw":
         kind = torch.optim.AdamW
     else:
-        kind = getattr(torch.optim, config.optimizer, torch.optim.Optimizer)
+        kind = getattr(torch.optim, chosen.optimizer, torch.optim.Optimizer)
         if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)) or kind in _UNFIT_OPTIMIZERS:
             names = [name for name in sorted(vars(torch.optim)) if _is_optimizer(name)]
-            raise ValueError(f'optimizer={config.optimizer!r} cannot be used: give "sgd", "adamw", {", ".join(names)}')
+            raise ValueError(f'optimizer={chosen.optimizer!r} cannot be used: give "sgd", "adamw", {", ".join(names)}')
     arguments = inspect.signature(kind).parameters
-    for name in ("momentum", "weight_decay"):
-        if name in arguments:
-            options[name] = getattr(config, name)
-    if config.weight_decay and "weight_decay" not in arguments:
+    options |= {name: getattr(chosen, name) for name in ("momentum", "weight_decay") if name in arguments}
+    if chosen.weight_decay and "weight_decay" not in arguments:
         raise ValueError(
-            f"weight_decay={config.weight_decay} is unknown to optimizer={config.optimizer!r}: give weight_decay=0"
+            f"weight_decay={chosen.weight_decay} is unknown to optimizer={chosen.optimizer!r}: give weight_decay=0"
         )
     try:
         return kind(net.parameters(), **options)
     except (TypeError, ValueError) as error:
         given = ", ".join(f"{name}={value}" for name, value in options.items())
         raise ValueError(
-            f"optimizer={config.optimizer!r} does not take this network with {given} ({error}): change these, or "
+            f"optimizer={chosen.optimizer!r} does not take this network with {given} ({error}): change these, or "
             "choose another optimizer"
         ) from error
 
@@ -198,19 +202,20 @@ def count_steps(config: FitConfig, num_images: int) -> tuple[int, int]:
     Raises:
         ValueError: if the images do not fill one step.
     """
-    steps_per_epoch = num_images // config.batch_size // config.accumulate
+    chosen = config.optimisation
+    steps_per_epoch = num_images // chosen.batch_size // chosen.accumulate
     if steps_per_epoch == 0:
-        accumulated = f" times accumulate={config.accumulate}" if config.accumulate > 1 else ""
+        accumulated = f" times accumulate={chosen.accumulate}" if chosen.accumulate > 1 else ""
         raise ValueError(
-            f"batch_size={config.batch_size}{accumulated} is more than the {num_images} training images: "
+            f"batch_size={chosen.batch_size}{accumulated} is more than the {num_images} training images: "
             "make it smaller"
         )
-    num_steps = config.steps or config.epochs * steps_per_epoch
+    num_steps = chosen.steps or chosen.epochs * steps_per_epoch
     if num_steps > MOST_STEPS:
-        raise ValueError(f"epochs={config.epochs} make {num_steps:,} steps, more than {MOST_STEPS:,}: make it smaller")
-    if config.warmup_epochs * steps_per_epoch >= num_steps:
+        raise ValueError(f"epochs={chosen.epochs} make {num_steps:,} steps, more than {MOST_STEPS:,}: make it smaller")
+    if chosen.warmup_epochs * steps_per_epoch >= num_steps:
         raise ValueError(
-            f"warmup_epochs={config.warmup_epochs} leaves nothing of the {num_steps} steps: make it smaller than "
+            f"warmup_epochs={chosen.warmup_epochs} leaves nothing of the {num_steps} steps: make it smaller than "
             f"{num_steps / steps_per_epoch:g}"
         )
     return steps_per_epoch, num_steps
@@ -221,22 +226,23 @@ def learning_rate(
 ) -> float:
     """Return the learning rate of a step (counted from 0): a function of the step alone.
 
-    Warm-up rises linearly, ending at lr; cosine falls to 0 over the last `config.decay` of training, or as guidance
-    says (:meth:`Guidance.decay`). `guidance` is the configuration's, bound to this run; without it, it is made.
+    Warm-up rises linearly, ending at lr; cosine falls to 0 over the last share `decay` of training, or as guidance says
+    (:meth:`Guidance.decay`). `guidance` is the configuration's, bound to this run; without it, it is made.
     """
-    warmup = round(config.warmup_epochs * steps_per_epoch)
-    if config.schedule == "cosine":
-        if config.decay is not None:
-            decay = range(min(num_steps - round(config.decay * num_steps), num_steps - 1), max(num_steps, step + 1))
+    chosen = config.optimisation
+    warmup = round(chosen.warmup_epochs * steps_per_epoch)
+    if chosen.schedule == "cosine":
+        if chosen.decay is not None:
+            decay = range(min(num_steps - round(chosen.decay * num_steps), num_steps - 1), max(num_steps, step + 1))
         else:
             guidance = guidance or build_guidance(config).bind(num_steps=num_steps, steps_per_epoch=steps_per_epoch)
             decay = guidance.decay(step, num_steps)
-        return config.lr * cosine_factor(step, decay, warmup)
+        return chosen.lr * cosine_factor(step, decay, warmup)
     if step < warmup:
-        return config.lr * (step + 1) / warmup
-    if config.schedule == "step":
-        return config.lr * config.gamma ** sum(step >= milestone * steps_per_epoch for milestone in config.milestones)
-    return config.lr
+        return chosen.lr * (step + 1) / warmup
+    if chosen.schedule == "step":
+        return chosen.lr * chosen.gamma ** sum(step >= milestone * steps_per_epoch for milestone in chosen.milestones)
+    return chosen.lr
 
 
 def train_step(
@@ -255,7 +261,7 @@ def train_step(
     Args:
         net: the network, in training mode.
         optimizer: over its parameters.
-        batches: config.accumulate batches with their targets; None where another rank reads them.
+        batches: as many batches as are accumulated, with their targets; None where another rank reads them.
         config: the run's.
         execution: where it runs.
         guided: whether this is a guided step, or else a local one.
@@ -265,7 +271,8 @@ def train_step(
         The mean loss of each local module as 0-dim tensors, the last being the global loss; the global loss alone in a
         guided step with frozen auxiliary networks.
     """
-    options: dict[str, Any] = {"autocast": execution.autocast, "scale": 1 / config.accumulate}
+    chosen = config.optimisation
+    options: dict[str, Any] = {"autocast": execution.autocast, "scale": 1 / chosen.accumulate}
     if scaler is not None:
         options["backward"] = lambda loss: scaler.scale(loss).backward()
     if guided:
@@ -280,20 +287,20 @@ def train_step(
         if "more than 1 value per channel" not in str(error):
             raise
         raise ValueError(
-            f"batch_size={config.batch_size} is too small for the BatchNorm layers, which need more than one value per "
+            f"batch_size={chosen.batch_size} is too small for the BatchNorm layers, which need more than one value per "
             "channel: make it larger, or use accumulate with larger batches"
         ) from error
-    if config.clip is not None:
+    if chosen.clip is not None:
         if scaler is not None:
             scaler.unscale_(optimizer)
-        _clip(net, config.clip, guided)
+        _clip(net, chosen.clip, guided)
     if scaler is None:
         optimizer.step()
     else:
         scaler.step(optimizer)
         scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return [loss / config.accumulate for loss in total] if config.accumulate > 1 else total
+    return [loss / chosen.accumulate for loss in total] if chosen.accumulate > 1 else total
 
 
 def _clip(net: DecoupledNetwork | ParallelNetwork, norm: float, guided: bool) -> None:

@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from torchlocal.run.config import FitConfig, config_to_dict
+from torchlocal.run.config import fit_options, short_names
 from torchlocal.run.folder import temporary_name
 
 __all__ = [
@@ -35,7 +35,7 @@ __all__ = [
 
 BACKBONE = "backbone."  # begins the names of its tensors in a decoupled network
 FORMAT = "torchlocal checkpoint"
-VERSION = 3  # 2 knew no data and no criterion of the user's own
+VERSION = 3  # 2 knew no sections, and nothing of the user's own
 # What every checkpoint holds, and what is added to resume from it.
 _FIELDS: dict[str, Any] = {
     "run": str,
@@ -50,11 +50,6 @@ _DATA_FIELDS = ("num_train", "num_validation", "num_classes", "shape")
 _RESUMED_FIELDS: dict[str, Any] = {
     "optimizer": dict, "random": dict, "position": dict, "rows": list, "loss_sums": Tensor,
 }  # fmt: skip
-# What may differ between a checkpoint and the run that resumes it: where things are, and how often they are written.
-FREE_FIELDS = (
-    "out", "data_root", "num_workers", "log_every", "checkpoint_every", "num_threads", "device", "channels_last",
-    "tensorboard",
-)  # fmt: skip
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
@@ -158,12 +153,13 @@ def load_backbone(model: nn.Module, state: Mapping[str, Any], path: Path) -> Non
 
 
 def fixed_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a configuration, flat, that may not differ between a checkpoint and the run that resumes it.
+    """The options of a configuration, by short names, that may not differ between a checkpoint and its resumption.
 
     How much a guided step recomputes may differ, as long as no micro-batches are cut: the results are the same (but
     where the steps are compiled, for other pieces may then round otherwise).
     """
-    fields = {name: value for name, value in _flatten(config).items() if name not in FREE_FIELDS}
+    free = {name for name, one in fit_options().items() if one.free}
+    fields = {name: value for name, value in short_names(config).items() if name not in free}
     recompute, memory = fields.pop("recompute", None), fields.get("memory")
     never, always = (fields.get("guidance.name") == name for name in ("never", "always"))
     whole = never or recompute is not None or memory in ("exact", "full") or (memory is None and always)
@@ -185,8 +181,7 @@ def check_same_config(path: Path, saved: Mapping[str, Any], current: Mapping[str
     Raises:
         ValueError: naming every field that differs and must not.
     """
-    there, now = _flatten(config_to_dict(FitConfig())) | _flatten(saved), _flatten(current)
-    old, new = fixed_fields(there), fixed_fields(now)
+    (there, old), (now, new) = ((short_names(config), fixed_fields(config)) for config in (saved, current))
     absent = object()
     differing = [
         f"{name} ({_told(old, there, name)} there, {_told(new, now, name)} now)"
@@ -262,13 +257,6 @@ def _write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     finally:
         with contextlib.suppress(OSError):  # what went wrong above is what has to be told
             temporary.unlink(missing_ok=True)
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
 
 
 def _first_line(error: BaseException) -> str:

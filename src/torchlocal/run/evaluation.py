@@ -1,6 +1,5 @@
 """What a trained network is worth: accuracy and loss of a split, also by depth."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -95,8 +94,8 @@ def load_run(
         FileNotFoundError: if there is none.
     """
     saved = checkpoint.load_checkpoint(path)
-    config = dataclasses.replace(config_from_dict(saved["config"]), device=device)
-    config = own.named(config if data_root is None else dataclasses.replace(config, data_root=data_root))
+    config = config_from_dict(saved["config"]).changed(device=device)
+    config = own.named(config if data_root is None else config.changed(data_root=data_root))
     execution = resolve_execution(config)
     data = own.load(config)
     _check_classes(path, saved["data"].get("classes", data.classes), data.classes)
@@ -150,7 +149,7 @@ def measure_split(
     autocast = partial(
         torch.autocast, execution.device.type, execution.autocast, enabled=execution.autocast is not None
     )
-    for x, y in split.batches(config.batch_size, train=False):
+    for x, y in split.batches(config.optimisation.batch_size, train=False):
         x, y = execution.place(x), execution.place(y)
         with autocast():
             if isinstance(net, ParallelNetwork):  # the modules of this rank alone

@@ -52,7 +52,7 @@ def export(run: str | Path, *, to: str | Path, weights: str = "best", overwrite:
         path = path / f"{weights}.pt"
     saved = load_checkpoint(path)
     config = config_from_dict(saved["config"])
-    if config.model.startswith(OWN) or not saved["data"]["shape"]:
+    if config.model.name.startswith(OWN) or not saved["data"]["shape"]:
         raise ValueError(
             f"{path} is of a network or data of your own, which are not there: torchlocal.fit(..., model=model) leaves "
             "the weights in the network, to be saved as any other"
@@ -61,7 +61,10 @@ def export(run: str | Path, *, to: str | Path, weights: str = "best", overwrite:
 
     def fresh() -> nn.Module:
         return build_model(
-            config.model, num_classes=saved["data"]["num_classes"], in_channels=channels, image_size=(height, width)
+            config.model.name,
+            num_classes=saved["data"]["num_classes"],
+            in_channels=channels,
+            image_size=(height, width),
         )
 
     model = fresh().eval()

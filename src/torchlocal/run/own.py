@@ -15,12 +15,11 @@ from torch.nn import functional as F
 from torchlocal.cut.batches import as_prediction
 from torchlocal.data import DataBundle, LoaderBundle, bundle, load_data
 from torchlocal.models import build_model
-from torchlocal.run.config import FitConfig
+from torchlocal.run.config import DataConfig, FitConfig, declared
 
 __all__ = ["OWN", "Own"]
 
 OWN = "own:"  # begins the name, in a configuration, of what is no name
-_OF_NAMED_DATA = ("data_root", "num_train", "num_validation", "image_size", "num_workers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,17 +73,20 @@ class Own:
             if isinstance(self.bundle, LoaderBundle):
                 changes["batch_size"] = self.bundle.train.batch_size
         for name, value in changes.items():
-            given = getattr(config, name)
-            if name != "batch_size" and given not in (value, getattr(plain, name)):
+            given = config.value(name)
+            if name != "batch_size" and given not in (value, plain.value(name)):
                 raise ValueError(f"{name}={given!r} names another than the one that was handed in: leave it out")
-        for name in _OF_NAMED_DATA if self.bundle is not None else ():
-            if getattr(config, name) is not None:
-                raise ValueError(f"{name}={getattr(config, name)!r} means nothing to data of your own: leave it out")
-        if self.criterion is not None and config.label_smoothing:
+        for one in declared(DataConfig) if self.bundle is not None else ():
+            if one.name != "data" and config.value(one.name) != one.default:
+                raise ValueError(
+                    f"{one.name}={config.value(one.name)!r} means nothing to data of your own: leave it out"
+                )
+        if self.criterion is not None and config.optimisation.label_smoothing:
             raise ValueError(
-                f"label_smoothing={config.label_smoothing} means nothing to a criterion of your own: leave it out"
+                f"label_smoothing={config.optimisation.label_smoothing} means nothing to a criterion of your own: "
+                "leave it out"
             )
-        return dataclasses.replace(config, **changes)
+        return config.changed(**changes)
 
     def load(self, config: FitConfig) -> DataBundle:
         """The data of a run. Their validation split does not depend on the run's seed.
@@ -96,17 +98,17 @@ class Own:
             return self.bundle
         _refuse_lost(config, "data")
         data = load_data(
-            config.data,
-            root=config.data_root,
-            num_train=config.num_train,
-            num_validation=config.num_validation,
-            augment=config.augment,
-            image_size=config.image_size,
-            num_workers=config.num_workers,
+            config.data.name,
+            root=config.data.root,
+            num_train=config.data.num_train,
+            num_validation=config.data.num_validation,
+            augment=config.data.augment,
+            image_size=config.data.image_size,
+            num_workers=config.data.num_workers,
         )
         if data.num_classes < 2:
             raise ValueError(
-                f"data={config.data!r} has a single class ({', '.join(data.classes)}), of which nothing can be "
+                f"data={config.data.name!r} has a single class ({', '.join(data.classes)}), of which nothing can be "
                 "learned: give every class a folder of its own in train"
             )
         return data
@@ -127,15 +129,17 @@ class Own:
         _refuse_lost(config, "model")
         if isinstance(data, LoaderBundle):
             raise ValueError(
-                f"model={config.model!r} is made for a number of classes, which loaders do not tell: give model= an "
-                "nn.Module as well"
+                f"model={config.model.name!r} is made for a number of classes, which loaders do not tell: give model= "
+                "an nn.Module as well"
             )
         channels, height, width = data.shape
-        return build_model(config.model, num_classes=data.num_classes, in_channels=channels, image_size=(height, width))
+        return build_model(
+            config.model.name, num_classes=data.num_classes, in_channels=channels, image_size=(height, width)
+        )
 
     def make_criterion(self, config: FitConfig) -> Callable[[Tensor, Any], Tensor]:
         """The loss that is trained on."""
-        return self.criterion or partial(F.cross_entropy, label_smoothing=config.label_smoothing)
+        return self.criterion or partial(F.cross_entropy, label_smoothing=config.optimisation.label_smoothing)
 
     @property
     def criterion_name(self) -> str:
@@ -148,7 +152,7 @@ class Own:
 
 
 def _refuse_lost(config: FitConfig, name: str) -> None:
-    value = getattr(config, name)
+    value = config.value(name)
     if value.startswith(OWN):
         raise ValueError(
             f"{name}={value!r} is an object of the program that began this run: call torchlocal.fit or "

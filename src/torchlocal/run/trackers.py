@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from torchlocal.run.callbacks import Callback, RunState
-from torchlocal.run.config import config_to_dict
+from torchlocal.run.config import config_to_dict, short_names
 
 __all__ = ["MLflow", "WandB"]
 
@@ -69,7 +69,7 @@ class MLflow(Callback):
         else:
             options = {"run_name": str(state.out), **self._options}
             mlflow.start_run(**(options | {"tags": {**options.get("tags", {}), "torchlocal": state.run}}))
-            mlflow.log_params(_flat(config_to_dict(state.config)))
+            mlflow.log_params(short_names(config_to_dict(state.config)))
         self._started = True
 
     def on_step(self, state: RunState, values: Mapping[str, float]) -> None:
@@ -100,10 +100,3 @@ def _validation(row: Mapping[str, float]) -> dict[str, float]:
 
 def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in result.items() if isinstance(value, int | float)}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat

@@ -40,7 +40,7 @@ from torchlocal.run.build import (
     train_step,
 )
 from torchlocal.run.callbacks import CSV, Callback, RunState, TensorBoard
-from torchlocal.run.config import FitConfig, GuidanceConfig, build_guidance, config_to_dict
+from torchlocal.run.config import FitConfig, GuidanceConfig, build_guidance, config_from_dict, config_to_dict
 from torchlocal.run.evaluation import evaluate, measure_split, plain
 from torchlocal.run.folder import Owned, Ownership, expand
 from torchlocal.run.own import Own
@@ -95,7 +95,7 @@ def fit(
     progress: bool = True,
     timeout: float = 300.0,
 ) -> dict[str, Any]:
-    """Train a network and write everything about it into the folder config.out.
+    """Train a network and write everything about it into its run folder.
 
     The network and the data are made by the names in the configuration, or handed in. A network that is handed in is
     trained in place: afterwards it holds the weights that were best on the validation data, and is in evaluation mode.
@@ -125,7 +125,7 @@ def fit(
         prediction: takes the prediction from what the network returns; by default that is the tensor itself, or its
             `.logits`.
         callbacks: are told how it goes, beside metrics.csv, TensorBoard and the progress.
-        resume: continue the run in config.out, bit for bit; without one there, start it.
+        resume: continue the run in that folder, bit for bit; without one there, start it.
         progress: show a progress bar on a terminal, or else one line per epoch.
         timeout: longest time in seconds that a rank waits for another one in a step.
 
@@ -134,7 +134,7 @@ def fit(
         depth, and how the run went.
 
     Raises:
-        ValueError: if a value cannot work, config.out holds another run, or another process writes there.
+        ValueError: if a value cannot work, the folder holds another run, or another process writes there.
         Diverged: if a loss or a parameter is no longer finite; the checkpoint before stays.
         Interrupted: after a signal.
         OSError: if something cannot be written; the checkpoint before stays.
@@ -166,9 +166,9 @@ def train(
             run leaves its state at that step, for them to be resumed from there.
     """
     config = own.named(config)
-    out = expand(config.out)
-    team = Team(config.replicas, timeout)
-    modes = {"resume": resume, "memory": config.memory, "recompute": config.recompute}
+    out = expand(config.run.out)
+    team = Team(config.run.replicas, timeout)
+    modes = {"resume": resume, "memory": config.memory.limit, "recompute": config.memory.recompute}
     team.check_same(checkpoint.fixed_fields(config_to_dict(config)) | modes)
     num_threads = torch.get_num_threads()
     with contextlib.ExitStack() as owned:
@@ -177,7 +177,7 @@ def train(
             if isinstance(own.model, nn.Module) and (out / "best.pt").exists():
                 checkpoint.load_backbone(own.model.eval(), checkpoint.load_checkpoint(out / "best.pt"), out / "best.pt")
             return cast(dict[str, Any], result)
-        torch.set_num_threads(config.num_threads or num_threads)
+        torch.set_num_threads(config.run.num_threads or num_threads)
         try:
             return _Run(config, own, saved, progress, team, callbacks, branches).train()
         finally:
@@ -191,7 +191,7 @@ def _enter(
     if resume and (out / "result.json").exists():  # only read, and perhaps where nothing can be written
         return _look(out, config, resume)
     # One that was killed may be about to end: its ranks, or the process that torchrun has replaced.
-    owned.enter_context(Ownership(out, config.out, patience=_PATIENCE if resume else 0.0))
+    owned.enter_context(Ownership(out, config.run.out, patience=_PATIENCE if resume else 0.0))
     return _look(out, config, resume)
 
 
@@ -203,7 +203,7 @@ def _look(out: Path, config: FitConfig, resume: bool) -> tuple[dict[str, Any] | 
         if (out / "last.pt").exists():
             return None, checkpoint.load_checkpoint(out / "last.pt", resumable=True)
     elif _holds_run(out):
-        raise ValueError(f"out={config.out!r} already holds a run: resume it, or choose another folder")
+        raise ValueError(f"out={config.run.out!r} already holds a run: resume it, or choose another folder")
     return None, None
 
 
@@ -242,9 +242,9 @@ class _Run:
         branches: Sequence[Branch],
     ) -> None:
         self.team, self.branches, self.own = team, branches, own
-        self.config, self.out = config, expand(config.out)
+        self.config, self.out = config, expand(config.run.out)
         self.progress = Progress() if progress and team.writes else None
-        self.tensorboard = TensorBoard() if config.tensorboard else None
+        self.tensorboard = TensorBoard() if config.run.tensorboard else None
         told: list[Callback | None] = [CSV(), self.tensorboard, self.progress, *callbacks]
         self.callbacks = [callback for callback in told if callback is not None and team.writes]
         self.run = uuid.uuid4().hex if saved is None else saved["run"]
@@ -258,7 +258,7 @@ class _Run:
         self.network = build_network(config, self.data, self.execution, own)
         self.parallel = share_out(self.network, config, self.data, self.execution, team) if team.parallel else None
         self.net: DecoupledNetwork | ParallelNetwork = self.network if self.parallel is None else self.parallel
-        if config.compile:
+        if config.run.compile:
             self.net.compile()
         self.optimizer = build_optimizer(config, self.net)
         self.scaler = self.execution.make_scaler()
@@ -270,7 +270,7 @@ class _Run:
         self.stopped_by: signal.Signals | None = None
         # Not the seed of the weights, which has been used up to a point that depends on the auxiliary networks:
         # dropout is the same whatever they are.
-        torch.manual_seed(config.seed + 2**32 * (1 + team.replica))
+        torch.manual_seed(config.run.seed + 2**32 * (1 + team.replica))
         if saved is not None:
             self._restore(saved)
         self.logged = (self.position.step, self.position.epoch_full, self.loss_sums.tolist(), time.perf_counter())
@@ -314,8 +314,10 @@ class _Run:
     def _train_epoch(self, epoch: int) -> None:
         config, position = self.config, self.position
         first = epoch * self.steps_per_epoch
-        start = (position.step - first) * config.accumulate
-        batches = self.data.train.batches(config.batch_size, epoch=epoch, train=True, seed=config.seed, start=start)
+        start = (position.step - first) * config.optimisation.accumulate
+        batches = self.data.train.batches(
+            config.optimisation.batch_size, epoch=epoch, train=True, seed=config.run.seed, start=start
+        )
         checksum = getattr(self.data.train, "checksum", "")
         if start and checksum != position.epoch_checksum:
             warnings.warn(
@@ -336,7 +338,7 @@ class _Run:
             losses = train_step(
                 self.net,
                 self.optimizer,
-                islice(batches, config.accumulate),
+                islice(batches, config.optimisation.accumulate),
                 config=config,
                 execution=self.execution,
                 guided=guided,
@@ -345,9 +347,9 @@ class _Run:
             self._count(losses, guided)
             if self.progress is not None:
                 self.progress.advance(position.step, f"epoch {epoch + 1}/{self.num_epochs}")
-            if position.step % config.log_every == 0:
+            if position.step % config.run.log_every == 0:
                 self._log()
-            if config.checkpoint_every and position.step % config.checkpoint_every == 0:
+            if config.run.checkpoint_every and position.step % config.run.checkpoint_every == 0:
                 self._save(training=True)
             self._leave(save=True, training=True)
 
@@ -377,7 +379,7 @@ class _Run:
                 position.epoch_full - full,
                 position.step - step,
             )
-            images = (position.step - step) * self.config.batch_size * self.config.accumulate
+            images = (position.step - step) * self.config.optimisation.batch_size * self.config.optimisation.accumulate
             values = {f"loss/module_{k}": loss for k, loss in enumerate(losses[:-1], start=1) if loss == loss} | {
                 "loss/global": losses[-1],
                 "lr": self._learning_rate(position.step - 1),
@@ -415,7 +417,11 @@ class _Run:
             "guided_share": position.epoch_guided / num_steps,
             "lr": self._learning_rate(position.step - 1),
             "images_per_second": round(
-                num_steps * config.batch_size * config.accumulate / max(position.epoch_seconds, 1e-9), 1
+                num_steps
+                * config.optimisation.batch_size
+                * config.optimisation.accumulate
+                / max(position.epoch_seconds, 1e-9),
+                1,
             ),
             "validation_loss": measured["loss"],
             "validation_accuracy": measured["accuracy"],
@@ -452,7 +458,7 @@ class _Run:
             )
         best_row = self.rows[position.best_epoch - 1]
         self._read_clock(training=False)
-        images = position.step * config.batch_size * config.accumulate
+        images = position.step * config.optimisation.batch_size * config.optimisation.accumulate
         result = {
             "config": config_to_dict(config),
             "data_checksum": self.data.checksum,
@@ -509,11 +515,11 @@ class _Run:
 
     def _begin(self, config: FitConfig) -> None:
         """Begin another run with the state of this one; last.pt, which says that it began, comes last."""
-        out = expand(config.out)
+        out = expand(config.run.out)
         state = self._state(training=True)  # every rank has a part of it
         if not self.team.writes:
             return
-        with contextlib.suppress(Owned), Ownership(out, config.out):  # what another process writes is left to it
+        with contextlib.suppress(Owned), Ownership(out, config.run.out):  # what another process writes is left to it
             if not _holds_run(out):
                 self._begin_in(out, config, state)
         self._read_clock(training=False)
@@ -528,7 +534,7 @@ class _Run:
             checkpoint.write_metrics(out / "metrics.csv", list(self.rows[0]), self.rows)
         if best is not None:
             checkpoint.save_checkpoint(out / "best.pt", best | other)
-        if self.tensorboard is not None and config.tensorboard:
+        if self.tensorboard is not None and config.run.tensorboard:
             self.tensorboard.copy_to(out / "tensorboard")
         checkpoint.save_checkpoint(out / "last.pt", state | other)
 
@@ -558,8 +564,8 @@ class _Run:
 
     def _check_config(self, saved: dict[str, Any]) -> None:
         # "auto" precision that turns out differently here is another precision.
-        current = config_to_dict(self.config) | {"precision": self.execution.precision}
-        old = saved["config"] | {"precision": saved["precision"]}
+        current = config_to_dict(self.config.changed(precision=self.execution.precision))
+        old = config_to_dict(config_from_dict(saved["config"]).changed(precision=saved["precision"]))
         checkpoint.check_same_config(self.out / "last.pt", old, current)
 
     def _restore(self, saved: dict[str, Any]) -> None:
@@ -651,7 +657,7 @@ class _Run:
         kept = f"{last} is the last good checkpoint" if last.exists() else "no checkpoint was written before"
         raise Diverged(
             f"{what} is NaN or infinite at step {self.position.step} (last seen finite at step {self.logged[0]}): "
-            f"lower lr={self.config.lr:g}, or give warmup_epochs or clip; {kept}"
+            f"lower lr={self.config.optimisation.lr:g}, or give warmup_epochs or clip; {kept}"
         )
 
     def _learning_rate(self, step: int) -> float:
