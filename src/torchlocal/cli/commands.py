@@ -17,7 +17,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from torchlocal.checks import parse_size, shorten
@@ -30,7 +29,7 @@ from torchlocal.cli.options import (
     suggestion,
     with_dashes,
 )
-from torchlocal.lifetime import STOPPING, end_with_parent, unbroken_streams
+from torchlocal.lifetime import end_with_parent, on_signals, unbroken_streams
 from torchlocal.run.config import FitConfig, Option, config_from_dict, declared, fit_options, sections
 from torchlocal.run.folder import expand
 
@@ -542,9 +541,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else stacks of C++ beside the sentence
         end_with_parent(int(os.environ[_LAUNCHER]) if _LAUNCHER in os.environ else None)
     received: list[int] = []
+
+    def leave(signum: int) -> None:  # by an exception, so that files are closed and temporary ones removed
+        received.append(signum)
+        raise KeyboardInterrupt if signum == signal.SIGINT else _Terminated(signum)
+
     with unbroken_streams():
         try:
-            with _signals(received), _short_warnings():
+            with on_signals(leave), _short_warnings():
                 return _run(arguments)
         except SystemExit as error:  # --help
             return error.code if isinstance(error.code, int) else 0
@@ -608,26 +612,6 @@ def _version() -> str:
         import torchlocal
 
         return torchlocal.__version__
-
-
-@contextlib.contextmanager
-def _signals(received: list[int]) -> Iterator[None]:
-    """Leave by an exception at a signal, so that files are closed and temporary ones removed; notes which came."""
-
-    def leave(signum: int, frame: FrameType | None) -> None:
-        received.append(signum)
-        raise KeyboardInterrupt if signum == signal.SIGINT else _Terminated(signum)
-
-    previous = {}
-    for signum in STOPPING:
-        with contextlib.suppress(ValueError):  # not the main thread: signals are not ours
-            if signal.getsignal(signum) not in (signal.SIG_IGN, None):  # ignored on purpose, as under nohup
-                previous[signum] = signal.signal(signum, leave)
-    try:
-        yield
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
 
 
 @contextlib.contextmanager

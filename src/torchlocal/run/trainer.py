@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import threading
 import time
 import uuid
 import warnings
@@ -15,14 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from torchlocal.guidance import Guidance
-from torchlocal.lifetime import STOPPING
+from torchlocal.lifetime import on_signals
 from torchlocal.network import DecoupledNetwork
 from torchlocal.parallel.network import ParallelNetwork
 from torchlocal.parallel.team import Elsewhere, Team
@@ -280,7 +278,7 @@ class _Run:
         self.result: dict[str, Any] | None = None
         with contextlib.ExitStack() as ending:
             self.team.at_writer(partial(self._begin_telling, ending))
-            with _Signals(self._stop):
+            with on_signals(self._stop, once=True):
                 for epoch in range(len(self.rows), self.num_epochs):  # an epoch is over once it has its row
                     self._train_epoch(epoch)
                     self._finish_epoch(epoch)
@@ -703,35 +701,6 @@ class _Run:
             f"{self.out / 'last.pt'}, to be resumed.",
             self.stopped_by,
         )
-
-
-class _Signals:
-    """Hands the first signal that asks to leave to a function; the second one acts as if nobody had listened."""
-
-    def __init__(self, handle: Callable[[signal.Signals], None]) -> None:
-        self._handle = handle
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return  # Python delivers signals to the main thread only
-        for signum in STOPPING:
-            if signal.getsignal(signum) is not signal.SIG_IGN:  # ignored on purpose, as under nohup
-                self._previous[signum] = signal.signal(signum, self._receive)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._restore()
-
-    def _receive(self, signum: int, frame: FrameType | None) -> None:
-        self._restore()
-        self._handle(signal.Signals(signum))
-
-    def _restore(self) -> None:
-        while self._previous:
-            signum, handler = self._previous.popitem()
-            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
 
 def _finished_result(path: Path, config: FitConfig) -> dict[str, Any]:
