@@ -30,7 +30,6 @@ from torchlocal.run.config import (
     FitConfig,
     GuidanceConfig,
     build_rule,
-    config_from_dict,
     declared,
     fit_options,
     guided_memory,
@@ -149,7 +148,7 @@ def test_a_recipe_in_sections_and_flat_is_the_same(text: str, tmp_path: Path) ->
     (tmp_path / "r.yaml").write_text(text)
     values = recipe_options(str(tmp_path / "r.yaml"), section=None, known=fit_options())
     expected = FitConfig.of(lr=0.3, data="digits", memory="8GiB", guidance=GuidanceConfig(period=4))
-    assert FitConfig.of(**values) == expected == config_from_dict(yaml.safe_load(text))
+    assert FitConfig.of(**values) == expected == FitConfig.of(**yaml.safe_load(text))
 
 
 def test_evaluate(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

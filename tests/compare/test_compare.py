@@ -28,7 +28,7 @@ from torchlocal.compare.results import Comparison, MethodResult, Row
 from torchlocal.run import trainer
 from torchlocal.run.branches import find_branches
 from torchlocal.run.build import learning_rate
-from torchlocal.run.config import FitConfig, GuidanceConfig, config_from_dict
+from torchlocal.run.config import FitConfig, GuidanceConfig
 from torchlocal.run.trainer import Interrupted, train_step
 
 SEEDS = (0, 1)
@@ -646,7 +646,7 @@ def test_compare_yaml_repeats_the_comparison(done: tuple[Path, Comparison]) -> N
         section = values.pop("compare")
         assert CompareConfig(
             **{**section, "methods": tuple(section["methods"]), "seeds": tuple(section["seeds"])},
-            fit=config_from_dict(values),
+            fit=FitConfig.of(**values),
         ) == small_config(out)
 
 

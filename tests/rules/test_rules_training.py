@@ -23,7 +23,7 @@ from torchlocal.compare.comparison import CompareConfig
 from torchlocal.cut.forward import Pass
 from torchlocal.models import LocalVGG, build_model, mlp
 from torchlocal.rules import RULES, make_rule
-from torchlocal.run.config import FitConfig, build_rule, config_from_dict, config_to_dict, declared, fit_options
+from torchlocal.run.config import FitConfig, build_rule, declared, fit_options
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in RULES} | {
@@ -260,7 +260,7 @@ def test_wrong_options(values: dict[str, Any], message: str) -> None:
 def test_options_of_a_run_reach_the_rule() -> None:
     config = FitConfig.of(rule="auglocal", rule_options={"depth": 4, "pyramid": 0})
     assert repr(build_rule(config)) == "AugLocalRule(depth=4, pyramid=0)"
-    assert config_from_dict(config_to_dict(config)) == config
+    assert FitConfig.of(**config.plain()) == config
     assert repr(build_rule(FitConfig.of(rule="dgl"))) == "DGLRule(auxiliary='mlp_sr')"
     assert repr(build_rule(FitConfig.of(rule="greedy"))) == "GreedyRule(auxiliary='conv')"
     assert repr(build_rule(FitConfig.of(auxiliary="linear"))) == "DGLRule(auxiliary='linear')"

@@ -30,8 +30,6 @@ from torchlocal.run.config import (
     FitConfig,
     GuidanceConfig,
     build_guidance,
-    config_from_dict,
-    config_to_dict,
     guided_memory,
 )
 from torchlocal.run.own import Own
@@ -359,7 +357,7 @@ def test_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]  # fmt: skip
     assert list((tmp_path / "tensorboard").iterdir())
     assert json.loads((tmp_path / "result.json").read_text()) == result
-    assert config_from_dict(result["config"]) == config
+    assert FitConfig.of(**result["config"]) == config
     assert (result["steps"], result["epochs"], result["guided_steps"], result["guided_share"]) == (10, 2, 5, 0.5)
     assert len(result["depth_accuracy"]) == 3 and result["depth_accuracy"][-1] == result["test_accuracy"]
     backbone = SmallNet(10, 1)
@@ -825,7 +823,7 @@ def test_a_finished_run_of_another_configuration(tmp_path: Path) -> None:
         fit(small_config(tmp_path, steps=3), resume=True, progress=False)
     told = r"configuration: memory \('1GiB' there, no micro-batches by recompute='modules' now\);"
     parts, whole = (
-        config_to_dict(small_config(tmp_path, **option)) for option in ({"memory": "1GiB"}, {"recompute": "modules"})
+        small_config(tmp_path, **option).plain() for option in ({"memory": "1GiB"}, {"recompute": "modules"})
     )
     with pytest.raises(ValueError, match=told):
         checkpoint.check_same_config(tmp_path, parts, whole)
@@ -893,7 +891,7 @@ def test_refused_evaluations(tmp_path: Path, stopped_run: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no checkpoint \(best.pt, last.pt\)"):
         evaluate(tmp_path)
     with pytest.raises(ValueError, match=r"unknown fields: guidance.phase"):
-        config_from_dict({"guidance": {"phase": 1}})
+        FitConfig.of(**{"guidance": {"phase": 1}})
 
 
 # --- writing ---
@@ -978,4 +976,4 @@ def test_diverged_module_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_configuration_survives_being_written(tmp_path: Path) -> None:
     config = small_config(tmp_path, schedule="step", milestones=[1, 1.5], cuts=["stem", "block1"], clip=1e-5)
-    assert config_from_dict(config_to_dict(config)) == config
+    assert FitConfig.of(**config.plain()) == config

@@ -30,7 +30,7 @@ from torchlocal.cli.options import (
     with_dashes,
 )
 from torchlocal.lifetime import end_with_parent, on_signals, unbroken_streams
-from torchlocal.run.config import FitConfig, Option, config_from_dict, declared, fit_options, sections
+from torchlocal.run.config import FitConfig, Option, declared, fit_options, sections
 from torchlocal.run.folder import expand
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def _resume_command(config: FitConfig, values: Mapping[str, Any]) -> str | None:
     """How to go on with a run, if it has begun; the ranks that a launcher started leave it to that to say."""
     out = expand(config.run.out)
     try:
-        if config_from_dict(read_recipe(str(out / "config.yaml"))) != config:
+        if FitConfig.of(**read_recipe(str(out / "config.yaml"))) != config:
             return None
     except (ValueError, OSError):
         return None

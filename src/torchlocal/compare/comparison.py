@@ -30,7 +30,7 @@ from torchlocal.network import decouple
 from torchlocal.run.branches import Branch, find_branches, first_alike
 from torchlocal.run.build import build_network, build_optimizer, count_steps, resolve_execution
 from torchlocal.run.checkpoint import check_same_config, write_config, write_file, write_json
-from torchlocal.run.config import FitConfig, build_guidance, build_rule, config_to_dict, guided_memory
+from torchlocal.run.config import FitConfig, build_guidance, build_rule, guided_memory
 from torchlocal.run.evaluation import are_classes
 from torchlocal.run.folder import Ownership, expand
 from torchlocal.run.own import Own
@@ -196,7 +196,7 @@ def _check_run_folder(config: FitConfig, checksum: str) -> None:
         raise ValueError(f"{path} is damaged: delete the folder {path.parent} to train it again") from error
     if not isinstance(saved, dict) or not saved:
         raise ValueError(f"{path} is damaged: delete the folder {path.parent} to train it again")
-    check_same_config(path, saved, config_to_dict(config))
+    check_same_config(path, saved, config.plain())
     finished = path.with_name("result.json")
     try:
         result = json.loads(finished.read_text(encoding="utf-8"))
@@ -231,7 +231,7 @@ def _plain(config: CompareConfig, *, public: bool = False) -> dict[str, Any]:
 
     `public` leaves out where the data lie on this machine.
     """
-    run = config_to_dict(config.fit)
+    run = config.fit.plain()
     del run["run"]["out"], run["run"]["seed"]
     if public:
         del run["data"]["root"]
@@ -257,7 +257,7 @@ def _costs(
         "num_threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "configs": {
-            method: config_to_dict(fit_config.changed(out="runs/fit", seed=0)) for method, fit_config in configs.items()
+            method: fit_config.changed(out="runs/fit", seed=0).plain() for method, fit_config in configs.items()
         },
         "timing_rounds": config.timing_rounds,
         "versions": _versions(),

@@ -10,7 +10,7 @@ from typing import Any
 
 from torchlocal.run.build import count_steps, learning_rate
 from torchlocal.run.checkpoint import fixed_fields
-from torchlocal.run.config import FitConfig, build_guidance, config_to_dict, fit_options
+from torchlocal.run.config import FitConfig, build_guidance, fit_options
 
 __all__ = ["Branch", "find_branches", "first_alike"]
 
@@ -62,7 +62,7 @@ def find_branches(runs: Mapping[str, FitConfig], num_images: int) -> dict[str, t
 def _trained_fields(config: FitConfig) -> dict[str, Any]:
     """The fields on which the weights depend, also by how sums are rounded."""
     rounding = {name: config.value(name) for name, one in fit_options().items() if one.rounds}
-    return fixed_fields(config_to_dict(config)) | rounding
+    return fixed_fields(config.plain()) | rounding
 
 
 def _local_fields(config: FitConfig) -> dict[str, Any]:

@@ -40,8 +40,6 @@ __all__ = [
     "build_guidance",
     "build_rule",
     "check",
-    "config_from_dict",
-    "config_to_dict",
     "declared",
     "fit_options",
     "folder",
@@ -576,6 +574,12 @@ class FitConfig:
             }
         )
 
+    def plain(self) -> dict[str, Any]:
+        """As plain values, as config.yaml, result.json and the checkpoints hold it."""
+        values = {name: getattr(self, name).plain() for name in sections()}
+        plain: dict[str, Any] = json.loads(json.dumps(values))  # tuples become lists
+        return plain
+
     def value(self, name: str) -> Any:
         """The value of an option by its short name."""
         section, key = fit_options()[name].path.split(".")
@@ -628,22 +632,6 @@ def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"the configuration has unknown fields: {', '.join(sorted(unknown))}")
     return nested
-
-
-def config_to_dict(config: FitConfig) -> dict[str, Any]:
-    """Return the configuration as plain values, as config.yaml, result.json and the checkpoints hold it."""
-    values = {name: getattr(config, name).plain() for name in sections()}
-    plain: dict[str, Any] = json.loads(json.dumps(values))  # tuples become lists
-    return plain
-
-
-def config_from_dict(values: Mapping[str, Any]) -> FitConfig:
-    """Make the configuration from plain values, in sections or flat.
-
-    Raises:
-        ValueError: if a field is unknown or a value cannot work.
-    """
-    return FitConfig.of(**values)
 
 
 def short_names(values: Mapping[str, Any], *, defaults: bool = True) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torchlocal.network import DecoupledNetwork
 from torchlocal.parallel.network import ParallelNetwork
 from torchlocal.run import checkpoint
 from torchlocal.run.build import Execution, build_network, resolve_execution
-from torchlocal.run.config import FitConfig, config_from_dict
+from torchlocal.run.config import FitConfig
 from torchlocal.run.own import Own
 
 __all__ = ["are_classes", "evaluate", "load_run", "measure_split", "plain"]
@@ -94,7 +94,7 @@ def load_run(
         FileNotFoundError: if there is none.
     """
     saved = checkpoint.load_checkpoint(path)
-    config = config_from_dict(saved["config"]).changed(device=device)
+    config = FitConfig.of(**saved["config"]).changed(device=device)
     config = own.named(config if data_root is None else config.changed(data_root=data_root))
     execution = resolve_execution(config)
     data = own.load(config)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchlocal.models import build_model
 from torchlocal.run.checkpoint import load_backbone, load_checkpoint, write_file
-from torchlocal.run.config import config_from_dict
+from torchlocal.run.config import FitConfig
 from torchlocal.run.own import OWN
 
 __all__ = ["export"]
@@ -51,7 +51,7 @@ def export(run: str | Path, *, to: str | Path, weights: str = "best", overwrite:
     if path.is_dir():
         path = path / f"{weights}.pt"
     saved = load_checkpoint(path)
-    config = config_from_dict(saved["config"])
+    config = FitConfig.of(**saved["config"])
     if config.model.name.startswith(OWN) or not saved["data"]["shape"]:
         raise ValueError(
             f"{path} is of a network or data of your own, which are not there: torchlocal.fit(..., model=model) leaves "

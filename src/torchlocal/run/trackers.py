@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from torchlocal.run.callbacks import Callback, RunState
-from torchlocal.run.config import config_to_dict, short_names
+from torchlocal.run.config import short_names
 
 __all__ = ["MLflow", "WandB"]
 
@@ -27,7 +27,7 @@ class WandB(Callback):
 
     def on_start(self, state: RunState) -> None:
         told = {"id": state.run, "name": str(state.out), "resume": "allow", "dir": str(state.out)}
-        self._run = self._wandb.init(config=config_to_dict(state.config), **(told | self._options))
+        self._run = self._wandb.init(config=state.config.plain(), **(told | self._options))
 
     def on_step(self, state: RunState, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=state.step)
@@ -69,7 +69,7 @@ class MLflow(Callback):
         else:
             options = {"run_name": str(state.out), **self._options}
             mlflow.start_run(**(options | {"tags": {**options.get("tags", {}), "torchlocal": state.run}}))
-            mlflow.log_params(short_names(config_to_dict(state.config)))
+            mlflow.log_params(short_names(state.config.plain()))
         self._started = True
 
     def on_step(self, state: RunState, values: Mapping[str, float]) -> None:

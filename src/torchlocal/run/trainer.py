@@ -38,7 +38,7 @@ from torchlocal.run.build import (
     train_step,
 )
 from torchlocal.run.callbacks import CSV, Callback, RunState, TensorBoard
-from torchlocal.run.config import FitConfig, GuidanceConfig, build_guidance, config_from_dict, config_to_dict
+from torchlocal.run.config import FitConfig, GuidanceConfig, build_guidance
 from torchlocal.run.evaluation import evaluate, measure_split, plain
 from torchlocal.run.folder import Owned, Ownership, expand
 from torchlocal.run.own import Own
@@ -167,7 +167,7 @@ def train(
     out = expand(config.run.out)
     team = Team(config.run.replicas, timeout)
     modes = {"resume": resume, "memory": config.memory.limit, "recompute": config.memory.recompute}
-    team.check_same(checkpoint.fixed_fields(config_to_dict(config)) | modes)
+    team.check_same(checkpoint.fixed_fields(config.plain()) | modes)
     num_threads = torch.get_num_threads()
     with contextlib.ExitStack() as owned:
         result, saved = team.at_writer(partial(_enter, owned, out, config, resume))
@@ -458,7 +458,7 @@ class _Run:
         self._read_clock(training=False)
         images = position.step * config.optimisation.batch_size * config.optimisation.accumulate
         result = {
-            "config": config_to_dict(config),
+            "config": config.plain(),
             "data_checksum": self.data.checksum,
             "steps": position.step,
             "epochs": len(self.rows),
@@ -490,7 +490,7 @@ class _Run:
         """What every checkpoint holds: the weights, and what they belong to."""
         return {
             "run": self.run,
-            "config": config_to_dict(self.config),
+            "config": self.config.plain(),
             "precision": self.execution.precision,
             "criterion": self.own.criterion_name,
             "data": {
@@ -523,7 +523,7 @@ class _Run:
         self._read_clock(training=False)
 
     def _begin_in(self, out: Path, config: FitConfig, state: dict[str, Any]) -> None:
-        other = {"config": config_to_dict(config), "run": uuid.uuid4().hex}
+        other = {"config": config.plain(), "run": uuid.uuid4().hex}
         best = self._load_best(self.out / "best.pt") if self.position.best_epoch else None
         if best is not None and best["step"] > self.rows[-1]["step"]:
             return  # killed between best.pt and last.pt: the best until here is gone, and that run trains by itself
@@ -562,8 +562,8 @@ class _Run:
 
     def _check_config(self, saved: dict[str, Any]) -> None:
         # "auto" precision that turns out differently here is another precision.
-        current = config_to_dict(self.config.changed(precision=self.execution.precision))
-        old = config_to_dict(config_from_dict(saved["config"]).changed(precision=saved["precision"]))
+        current = self.config.changed(precision=self.execution.precision).plain()
+        old = FitConfig.of(**saved["config"]).changed(precision=saved["precision"]).plain()
         checkpoint.check_same_config(self.out / "last.pt", old, current)
 
     def _restore(self, saved: dict[str, Any]) -> None:
@@ -633,9 +633,7 @@ class _Run:
     def _write_config(self, out: Path, config: FitConfig) -> None:
         execution = self.execution
         chosen = f"{execution.device}, {execution.precision}{', channels_last' if execution.channels_last else ''}"
-        checkpoint.write_config(
-            out / "config.yaml", config_to_dict(config), [f"ran on {chosen}, torch {torch.__version__}"]
-        )
+        checkpoint.write_config(out / "config.yaml", config.plain(), [f"ran on {chosen}, torch {torch.__version__}"])
 
     def _check_losses(self) -> list[float]:
         sums: list[float] = self._loss_sums().tolist()
@@ -711,7 +709,7 @@ def _finished_result(path: Path, config: FitConfig) -> dict[str, Any]:
             raise ValueError
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: delete it, and resume to write it again") from error
-    checkpoint.check_same_config(path, saved, config_to_dict(config))
+    checkpoint.check_same_config(path, saved, config.plain())
     return result
 
 
