@@ -26,6 +26,7 @@ from torchlocal.compare.comparison import CompareConfig
 from torchlocal.models import build_model
 from torchlocal.network import DecoupledNetwork, decouple
 from torchlocal.run import trainer
+from torchlocal.run.build import train_step
 from torchlocal.run.config import (
     FitConfig,
     GuidanceConfig,
@@ -34,7 +35,6 @@ from torchlocal.run.config import (
     fit_options,
     guided_memory,
 )
-from torchlocal.run.trainer import train_step
 
 COMMANDS = ["fit", "evaluate", "compare", "partition", "plan", "export", "recipes"]
 TINY = [

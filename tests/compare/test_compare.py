@@ -27,9 +27,9 @@ from torchlocal.compare.report import format_bytes, format_count, markdown_table
 from torchlocal.compare.results import Comparison, MethodResult, Row
 from torchlocal.run import trainer
 from torchlocal.run.branches import find_branches
-from torchlocal.run.build import learning_rate
+from torchlocal.run.build import learning_rate, train_step
 from torchlocal.run.config import FitConfig, GuidanceConfig
-from torchlocal.run.trainer import Interrupted, train_step
+from torchlocal.run.trainer import Interrupted
 
 SEEDS = (0, 1)
 TIMED = ("step_ms", "step_ratio")

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import torchlocal as tl
 from torchlocal.run import build as assembly
 from torchlocal.run import checkpoint, trainer
+from torchlocal.run.build import Execution, build_optimizer, count_steps, learning_rate, resolve_execution, train_step
 from torchlocal.run.callbacks import RunState
 from torchlocal.run.config import (
     FitConfig,
@@ -34,16 +35,7 @@ from torchlocal.run.config import (
 )
 from torchlocal.run.own import Own
 from torchlocal.run.progress import Progress, compact
-from torchlocal.run.trainer import (
-    Diverged,
-    Execution,
-    Interrupted,
-    build_optimizer,
-    count_steps,
-    learning_rate,
-    resolve_execution,
-    train_step,
-)
+from torchlocal.run.trainer import Diverged, Interrupted
 
 TIMES = ("seconds", "train_seconds", "epoch_seconds", "images_per_second", "run")
 

@@ -228,7 +228,7 @@ def _resume_command(config: FitConfig, values: Mapping[str, Any]) -> str | None:
     try:
         if FitConfig.of(**read_recipe(str(out / "config.yaml"))) != config:
             return None
-    except (ValueError, OSError):
+    except (ValueError, OSError, TypeError):
         return None
     command = f"fit --resume {_quoted(out)}"
     if _rank() is not None:
@@ -284,7 +284,7 @@ def _evaluate(argv: Sequence[str]) -> int:
         raise ValueError(f"--split {split} is unknown: choose test, validation or train")
 
     from torchlocal.compare.tables import depth_table
-    from torchlocal.run.trainer import evaluate
+    from torchlocal.run.evaluation import evaluate
 
     result = evaluate(expand(values["run"]), split, device=values["device"], data_root=values["data_root"])
     if values["json"]:

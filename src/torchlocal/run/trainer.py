@@ -27,7 +27,6 @@ from torchlocal.parallel.team import Elsewhere, Team
 from torchlocal.run import checkpoint
 from torchlocal.run.branches import Branch
 from torchlocal.run.build import (
-    Execution,
     build_network,
     build_optimizer,
     count_steps,
@@ -38,8 +37,8 @@ from torchlocal.run.build import (
     train_step,
 )
 from torchlocal.run.callbacks import CSV, Callback, RunState, TensorBoard
-from torchlocal.run.config import FitConfig, GuidanceConfig, build_guidance
-from torchlocal.run.evaluation import evaluate, measure_split, plain
+from torchlocal.run.config import FitConfig, build_guidance
+from torchlocal.run.evaluation import measure_split, plain
 from torchlocal.run.folder import Owned, Ownership, expand
 from torchlocal.run.own import Own
 from torchlocal.run.progress import Progress
@@ -51,22 +50,7 @@ _RESULT = (
 )  # fmt: skip
 _MOST_LOOKED_AT = 100_000  # steps
 
-__all__ = [
-    "Diverged",
-    "Execution",
-    "FitConfig",
-    "GuidanceConfig",
-    "Interrupted",
-    "build_network",
-    "build_optimizer",
-    "count_steps",
-    "evaluate",
-    "fit",
-    "learning_rate",
-    "resolve_execution",
-    "train",
-    "train_step",
-]
+__all__ = ["Diverged", "Interrupted", "fit", "train"]
 
 
 class Interrupted(Exception):
