@@ -73,7 +73,7 @@ _LAUNCHER = "TORCHLOCAL_LAUNCHER"  # set by `parallel.launch`, which is not impo
 
 
 class _Terminated(BaseException):
-    """A signal asked to leave where there was no run to save."""
+    """A signal ended a command that has nothing to save."""
 
     def __init__(self, signum: int) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def _parse_run(
 
 
 def _config(values: Mapping[str, Any]) -> FitConfig:
-    """The configuration of a run, of what its options were given."""
+    """The configuration of a run from parsed values, others left out."""
     return FitConfig.of(**{name: value for name, value in values.items() if name in fit_options()})
 
 
@@ -223,7 +223,7 @@ def _quoted(path: Path) -> str:
 
 
 def _resume_command(config: FitConfig, values: Mapping[str, Any]) -> str | None:
-    """How to go on with a run, if it has begun; the ranks that a launcher started leave it to that to say."""
+    """The command that resumes a run, if it has begun; None in ranks that a launcher started, which tells it itself."""
     out = expand(config.run.out)
     try:
         if FitConfig.of(**read_recipe(str(out / "config.yaml"))) != config:
@@ -321,7 +321,7 @@ def _partition(argv: Sequence[str]) -> int:
 
 
 def _decouple(config: FitConfig, shape: Sequence[int] | None, num_classes: int) -> DecoupledNetwork:
-    """The network of a run, for a batch that is never made; data are read only if their shape is not known."""
+    """The network of a run, cut for the shape of a batch; data are read only if their shape is not known by name."""
     from torchlocal.data import load_data
     from torchlocal.models import build_model
     from torchlocal.network import decouple
@@ -627,7 +627,7 @@ def _short_warnings() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _continue_with(command: Callable[[], str | None], *others: type[BaseException]) -> Iterator[None]:
-    """Add to an interruption, and to other exceptions, how to go on, where there is something to go on with."""
+    """Add the command that resumes to the message of an interruption, or of other exceptions, if there is one."""
     try:
         yield
     except BaseException as error:

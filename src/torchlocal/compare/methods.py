@@ -29,7 +29,7 @@ __all__ = ["METHODS", "CompareConfig", "Subject", "method_configs"]
 
 
 def _same_rate(config: FitConfig) -> FitConfig:
-    """With the learning rate that phased guidance would choose: it is the same for every method."""
+    """With phased guidance: the decay of the learning rate that it implies, so that every method has the same."""
     phased = config.guidance.name == "phased" and config.guidance.options.get("periods", 1) == 1
     if not phased or config.optimisation.decay is not None or config.optimisation.schedule != "cosine":
         return config

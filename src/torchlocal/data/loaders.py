@@ -105,7 +105,7 @@ class LoaderSplit:
 
     def _pass(self, seed: int, epoch: int) -> Iterator[Any]:
         generators = _Generators(seed, epoch)
-        with generators, _deaf():
+        with generators, _workers_ignore_interrupt():
             self._begin(seed, epoch)
             try:
                 items = iter(self._loader)
@@ -139,7 +139,7 @@ class LoaderSplit:
 
 
 class _Generators:
-    """Random states of a pass: in this context the global generators are the pass's own."""
+    """The random states of a pass, which the global generators have while in this context."""
 
     def __init__(self, seed: int, epoch: int) -> None:
         generator = make_generator(LOADER_STREAM, seed=seed, epoch=epoch, index=1)
@@ -167,8 +167,8 @@ def _set_states(states: tuple[Any, Any, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """Worker processes that are started in here leave Ctrl-C, which reaches every process, to the main one."""
+def _workers_ignore_interrupt() -> Iterator[None]:
+    """Worker processes that are started in this context ignore Ctrl-C, which the main one answers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -189,7 +189,7 @@ def _checksum(pair: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderBundle(DataBundle):
-    """Loaders of the user's own as the data of a run; what it is of, only its owner knows."""
+    """Loaders of the user's own as the data of a run: no classes, no shape of images, no checksum."""
 
     name: str = "own"
     train: Any

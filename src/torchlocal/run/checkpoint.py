@@ -108,7 +108,7 @@ def load_checkpoint(path: Path, *, resumable: bool = False) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def reading(path: Path, *others: type[Exception]) -> Iterator[None]:
-    """Refuse in one sentence a file that has the right fields, but not the right things in them.
+    """Turn the errors of reading a checkpoint's fields into one sentence that names the file.
 
     Raises:
         ValueError: in place of what comes of that, and of the other errors.
@@ -200,7 +200,7 @@ def check_same_config(path: Path, saved: Mapping[str, Any], current: Mapping[str
 
 
 def _told(fixed: Mapping[str, Any], given: Mapping[str, Any], name: str) -> str:
-    """A field as the user gave it; what came of several options says so."""
+    """The value of an option for a message; one that another option has decided names that one."""
     if name not in fixed:
         return "absent"
     if fixed[name] == given[name] or given[name] is not None:
@@ -260,7 +260,7 @@ def _write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    """Return what a foreign error says, short enough to be part of a sentence."""
+    """The first line of an error's message, short enough to be part of a sentence."""
     cause = error.__context__ if isinstance(error.__context__, OSError) else error
     if isinstance(cause, OSError) and cause.strerror:
         return cause.strerror

@@ -126,7 +126,7 @@ def check(config: Any) -> None:
 
 
 class Section:
-    """What is checked by its declarations."""
+    """A part of the configuration, whose options are checked as they are declared."""
 
     title: ClassVar[str]
 
@@ -301,7 +301,7 @@ class GuidanceConfig(Section):
 
 @cache
 def _schedule_options() -> dict[str, dict[str, tuple[Any, Any, str]]]:
-    """For every option of a schedule the schedules that take it, each with type, default and help."""
+    """Options of all schedules: for each the schedules that take it, with type, default and help."""
     found: dict[str, dict[str, tuple[Any, Any, str]]] = {}
     for name, kind in GUIDANCES.items():
         told = dict(re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(kind) or "", re.MULTILINE))
@@ -694,7 +694,7 @@ def build_rule(config: FitConfig) -> Rule:
 
 
 def _memory(value: object) -> int | str:
-    """A memory mode, or the bytes of a size."""
+    """A memory mode as it is, a size such as 8GiB in bytes."""
     if value in ("local", "exact", "full"):
         return str(value)
     with contextlib.suppress(ValueError):

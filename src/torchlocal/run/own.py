@@ -143,7 +143,7 @@ class Own:
 
     @property
     def criterion_name(self) -> str:
-        """What tells the criterion from another."""
+        """The criterion's name, which a checkpoint and its resumption have to agree on."""
         return "cross-entropy" if self.criterion is None else _name(self.criterion)
 
     def make_prediction(self) -> Callable[[Any], Tensor]:

@@ -169,7 +169,7 @@ def train(
 def _enter(
     owned: contextlib.ExitStack, out: Path, config: FitConfig, resume: bool
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Become the owner of the run folder, unless its run has ended, and look what is there."""
+    """Take the run folder (not if its run has ended), and read what is there to resume from."""
     if resume and (out / "result.json").exists():  # only read, and perhaps where nothing can be written
         return _look(out, config, resume)
     # One that was killed may be about to end: its ranks, or the process that torchrun has replaced.
@@ -178,7 +178,7 @@ def _enter(
 
 
 def _look(out: Path, config: FitConfig, resume: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The result and the checkpoint that are in the run folder, if the run may go on there."""
+    """The result of a run that has ended in the folder, or the checkpoint to resume from; (None, None) begins anew."""
     if resume:
         if (out / "result.json").exists():
             return _finished_result(out / "result.json", config), None
@@ -195,7 +195,7 @@ def _holds_run(out: Path) -> bool:
 
 @dataclass(kw_only=True)
 class _Position:
-    """How far a run is; with the rows of the metrics all there is to know beside tensors."""
+    """Where a run is and what it has counted; saved in every checkpoint, beside tensors and metrics."""
 
     step: int = 0
     num_guided: int = 0
@@ -471,7 +471,7 @@ class _Run:
         return result
 
     def _identity(self) -> dict[str, Any]:
-        """What every checkpoint holds: the weights, and what they belong to."""
+        """What best.pt and last.pt both hold: weights, configuration, and what the data and the network are."""
         return {
             "run": self.run,
             "config": self.config.plain(),
@@ -496,7 +496,7 @@ class _Run:
         self._read_clock(training=False)
 
     def _begin(self, config: FitConfig) -> None:
-        """Begin another run with the state of this one; last.pt, which says that it began, comes last."""
+        """Write the state of this run into another one's folder, as its start; last.pt comes last, so it is whole."""
         out = expand(config.run.out)
         state = self._state(training=True)  # every rank has a part of it
         if not self.team.writes:
@@ -521,7 +521,7 @@ class _Run:
         checkpoint.save_checkpoint(out / "last.pt", state | other)
 
     def _state(self, training: bool) -> dict[str, Any]:
-        """All that a run needs to go on; refused if it is not finite."""
+        """What last.pt holds: all that a run needs to go on; refused if a loss or a weight is not finite."""
         self._check_losses()
         self._check_parameters()
         self._read_clock(training=training)
@@ -667,7 +667,7 @@ class _Run:
                 os.write(2, told.encode())
 
     def _leave(self, *, save: bool, training: bool = False) -> None:
-        """Leave if a signal asked for it; several ranks after the same step, which the first stage decides."""
+        """End the run if a signal asked for it; on several ranks the first stage decides after which step."""
         if self.parallel is not None:
             self.stopped_by = signal.Signals(self.parallel.stopping) if self.parallel.stopping else None
         if self.stopped_by is None:
