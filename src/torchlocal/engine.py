@@ -313,29 +313,47 @@ class Step:
 
     def guided(self, plan: Plan, *, follow: bool) -> list[Tensor]:
         """Guided step of the whole network, by a plan."""
-        net = self.net
-        last = net.num_modules - 1
-        losses: list[Tensor] = []
-        ends = {group.stop: k for k, group in enumerate(net.partition.groups[:-1])} if follow else {}
-        if isinstance(plan, Tape):  # the network's own forward, as ever
-
-            def passing(unit: int, features: Tensor) -> Tensor:
-                losses.append(self.follow(ends[unit], features))
-                return features
-
-            pass_ = self._pass()
-            with pass_.opened(tuple(ends)), self.autocast():
-                (prediction,) = pass_.run(0, plan.last, [], boundary=passing, stops=tuple(ends))
-                loss = self.loss(last, prediction)
-                del prediction
-            losses.append(self.told(loss))
-            self.backward(loss)
-            for optimizer in reversed(self.optimizers or ()):
-                apply(optimizer)
+        modules, losses = range(self.net.num_modules), list[Tensor]()
+        if not isinstance(plan, Tape):
+            self.through(modules, plan, [], losses, follow=follow)
             return losses
-
-        self.through(range(net.num_modules), plan, [], losses, follow=follow)
+        with self.autocast():
+            prediction = self.forward(modules, [], losses, follow=follow)
+            loss = self.loss(modules[-1], prediction)
+            del prediction
+        losses.append(self.told(loss))
+        self.backward(loss)
+        for optimizer in reversed(self.optimizers or ()):
+            apply(optimizer)
         return losses
+
+    def forward(self, modules: range, state: list[Tensor], losses: list[Tensor], *, follow: bool) -> Tensor:
+        """Forward through consecutive local modules with their graph, as the network does it.
+
+        Args:
+            modules: which ones.
+            state: the features that the first one takes, or nothing where it begins with the batch; taken out.
+            losses: gets those of the auxiliary networks, if they learn on the way.
+            follow: whether they do.
+
+        Returns:
+            What the last one hands on, or the network's prediction.
+        """
+        first, last = self.units(modules)
+        end, groups = self.net.chain.num_units, self.net.partition.groups
+        ends = {groups[k].stop: k for k in modules if groups[k].stop < end} if follow else {}
+
+        def passing(unit: int, features: Tensor) -> Tensor:
+            losses.append(self.follow(ends[unit], features))
+            return features
+
+        pass_ = self._pass(replay=first > 0)
+        inner = tuple(unit for unit in ends if unit != last)
+        with pass_.opened(tuple({*ends, last} - {end}) if first == 0 else None):
+            (result,) = pass_.run(first, last, state, boundary=passing, stops=inner)
+        if last in ends:
+            passing(last, result)
+        return result
 
     def through(
         self,
