@@ -8,7 +8,7 @@ passes and losses are under the step's autocast, all backward passes outside of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ from .cut.carry import Carried
 from .cut.forward import Pass
 from .micro import Parts, criterion_of_parts
 from .modules import LocalModules
-from .recompute import GuidedPlan, Plan, RandomState, Recomputation, Stages, Tape, without_autocast
+from .recompute import GuidedPlan, Inner, Plan, RandomState, Recomputation, Stages, Tape, leaves, without_autocast
 from .rules import Batch
 
 __all__ = ["Step", "SupportsStep", "apply", "check_arguments", "check_optimizers", "run_guided", "run_local"]
@@ -213,6 +213,7 @@ class Step:
         """
         losses: list[Tensor] = []
         if plans:
+            self._look_inside(plans.values())
             pass_ = self._pass(replay=True)
             with pass_.opened():
                 for k in modules:
@@ -297,6 +298,11 @@ class Step:
             self.learnt(k)
         if self.optimizers is not None:
             apply(self.optimizers[k - modules.start])
+
+    def _look_inside(self, plans: Iterable[Plan]) -> None:
+        """Have the traces of units at hand, which cannot be made while something stands in for modules."""
+        if any(isinstance(leaf, Inner) for plan in plans for leaf in leaves(plan)):
+            self.net.chain.look_inside(self.batch.input)
 
     def _pass(self, *, replay: bool = False, expected: dict[Any, int] | None = None) -> Pass:
         self.run = Pass(
@@ -397,6 +403,7 @@ class Step:
 
         complete = net.complete_at()[modules.start : modules.stop] if self.optimizers is not None else []
         waiting = [None if unit is None else max(unit, first) for unit in complete]
+        self._look_inside([plan])
         pass_ = self._pass(replay=True)
         with pass_.opened():
             return Recomputation(
