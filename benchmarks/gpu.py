@@ -12,6 +12,7 @@ keeps the rows that it has, and the next one gets its chance. Every row is print
     synchronisation  which call of a step waits for the device, if any
     memory           the allocator's peak against the prediction; what memory=BYTES holds
     time             all ways to train in turns; PGL against its rivals at equal memory; largest batch in 8 GiB
+    captured         the same as CUDA graphs (torchlocal.capture): right, and their times
     host             how much of a small network's step is Python, and what CUDA graphs give
     streams          module k's backward beside module k + 1's forward
     accuracy         Fashion-MNIST (``--data FOLDER`` with the IDX files), as many epochs as there is time for
@@ -56,6 +57,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torchlocal as tl
 from torchlocal.models import build_model
+from torchlocal.recompute import GuidedPlan, Tape
 
 CUDA = torch.cuda.is_available() and "--tiny" not in sys.argv
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -68,6 +70,7 @@ LIMITS = {
     "synchronisation": 30.0,
     "memory": 75.0,
     "time": 170.0,
+    "captured": 150.0,
     "host": 30.0,
     "streams": 25.0,
     "accuracy": 75.0,
@@ -445,7 +448,7 @@ JOBS = [
     ("resnet32", "fp32", ("rival",)),
     ("resnet50", "fp32", ("rival",)),
 ]
-OF_SECTION = {"memory": range(0, 4), "time": range(2, 10)}
+OF_SECTION = {"memory": range(0, 4), "time": range(2, 10), "captured": range(2, 10)}
 
 
 @dataclass(frozen=True)
@@ -528,8 +531,8 @@ def largest_batch(case: Case, net: tl.DecoupledNetwork, step: str, options: dict
 class Plans:
     """Results of :func:`search`, made in other processes beside the first sections, or here when they are asked for."""
 
-    def __init__(self, tiny: bool, workers: int, jobs: Sequence[int]) -> None:
-        self.tiny = tiny
+    def __init__(self, tiny: bool, workers: int, jobs: Sequence[int], *, largest: bool = True) -> None:
+        self.tiny, self.largest = tiny, largest
         self.known: dict[tuple[str, str], dict[str, Any]] = {}
         self.futures: dict[tuple[str, str], Future[dict[str, Any]]] = {}
         self.pool: ProcessPoolExecutor | None = None
@@ -537,7 +540,11 @@ class Plans:
             context = multiprocessing.get_context("spawn")
             self.pool = ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context)
             for name, precision, wanted in (JOBS[i] for i in jobs):
-                self.futures[name, precision] = self.pool.submit(search, name, precision, wanted, tiny)
+                self.futures[name, precision] = self.pool.submit(search, name, precision, self.wanted(wanted), tiny)
+
+    def wanted(self, names: Sequence[str]) -> list[str]:
+        """Without the search for the largest batches, where nobody asks for them."""
+        return [name for name in names if self.largest or name != "largest"]
 
     def get(self, name: str, precision: str, clock: Clock) -> dict[str, Any]:
         """What was found."""
@@ -554,7 +561,7 @@ class Plans:
             except Exception as error:  # a process that died
                 if not isinstance(error, LookupError):
                     print(f"search in another process: {type(error).__name__}: {error}", flush=True)
-                self.known[key] = search(name, precision, wanted, self.tiny)
+                self.known[key] = search(name, precision, self.wanted(wanted), self.tiny)
         return self.known[key]
 
     def settle(self, seconds: float) -> int:
@@ -1383,6 +1390,111 @@ def time_(run: Run) -> None:
             torch.cuda.empty_cache()
 
 
+# ------------------------------------------------------------------------------------------------------------ captured
+
+
+def captured(run: Run) -> None:
+    """All ways to train as CUDA graphs (``torchlocal.capture``): right, and their times in turns."""
+    order = [(name, "bf16") for name in ("resnet32", "vit_small", "gpt2", "resnet50")]
+    order += [(name, "fp32") for name, _ in order]
+    if CUDA:
+        run.report.row("settings", searches_given_up=run.plans.settle(min(90.0, run.clock.left / 2)))
+    for name, precision in order[:2] if run.tiny else order:
+        run.clock.check(3.0)
+        with noting(run.report, network=name, dtype=precision):
+            captured_of(run, name, precision)
+        gc.collect()
+        if CUDA:
+            torch.cuda.empty_cache()
+
+
+def captured_of(run: Run, name: str, precision: str) -> None:
+    """One network in one precision."""
+    case, dtype = large_case(name, run.tiny, precision), DTYPES[precision]
+    options: dict[str, Any] = {} if dtype is None else {"autocast": dtype}
+    found = run.plans.get(name, precision, run.clock)
+    batch, target = case.batch()
+    net, single = case.decouple(case.model()), case.decouple(case.model(), 1)
+    labels: dict[str, Any] = {"network": name, "K": net.num_modules, "batch": case.shape[0], "dtype": precision}
+    peak = peak_of(lambda: net.local_step(batch, target, **options))
+    parts = fewest_parts(single, batch, target, peak, options)
+    methods: dict[str, tuple[tl.DecoupledNetwork, str, dict[str, Any]]] = {
+        "end-to-end": (single, "guided_step", {}),
+        "local": (net, "local_step", {}),
+        "guided full": (net, "guided_step", {}),
+        f"end-to-end, {parts.micro_batches} micro-batches": (single, "guided_step", {"memory": parts}),
+    }
+    for label, owner, key in (("guided local", net, "guided local"), ("end-to-end, exact", single, "rival")):
+        if "plan" in found.get(key, {}):
+            methods[label] = owner, "guided_step", {"memory": found[key]["plan"]}
+    steps: dict[str, Step] = {}
+    for label, (owner, kind, more) in methods.items():
+        run.clock.check()
+        with noting(run.report, **labels, method=f"{label}, captured"):
+            step = getattr(owner, kind)
+            called = functools.partial(step, batch, target, **options, **more)
+            steps[label] = functools.partial(_cleared, owner, called)
+            if not CUDA:
+                continue
+            with deterministic():
+                clear(owner)
+                state = {n: t.clone() for n, t in owner.state_dict().items()}
+                graph = tl.capture(step, batch, target, **options, **more)
+                graph(batch, target)
+                theirs = {n: None if p.grad is None else p.grad.clone() for n, p in owner.named_parameters()}
+                buffers = {n: b.clone() for n, b in owner.named_buffers()}
+                owner.load_state_dict(state)
+                clear(owner)
+                called()
+                result = compared({**theirs, **buffers}, {**dict(_gradients(owner)), **dict(owner.named_buffers())})
+            run.report.row("captured against called: gradients and buffers", **labels, method=label, **result)
+            del graph
+            clear(owner)
+            steps[f"{label}, captured"] = functools.partial(
+                tl.capture(step, batch, target, **options, **more), batch, target
+            )
+    times = in_turns(steps, run, rounds=2 if run.tiny else 12, seconds=8.0, **labels)
+    base = statistics.median(times["end-to-end"])
+    for label, measured in times.items():
+        median, width = spread(measured)
+        row = {"ms": median, "iqr_half": width, "n": len(measured), "of_end_to_end": median / base}
+        run.report.row("captured and called", **labels, method=label, **row)
+    for suffix in ("", ", captured"):
+        if not {f"local{suffix}", f"guided local{suffix}"} <= set(times):
+            continue
+        pgl = 0.8 * statistics.median(times[f"local{suffix}"]) + 0.2 * statistics.median(times[f"guided local{suffix}"])
+        ratios = {"how": suffix.strip(", ") or "called", "pgl_ms": pgl}
+        for label in ("end-to-end", f"end-to-end, {parts.micro_batches} micro-batches", "end-to-end, exact"):
+            if f"{label}{suffix}" in times:
+                rival = label if "micro" not in label else "micro-batches"
+                ratios[f"pgl / {rival}"] = pgl / statistics.median(times[f"{label}{suffix}"])
+        run.report.row("PGL at 20 % guided, captured and called, of its rivals", **labels, **ratios)
+
+
+def _gradients(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
+    return ((name, parameter.grad) for name, parameter in module.named_parameters())
+
+
+def _cleared(module: nn.Module, step: Step) -> None:
+    step()
+    clear(module)
+
+
+def fewest_parts(
+    single: tl.DecoupledNetwork, batch: Any, target: Tensor, peak: int, options: dict[str, Any]
+) -> GuidedPlan:
+    """The fewest micro-batches, of powers of two, in which one module's step takes no more than this."""
+    count = 2
+    while True:
+        plan = GuidedPlan(tree=Tape(0, len(single.partition.units)), micro_batches=count)
+        clear(single)
+        taken = peak_of(functools.partial(single.guided_step, batch, target, memory=plan, **options))
+        clear(single)
+        if taken <= peak or 2 * count > target.shape[0]:
+            return plan
+        count *= 2
+
+
 # ---------------------------------------------------------------------------------------------------------------- host
 
 
@@ -1908,6 +2020,7 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "synchronisation": synchronisation,
     "memory": memory,
     "time": time_,
+    "captured": captured,
     "host": host,
     "streams": streams,
     "accuracy": accuracy,
@@ -1973,7 +2086,7 @@ def main() -> None:
     ]
     jobs = sorted({i for name in chosen for i in OF_SECTION.get(name, ())})
     workers = options.workers if options.workers is not None else (min(10, (os.cpu_count() or 2) - 2) if CUDA else 0)
-    plans = Plans(options.tiny, workers, jobs)
+    plans = Plans(options.tiny, workers, jobs, largest="time" in chosen)
     try:
         for name in chosen:
             left = 60 * options.minutes - (time.monotonic() - begin)
