@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import guidance, memory, parallel, rules
     from .budget import MemoryPlan, plan
+    from .capture import capture
     from .cut.units import Partition, Unit
     from .guidance import (
         AlwaysGuidance,
@@ -44,6 +45,7 @@ __all__ = [
     "RandomGuidance",
     "Rule",
     "Unit",
+    "capture",
     "decouple",
     "distribute",
     "evaluate",
@@ -70,6 +72,7 @@ _MODULES = {
     "network": ("DecoupledNetwork", "decouple"),
     "parallel": ("ParallelNetwork", "distribute"),
     "budget": ("MemoryPlan", "plan"),
+    "capture": ("capture",),
     "cut.units": ("Partition", "Unit"),
     "rules": ("DGLRule", "GreedyRule", "Rule"),
     "run.callbacks": ("Callback",),

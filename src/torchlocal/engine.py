@@ -8,7 +8,7 @@ passes and losses are under the step's autocast, all backward passes outside of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ from .cut.carry import Carried
 from .cut.forward import Pass
 from .micro import Parts, criterion_of_parts
 from .modules import LocalModules
-from .recompute import GuidedPlan, Plan, RandomState, Recomputation, Stages, Tape, without_autocast
+from .recompute import GuidedPlan, Inner, Plan, RandomState, Recomputation, Stages, Tape, leaves, without_autocast
 from .rules import Batch
 
 __all__ = ["Step", "SupportsStep", "apply", "check_arguments", "check_optimizers", "run_guided", "run_local"]
@@ -213,6 +213,7 @@ class Step:
         """
         losses: list[Tensor] = []
         if plans:
+            self._look_inside(plans.values())
             pass_ = self._pass(replay=True)
             with pass_.opened():
                 for k in modules:
@@ -298,6 +299,11 @@ class Step:
         if self.optimizers is not None:
             apply(self.optimizers[k - modules.start])
 
+    def _look_inside(self, plans: Iterable[Plan]) -> None:
+        """Have the traces of units at hand, which cannot be made while something stands in for modules."""
+        if any(isinstance(leaf, Inner) for plan in plans for leaf in leaves(plan)):
+            self.net.chain.look_inside(self.batch.input)
+
     def _pass(self, *, replay: bool = False, expected: dict[Any, int] | None = None) -> Pass:
         self.run = Pass(
             self.net.chain,
@@ -313,29 +319,47 @@ class Step:
 
     def guided(self, plan: Plan, *, follow: bool) -> list[Tensor]:
         """Guided step of the whole network, by a plan."""
-        net = self.net
-        last = net.num_modules - 1
-        losses: list[Tensor] = []
-        ends = {group.stop: k for k, group in enumerate(net.partition.groups[:-1])} if follow else {}
-        if isinstance(plan, Tape):  # the network's own forward, as ever
-
-            def passing(unit: int, features: Tensor) -> Tensor:
-                losses.append(self.follow(ends[unit], features))
-                return features
-
-            pass_ = self._pass()
-            with pass_.opened(tuple(ends)), self.autocast():
-                (prediction,) = pass_.run(0, plan.last, [], boundary=passing, stops=tuple(ends))
-                loss = self.loss(last, prediction)
-                del prediction
-            losses.append(self.told(loss))
-            self.backward(loss)
-            for optimizer in reversed(self.optimizers or ()):
-                apply(optimizer)
+        modules, losses = range(self.net.num_modules), list[Tensor]()
+        if not isinstance(plan, Tape):
+            self.through(modules, plan, [], losses, follow=follow)
             return losses
-
-        self.through(range(net.num_modules), plan, [], losses, follow=follow)
+        with self.autocast():
+            prediction = self.forward(modules, [], losses, follow=follow)
+            loss = self.loss(modules[-1], prediction)
+            del prediction
+        losses.append(self.told(loss))
+        self.backward(loss)
+        for optimizer in reversed(self.optimizers or ()):
+            apply(optimizer)
         return losses
+
+    def forward(self, modules: range, state: list[Tensor], losses: list[Tensor], *, follow: bool) -> Tensor:
+        """Forward through consecutive local modules with their graph, as the network does it.
+
+        Args:
+            modules: which ones.
+            state: the features that the first one takes, or nothing where it begins with the batch; taken out.
+            losses: gets those of the auxiliary networks, if they learn on the way.
+            follow: whether they do.
+
+        Returns:
+            What the last one hands on, or the network's prediction.
+        """
+        first, last = self.units(modules)
+        end, groups = self.net.chain.num_units, self.net.partition.groups
+        ends = {groups[k].stop: k for k in modules if groups[k].stop < end} if follow else {}
+
+        def passing(unit: int, features: Tensor) -> Tensor:
+            losses.append(self.follow(ends[unit], features))
+            return features
+
+        pass_ = self._pass(replay=first > 0)
+        inner = tuple(unit for unit in ends if unit != last)
+        with pass_.opened(tuple({*ends, last} - {end}) if first == 0 else None):
+            (result,) = pass_.run(first, last, state, boundary=passing, stops=inner)
+        if last in ends:
+            passing(last, result)
+        return result
 
     def through(
         self,
@@ -379,6 +403,7 @@ class Step:
 
         complete = net.complete_at()[modules.start : modules.stop] if self.optimizers is not None else []
         waiting = [None if unit is None else max(unit, first) for unit in complete]
+        self._look_inside([plan])
         pass_ = self._pass(replay=True)
         with pass_.opened():
             return Recomputation(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -80,9 +81,7 @@ class LocalModules(nn.Module):
 
     def compile_parts(self, modules: Iterable[int], **options: Any) -> None:
         """Compile what runs of the backbone, and the auxiliary networks of these local modules."""
-        # Auxiliary networks run the same forward functions; counted together they would pass the limit of recompiles,
-        # and the last of them silently run uncompiled.
-        options = {"isolate_recompiles": True, **options}
+        options = _counted_apart(options, len(list(self.modules())))
         self.chain.compile(**options)
         for k in modules:
             if k < len(self.auxiliary):
@@ -148,3 +147,17 @@ class LocalModules(nn.Module):
     def extra_repr(self) -> str:
         """Names of the local modules."""
         return f"local modules: {', '.join(self.partition.names)}; rule={self.rule!r}"
+
+
+def _counted_apart(options: dict[str, Any], count: int) -> dict[str, Any]:
+    """Options of :func:`torch.compile` by which modules that run the same forward function do not use up its limit.
+
+    Auxiliary networks run the same forward functions; counted together they would pass the limit of recompiles, and the
+    last of them silently run uncompiled.
+    """
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        return {"isolate_recompiles": True, **options}
+    limits: Any = torch._dynamo.config  # of older versions of torch, which only know one limit for all
+    limits.recompile_limit = max(limits.recompile_limit, 8 * count)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 8 * count)
+    return options

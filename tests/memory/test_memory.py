@@ -393,3 +393,19 @@ def test_mistakes_are_told_in_one_sentence(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}") as error:
         call(net, x, y)
     assert "\n" not in str(error.value)
+
+
+def test_a_plan_is_carried_out_in_a_copy_and_after_a_change() -> None:
+    net = tl.decouple(make_network(), 4, sample=(32, 3, 12, 12))
+    x, y = make_batch()
+    plan = net.guided_plan(x, y, memory="exact")
+    assert "Inner" in repr(plan.tree)
+
+    def peak(net: tl.DecoupledNetwork) -> int:
+        net.zero_grad()
+        return measure(lambda: net.guided_step(x, y, memory=plan)).peak_bytes
+
+    assert peak(net) == plan.peak_bytes
+    assert peak(copy.deepcopy(net)) == plan.peak_bytes  # whose units have not been traced
+    net.backbone[1].register_forward_hook(lambda *_: None)  # the traces have to be made anew
+    assert peak(net) == plan.peak_bytes

@@ -79,6 +79,9 @@ class UnitStages(Stages, Protocol):
 class Insides(Protocol):
     """What knows the inside of units, see :class:`torchlocal.cut.inside.Inside`."""
 
+    def is_stale(self) -> bool:
+        """Whether the network has changed since it was looked at."""
+
     def refresh(self, sample: Any) -> None:
         """Look at the network anew, if it has changed."""
 
@@ -88,6 +91,10 @@ class Insides(Protocol):
 
 class _Closed:
     """Knows nothing."""
+
+    def is_stale(self) -> bool:
+        """There is nothing to know."""
+        return False
 
     def refresh(self, sample: Any) -> None:
         """Nothing to do."""
@@ -196,6 +203,12 @@ class Forward:
         for paths in self.facts.modules:
             for path in paths:
                 self.backbone.get_submodule(path).compile(**options)
+
+    def look_inside(self, batch: Batch) -> None:
+        """Trace the units where that has not been done since a module changed, outside of any mode of the caller's."""
+        if not self.fake and self.inside.is_stale():
+            with ThreadPoolExecutor(1) as executor:
+                executor.submit(self.inside.refresh, batch).result()
 
     # --- running ---
 

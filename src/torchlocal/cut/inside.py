@@ -102,6 +102,10 @@ class Inside:
         self._stages: dict[tuple[int, Any], NodeStages] = {}
         self._tried: dict[Any, bool] = {}
 
+    def is_stale(self) -> bool:
+        """Whether a module has changed since the last trace."""
+        return bool(_fingerprint(self._forward.backbone)[0] != self._key)
+
     def refresh(self, sample: Any) -> None:
         """Trace anew if a module has changed, and try the parts of every kind of unit on random numbers.
 

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..cut.forward import Pass
 from ..engine import Step
 from ..modules import LocalModules
 from .rehearsal import Rehearsal
@@ -114,28 +113,16 @@ class _Body(nn.Module):
         """The next micro-batch; as in a single process, its random numbers come after those of the one before."""
         net, modules, device = self._held
         step, self._number = self._steps[self._number], self._number + 1
-        first, last = step.units(modules)
         entering = self._rehearsal.skip(net, range(modules.start), device, follow=self._follow)
         if self._strides is not None:
             features = _Arrive.apply(features, self._strides)
-        groups = net.partition.groups
-        ends = {groups[k].stop: k for k in modules if k < net.num_modules - 1} if self._follow else {}
-
-        def passing(unit: int, features: Tensor) -> Tensor:
-            self._losses.setdefault(ends[unit], []).append(step.follow(ends[unit], features))
-            return features
-
-        state = [features] if first else []
+            step.entering = entering
+        state, losses = [features] if self._strides is not None else [], list[Tensor]()
         del features
-        pass_ = Pass(
-            net.chain, step.batch.input, replay=first > 0, outputs=step.outputs, entering=entering if first else None
-        )
-        stops = tuple({*ends, last} - {net.chain.num_units})
-        with pass_.opened(None if first else stops), step.autocast():
-            inner = tuple(unit for unit in ends if unit != last)
-            (result,) = pass_.run(first, last, state, boundary=passing, stops=inner)
-        if last in ends:
-            passing(last, result)
+        with step.autocast():
+            result = step.forward(modules, state, losses, follow=self._follow)
+        for k, loss in zip(modules, losses, strict=False):
+            self._losses.setdefault(k, []).append(loss)
         self._rehearsal.skip(net, range(modules.stop, net.num_modules), device, follow=self._follow)
         return result.contiguous()
 

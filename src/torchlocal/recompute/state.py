@@ -33,7 +33,9 @@ class RandomState:
     def get(cls, device: torch.device, *, numpy: bool = True) -> RandomState:
         """The state now; numpy's takes longer than all others, so it may be left out."""
         devices: tuple[list[int], list[Tensor]] = ([], [])
-        if device.type not in ("cpu", "meta", "mps"):
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            pass  # a CUDA graph that recomputes draws nothing, see torchlocal.capture
+        elif device.type not in ("cpu", "meta", "mps"):
             devices = get_device_states(torch.empty(0, device=device))
         elif device.type == "mps":
             devices = [0], [torch.mps.get_rng_state()]
