@@ -8,12 +8,14 @@ It leaves a run folder (checkpoints, metrics.csv, result.json) and the trained n
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import torchlocal as tl
+from torchlocal.run.callbacks import RunState
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--out", default="runs/own-objects", help="run folder (default: runs/own-objects)")
@@ -67,7 +69,7 @@ def draw(num_images: int, seed: int) -> TensorDataset:
 class Print(tl.Callback):
     """Tells each checkpoint; TensorBoard and metrics.csv are written anyway."""
 
-    def on_checkpoint(self, state, path) -> None:  # type: ignore[no-untyped-def]
+    def on_checkpoint(self, state: RunState, path: Path) -> None:
         """Print one line."""
         print(f"step {state.step} of {state.num_steps}: wrote {path.name}")
 

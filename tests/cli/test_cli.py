@@ -352,6 +352,8 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("fit TINY --device tpu", "device='tpu' is not available here"),
         ("compare TINY --methods local bogus", "methods: 'bogus' is unknown"),
         ("compare TINY --seeds 1 1", "holds an element twice"),
+        ("fit TINY --optimisation.lr=fast", "--lr expects a number, got 'fast'"),
+        ("fit TINY --quiet=yes", "--quiet takes no value"),
         ("fit TINY --ranks few", "--ranks expects a whole number, got 'few'"),
         ("fit TINY --timeout soon", "--timeout expects a number, got 'soon'"),
         ("compare TINY --seeds one", "--seeds expects a whole number, got 'one'"),

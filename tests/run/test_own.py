@@ -436,7 +436,7 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [step for _, step in logged] == [2, 4, 5, 5, 6, 8, 10, 10] and "loss/global" in logged[0][0]
     assert set(logged[3][0]) == {"validation/loss", "validation/accuracy"}
     assert recorder.summary["test_accuracy"] == result["test_accuracy"]
-    assert recorder.calls[-1] == ("finish", (), {"exit_code": 0})
+    assert recorder.calls[-1] == ("finish", (), {"exit_code": 0})  # as tried with wandb 0.31 and mlflow 3.17
 
 
 def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

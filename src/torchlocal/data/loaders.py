@@ -131,8 +131,8 @@ class LoaderSplit:
     def _begin(self, seed: int, epoch: int) -> None:
         holders = [getattr(self._loader, name, None) for name in ("batch_sampler", "sampler", "dataset")]
         for holder in [self._loader, *holders]:
-            with contextlib.suppress(AttributeError):
-                holder.set_epoch(epoch)
+            if callable(begin := getattr(holder, "set_epoch", None)):
+                begin(epoch)
         for holder in [self._loader, *holders[:2]]:
             if isinstance(generator := getattr(holder, "generator", None), torch.Generator):
                 generator.set_state(make_generator(LOADER_STREAM, seed=seed, epoch=epoch).get_state())

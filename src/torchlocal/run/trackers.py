@@ -89,8 +89,8 @@ class MLflow(Callback):
 def _import(name: str, kind: str) -> Any:
     try:
         return import_module(name)
-    except ImportError as error:
-        raise ValueError(f"{kind} needs {name}, which is not installed: pip install 'torchlocal[{name}]'") from error
+    except ImportError as error:  # of the package itself, or of one that it needs
+        raise ValueError(f"{kind} needs {name} ({error}): pip install 'torchlocal[{name}]'") from error
 
 
 def _validation(row: Mapping[str, float]) -> dict[str, float]:
