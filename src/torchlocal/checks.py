@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["check_plain", "number", "one_of", "parse_size", "shorten", "text", "whole"]
+__all__ = ["check_plain", "number", "one_of", "parse_size", "shorten", "suggestion", "text", "whole"]
 
 _LARGEST = 2**40  # of whole numbers; torch has 64 bits for what is made of several
 _SINGLE = 1e38  # which a float32 holds
@@ -124,6 +125,12 @@ def check_plain(told: str, value: Any) -> None:
                 f"{told} holds {shorten(str(wrong[0]))}, which is of the kind {kind}: give numbers and words, with "
                 "quotes around what only looks like something else"
             )
+
+
+def suggestion(name: str, names: Sequence[str], *, most: int = 1, cutoff: float = 0.6, prefix: str = "") -> str:
+    """` (did you mean ...?)` with the names that come close, at most so many, or nothing."""
+    close = difflib.get_close_matches(name, names, n=most, cutoff=cutoff)
+    return f" (did you mean {' or '.join(prefix + match for match in close)}?)" if close else ""
 
 
 def shorten(words: str, most: int = 60) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchlocal.checks import whole
+from torchlocal.checks import suggestion, whole
 
 __all__ = ["CifarResNet", "LocalVGG", "build_model", "mlp", "model_names"]
 
@@ -345,8 +344,7 @@ def _first_sentence(error: Exception) -> str:
 
 def _unknown(name: str, wanted: str, candidates: list[str], prefix: str = "") -> str:
     cutoff = 0.6 if len(candidates) > 1 else 0.0  # a single candidate is the same name with its library
-    close = difflib.get_close_matches(wanted.lower(), candidates, n=3, cutoff=cutoff)
-    hint = f" (did you mean {' or '.join(prefix + match for match in close)}?)" if close else ""
+    hint = suggestion(wanted.lower(), candidates, most=3, cutoff=cutoff, prefix=prefix)
     return (
         f"model {name!r} is unknown{hint}: choose {', '.join(_OWN)}, or torchvision:NAME or timm:NAME with a name of "
         f"that library"

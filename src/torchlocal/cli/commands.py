@@ -19,14 +19,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchlocal.checks import parse_size, shorten
+from torchlocal.checks import parse_size, shorten, suggestion
 from torchlocal.cli.options import (
     Parser,
     read_recipe,
     recipe_names,
     recipe_options,
     recipe_path,
-    suggestion,
     with_dashes,
 )
 from torchlocal.lifetime import end_with_parent, on_signals, unbroken_streams

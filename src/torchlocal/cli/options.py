@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import os
 import types
 import typing
@@ -15,7 +14,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from torchlocal.checks import check_plain, shorten
+from torchlocal.checks import check_plain, shorten, suggestion
 from torchlocal.run.config import Option
 
 __all__ = [
@@ -24,7 +23,6 @@ __all__ = [
     "recipe_names",
     "recipe_options",
     "recipe_path",
-    "suggestion",
     "with_dashes",
 ]
 
@@ -134,12 +132,6 @@ def _flat(
             )
         else:
             yield str(key), value
-
-
-def suggestion(name: str, names: Sequence[str]) -> str:
-    """` (did you mean ...?)` if a name comes close, else nothing."""
-    close = difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 # --- values ---

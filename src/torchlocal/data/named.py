@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import zlib
 from collections.abc import Iterable
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchlocal.checks import whole
+from torchlocal.checks import suggestion, whole
 from torchlocal.data.folders import read_folders
 from torchlocal.data.sources import READERS
 from torchlocal.data.splits import FOLDER_STREAM, VALIDATION_STREAM, FolderSource, MemorySource, Split, make_generator
@@ -279,6 +278,5 @@ def _too_many_images(num_train: int, size: int) -> str:
 
 
 def _unknown_name(name: str, base: str, pairs: bool) -> str:
-    close = difflib.get_close_matches(base.lower(), data_names(), n=2, cutoff=0.5)
-    hint = f" (did you mean {' or '.join(('pairs:' if pairs else '') + match for match in close)}?)" if close else ""
+    hint = suggestion(base.lower(), data_names(), most=2, cutoff=0.5, prefix="pairs:" if pairs else "")
     return f"data {name!r} is unknown{hint}: choose {', '.join(data_names())}, or pairs:NAME with one of these"
