@@ -182,8 +182,13 @@ def _is_mean(net: LocalModules, batch: Batch, target: Any, labels: list[Any], si
     size = sum(sizes)
     if not shape or shape[0] != size:
         return False
-    generator = torch.Generator().manual_seed(0)
-    prediction = torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise NotCut(
+            "micro_batches: whether this criterion's loss is the mean over examples is tried with each target, which a "
+            "CUDA graph cannot; give a loss of torch, or a memory mode without micro-batches, 'exact' or 'full'"
+        )
+    generator = torch.Generator(device).manual_seed(0)
+    prediction = torch.randn(shape, generator=generator, device=device).to(dtype)
     try:
         whole = net.criterion(prediction, target)
         parts = [net.criterion(p, y) for p, y in zip(prediction.split(sizes), labels, strict=True)]
