@@ -16,7 +16,7 @@ from ..cut.batches import key_of, num_examples, plain
 from ..cut.forward import Pass, filled
 from ..engine import Step, SupportsStep, apply, check_arguments, check_optimizers
 from ..memory.plans import local_plans, plan_and_parts
-from ..micro import cut_batch
+from ..micro import cut_batch, divisor
 from ..modules import LocalModules
 from ..recompute import GuidedPlan, Plan
 from ..rules import Batch
@@ -115,7 +115,7 @@ class ParallelNetwork(Stage):
         """
         self._check(optimizers, backward, scale)
         options = (str(autocast), scale)
-        task = self._begin(_LOCAL, batch, target, options)
+        task = self._begin(_LOCAL, batch, target, options, weight=self._weight(target))
         if self.is_first:
             task.plan = local_plans(self.net, task.batch.input, target, recompute, autocast=autocast)
         rehearsal = self._rehearse(task.batch.input, task.batch.target, autocast)
@@ -192,7 +192,7 @@ class ParallelNetwork(Stage):
                 )
             return self._piped(batch, target, micro_batches, schedule, follow, autocast, scale, optimizers, options)
         parts: list[Any] = [(None, None, 1.0)]
-        plan = None
+        plan, weight = None, self._weight(target)
         if self.is_first:
             batch = self._fitting(batch)
             plan, parts = plan_and_parts(
@@ -211,7 +211,7 @@ class ParallelNetwork(Stage):
         i = 0
         while i < len(parts):
             inputs, labels, share = parts[i]
-            task = self._begin(_GUIDED, inputs, labels, options, share=share, new=i == 0)
+            task = self._begin(_GUIDED, inputs, labels, options, share=share, weight=weight, new=i == 0)
             if self.is_first:
                 task.plan = plan
             plan = task.plan
@@ -291,7 +291,7 @@ class ParallelNetwork(Stage):
                 raise ValueError(f"micro_batches: {size} examples cannot be cut into {count!r} equal parts")
             cut_batch(self.net, batch, target, count, follow=follow)  # refuses before anything is sent
         options = (*options, count, schedule)
-        task = self._begin(_PIPED, batch, target, options)
+        task = self._begin(_PIPED, batch, target, options, weight=self._weight(target))
         parts = cut_batch(self.net, task.batch.input, task.batch.target, count, follow=follow)
         part, labels, _ = parts[0]
         rehearsal = self._rehearse(part, labels, autocast, always=True)
@@ -300,6 +300,7 @@ class ParallelNetwork(Stage):
         steps = []
         for part, labels, share in parts:
             step = Step.begin(self.net, part, labels, autocast, None, scale)
+            step.weight = task.weight
             step.part_of(parts, share, follow=follow)
             step.outputs = None if self.is_first else rehearsal.outputs
             steps.append(step)
@@ -428,6 +429,20 @@ class ParallelNetwork(Stage):
             )
         check_optimizers(optimizers, len(self.modules), backward, scale)
 
+    def _weight(self, target: Any) -> Tensor | None:
+        """How much the first stage's batch counts in the mean over the replicas: as in the loss of all their batches.
+
+        What the criterion of the replicas' batches together divides by is the sum of what it divides each by. The loss
+        of one that is not known counts the same in every replica.
+        """
+        if self._replicas_group is None or (count := divisor(self.net.criterion, target)) is None:
+            return None
+        count = count.to(self.device)
+        total = count.clone()
+        with watched("the same stage of another replica", self._timeout):
+            dist.all_reduce(total, group=self._replicas_group)
+        return torch.where(total > 0, count / total, 1.0) * self.num_replicas
+
     def _fitting(self, batch: Inputs | None) -> Inputs:
         """The batch of a step, on the first stage."""
         if batch is None:
@@ -442,6 +457,7 @@ class ParallelNetwork(Stage):
         options: tuple[Any, ...],
         *,
         share: Any = 1.0,
+        weight: Tensor | None = None,
         new: bool = True,
     ) -> Task:
         """The next batch: on the first stage the one that is given, elsewhere the one that arrives."""
@@ -456,7 +472,7 @@ class ParallelNetwork(Stage):
         if new:
             self._ties.share_values(kind)
         if self.is_first:
-            return Task(Batch(input=batch, target=target, criterion=criterion), share=share)
+            return Task(Batch(input=batch, target=target, criterion=criterion), share=share, weight=weight)
         assert self._from_previous is not None
         message: Message = self._from_previous.receive(kind)
         dtype, packed, labels, plan, given, places = message.extra
@@ -468,10 +484,10 @@ class ParallelNetwork(Stage):
         self.stopping = message.flag
         features, losses, *tensors = message.tensors
         batch = unpack(packed, tensors, self.device, self.net.chain.mode)
-        target, share = unpack(labels, tensors, self.device, self.net.chain.mode)
+        target, share, weight = unpack(labels, tensors, self.device, self.net.chain.mode)
         arrived = Batch(input=batch, target=target, criterion=criterion)
         beside = {place: tensors.pop(0) for place in places}
-        return Task(arrived, [cast(features, dtype)], list(losses.unbind()), plan, tensors, share, beside)
+        return Task(arrived, [cast(features, dtype)], list(losses.unbind()), plan, tensors, share, weight, beside)
 
     def _hand_on(
         self,
@@ -488,7 +504,7 @@ class ParallelNetwork(Stage):
         block, dtype = self._as_sent(state.pop())
         wanted = None if self.net.rule.reads_input and kind != _OUTPUTS else self._read_later
         inputs, packed = pack(task.batch.input, self.device, wanted)
-        targets, labels = pack((task.batch.target, task.share), self.device)
+        targets, labels = pack((task.batch.target, task.share, task.weight), self.device)
         # What the last module returned beside the features; what depends on a stand-in is one, too.
         beside = {i: t for i, t in run.beside.items() if not isinstance(t, FakeTensor)} if run is not None else {}
         tensors = [block, stack(losses), *inputs, *targets, *beside.values(), *task.random]
@@ -573,6 +589,7 @@ class ParallelNetwork(Stage):
     ) -> Step:
         """A step that knows what comes before this stage; what the modules there draw is drawn."""
         step = Step.begin(self.net, task.batch.input, task.batch.target, autocast, backward, scale)
+        step.weight = task.weight
         if not self.is_first:
             step.outputs = self._beside(rehearsal.outputs, task)
             step.entering = rehearsal.skip(self.net, range(self.modules.start), self.device, follow=follow)
