@@ -59,6 +59,7 @@ IMPORTED = (
     "torchlocal.compare.report", "torchlocal.parallel.launch", "torchlocal.parallel.network", "torchlocal.run.export",
 )  # fmt: skip
 EPOCHS = "--epochs=12"  # of two steps, each saved: about as long as the imports
+LEAVE = 5.0  # seconds that ranks have to leave, before they are killed; torchrun's are 30
 TIMES = ("seconds", "train_seconds", "epoch_seconds", "images_per_second", "run", "out")
 
 
@@ -178,15 +179,22 @@ def _launch(arguments: list[str], ranks: int) -> int:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             _end_with(lambda: _main(arguments))
         running[pid] = rank
-    worst = 0
+    worst, end = 0, float("inf")
     while running:
-        pid, status = os.wait()
-        running.pop(pid)
-        code = os.waitstatus_to_exitcode(status)
-        if code and not worst:
-            worst = abs(code)
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            running.pop(pid)
+            code = os.waitstatus_to_exitcode(status)
+            if code and not worst:
+                worst, end = abs(code), time.monotonic() + LEAVE
+                for other in running:
+                    os.kill(other, signal.SIGTERM)
+        elif time.monotonic() > end:  # it waits, in a call that no signal ends, for the one that is lost
             for other in running:
-                os.kill(other, signal.SIGTERM)
+                os.kill(other, signal.SIGKILL)
+            end = float("inf")
+        else:
+            time.sleep(0.01)
     return worst
 
 
@@ -496,9 +504,10 @@ def main() -> int:
     warm_up()
     begun = time.monotonic()
     for kind, trial in TRIALS.items():
-        for number in range(getattr(given, kind)):
+        only = [int(given.only.partition("/")[2])] if given.only and given.only.startswith(f"{kind}/") else []
+        for number in only if given.only else range(getattr(given, kind)):
             name = f"{kind}/{number}"
-            if given.only not in (None, name) or (given.only is None and (kind, number) in done):
+            if not given.only and (kind, number) in done:
                 continue
             if time.monotonic() - begun > given.seconds:
                 break
