@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -31,6 +32,7 @@ __all__ = ["ParallelNetwork"]
 
 _LOCAL, _GUIDED, _PIPED, _LOSSES, _OUTPUTS = 1, 2, 3, 4, 5  # kinds of messages
 _SCHEDULES = ("1f1b", "gpipe")
+_LOOK_EVERY = 0.5  # seconds
 
 
 class ParallelNetwork(Stage):
@@ -53,8 +55,8 @@ class ParallelNetwork(Stage):
         stage: column of this rank.
         stages: the local modules of every stage.
         modules: the local modules of this stage.
-        stop_requested: set to a number other than 0 on the first stage, for example by a signal handler, it travels
-            with the batches.
+        stop_requested: set to a number other than 0, for example by a signal handler, it travels with the batches from
+            the first stage on, which learns of it within half a second where another stage was asked.
         stopping: what it was when the last step began; the same on all ranks after the same step.
     """
 
@@ -71,6 +73,7 @@ class ParallelNetwork(Stage):
         super().__init__(net, stages, replicas, timeout)
         self.boundary_dtype = boundary_dtype
         self.stop_requested = self.stopping = 0
+        self._looked = 0.0  # when this stage last looked whether another was asked to stop
         self._rehearsals: dict[tuple[Any, ...], Rehearsal] = {}
         self._layouts: dict[Any, dict[Any, Any]] = {}
         self._schedules: dict[tuple[Any, ...], Schedule] = {}
@@ -464,11 +467,14 @@ class ParallelNetwork(Stage):
         criterion = self.net.criterion
         if self.is_first:
             batch = plain(batch) if kind == _OUTPUTS and batch is not None else self._fitting(batch)
+            self._hear_of_stop()
             self.stopping = self._largest_of_replicas(self.stop_requested)
         elif batch is not None:
             raise ValueError(
                 f"batch: rank {dist.get_rank()} is no first stage, leave the batch out; it comes from there"
             )
+        else:
+            self._tell_of_stop()
         if new:
             self._ties.share_values(kind)
         if self.is_first:
@@ -488,6 +494,26 @@ class ParallelNetwork(Stage):
         arrived = Batch(input=batch, target=target, criterion=criterion)
         beside = {place: tensors.pop(0) for place in places}
         return Task(arrived, [cast(features, dtype)], list(losses.unbind()), plan, tensors, share, weight, beside)
+
+    def _tell_of_stop(self) -> None:
+        """Leave word for the first stage, since batches travel one way only."""
+        if self.stop_requested and not self.stopping:
+            self._store.set(self._stop_key, str(self.stop_requested))
+
+    def _hear_of_stop(self) -> None:
+        """Look for word of another stage, now and then: the store is another process."""
+        if len(self.stages) > 1 and not self.stop_requested and time.monotonic() > self._looked + _LOOK_EVERY:
+            if self._store.check([self._stop_key]):
+                self.stop_requested = int(self._store.get(self._stop_key))
+            self._looked = time.monotonic()
+
+    @property
+    def _store(self) -> dist.Store:
+        return dist.distributed_c10d._get_default_store()  # there is no public name
+
+    @property
+    def _stop_key(self) -> str:
+        return f"torchlocal/stop/{self._pipe_group.group_name}"
 
     def _hand_on(
         self,
