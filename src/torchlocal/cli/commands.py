@@ -221,7 +221,8 @@ def _fit(argv: Sequence[str]) -> int:
 
 
 def _check_names(config: FitConfig) -> None:
-    check_names(model=config.model, data=config.data, device=config.device, optimizer=config.optimizer)
+    if "torch" not in sys.modules:  # else what looks them up tells it as fast
+        check_names(model=config.model, data=config.data, device=config.device, optimizer=config.optimizer)
 
 
 def _at_folder(argv: Sequence[str]) -> list[str]:
