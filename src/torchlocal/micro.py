@@ -20,7 +20,7 @@ from .cut.batches import Batch, num_examples
 from .modules import LocalModules
 from .rules import Rule
 
-__all__ = ["NotCut", "Parts", "can_cut", "criterion_of_parts", "cut_batch"]
+__all__ = ["NotCut", "Parts", "can_cut", "criterion_of_parts", "cut_batch", "divisor"]
 
 Parts: TypeAlias = list[tuple[Any, Any, Any]]  # inputs, target, share in the loss of the whole
 
@@ -145,6 +145,21 @@ def _known_shares(criterion: Any, target: Any, labels: list[Any], examples: list
         return list(examples)
     total = _counted(options, target)
     return [_counted(options, part) / total for part in labels]
+
+
+def divisor(criterion: Any, target: Any) -> Tensor | None:
+    """What a criterion of torch's divides the loss of a batch by, 0-dim: 0 where it sums; None: it is another.
+
+    Batches that are trained on together, as replicas do, count in proportion to it.
+    """
+    function, options = _unwrapped(criterion)
+    if function is None or not isinstance(target, Tensor) or not target.ndim:
+        return None
+    if (reduction := options.get("reduction", "mean")) != "mean":
+        return target.new_zeros((), dtype=torch.float32) if reduction == "sum" else None
+    if function == "index" and not target.is_floating_point():
+        return _counted(options, target)
+    return target.new_full((), target.shape[0], dtype=torch.float32)
 
 
 def _counted(options: dict[str, Any], target: Tensor) -> Tensor:

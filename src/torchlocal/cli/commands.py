@@ -37,6 +37,7 @@ from torchlocal.cli.options import (
     with_dashes,
 )
 from torchlocal.lifetime import STOPPING, end_with_parent, unbroken_streams
+from torchlocal.names import check_names
 from torchlocal.run.folder import expand
 from torchlocal.sizes import parse_size, shorten
 
@@ -173,6 +174,7 @@ def _fit(argv: Sequence[str]) -> int:
     _add_run_options(parser, options)
     values = _parse_run(parser, _at_folder(argv), options)
     config = build_config(FitConfig, values)
+    _check_names(config)
     out = expand(config.out)
     begins = values["resume"] and not any((out / name).exists() for name in _OF_A_RUN)
     if begins:
@@ -216,6 +218,11 @@ def _fit(argv: Sequence[str]) -> int:
         f"{100 * result['guided_share']:.0f} % of them guided, in {result['seconds']:.0f} s. Run folder: {config.out}"
     )
     return 0
+
+
+def _check_names(config: FitConfig) -> None:
+    if "torch" not in sys.modules:  # else what looks them up tells it as fast
+        check_names(model=config.model, data=config.data, device=config.device, optimizer=config.optimizer)
 
 
 def _at_folder(argv: Sequence[str]) -> list[str]:
@@ -306,6 +313,7 @@ def _compare(argv: Sequence[str]) -> int:
     values = _parse_run(parser, argv, own | run, section="compare")
     fit_values = {name: value for name, value in values.items() if name != "out"}
     config = build_config(CompareConfig, {**values, "fit": fit_values})
+    _check_names(config.fit)
 
     from torchlocal.compare.comparison import compare
     from torchlocal.compare.report import terminal_table
@@ -363,6 +371,7 @@ def _partition(argv: Sequence[str]) -> int:
         raise ValueError(f"--shape {' '.join(map(str, shape))} must be channels, height and width, such as 3 32 32")
 
     config = build_config(FitConfig, {name: value for name, value in values.items() if name in options})
+    _check_names(config)
     _check_sizes(values["num_classes"], shape or [], config.batch_size)
 
     from torchlocal.compare.tables import partition_tables
@@ -419,6 +428,7 @@ def _plan(argv: Sequence[str]) -> int:
     _add_run_options(parser, options)
     values = parse(parser, argv, options)
     config = build_config(FitConfig, {"model": values.model, **{name: values[name] for name in options}})
+    _check_names(config)
     parts = values.input.lower().split("x")
     if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ValueError(f"--input {values.input} must be channels, height and width, such as 3x224x224")

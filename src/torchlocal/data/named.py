@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import zlib
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from torch import Tensor
 from torchlocal.data.folders import read_folders
 from torchlocal.data.sources import READERS
 from torchlocal.data.splits import FOLDER_STREAM, VALIDATION_STREAM, FolderSource, MemorySource, Split, make_generator
+from torchlocal.names import unknown_data
 
 __all__ = ["DataBundle", "Split", "data_names", "load_data"]
 
@@ -115,7 +115,7 @@ def load_data(
     """
     base, pairs = (name.removeprefix("pairs:"), True) if name.startswith("pairs:") else (name, False)
     if base not in data_names():
-        raise ValueError(_unknown_name(name, base, pairs))
+        raise ValueError(unknown_data(name))
     _check_numbers(num_train, num_validation, seed, num_workers)
     if base == "folder":
         return _load_folder(name, root, num_train, num_validation, augment, seed, image_size, num_workers, pairs)
@@ -279,9 +279,3 @@ def _path(root: str | os.PathLike[str]) -> Path:
 
 def _too_many_images(num_train: int, size: int) -> str:
     return f"num_train={num_train} is more than the {size} training images there are: choose 1 to {size}"
-
-
-def _unknown_name(name: str, base: str, pairs: bool) -> str:
-    close = difflib.get_close_matches(base.lower(), data_names(), n=2, cutoff=0.5)
-    hint = f" (did you mean {' or '.join(('pairs:' if pairs else '') + match for match in close)}?)" if close else ""
-    return f"data {name!r} is unknown{hint}: choose {', '.join(data_names())}, or pairs:NAME with one of these"

@@ -344,7 +344,9 @@ def config_from_dict(values: dict[str, Any]) -> FitConfig:
         ValueError: if a field is unknown or a value cannot work.
     """
     values = dict(values)
-    guidance = dict(values.pop("guidance", {}))
+    guidance = values.pop("guidance", {})
+    if not isinstance(guidance, dict):
+        raise ValueError(f"guidance={guidance!r} must be `name: value` pairs, such as {{'period': 10}}")
     for given, kind, prefix in ((values, FitConfig, ""), (guidance, GuidanceConfig, "guidance.")):
         unknown = sorted(set(given) - {f.name for f in dataclasses.fields(kind)})
         if unknown:

@@ -71,7 +71,8 @@ def load_run(
         FileNotFoundError: if there is none.
     """
     saved = checkpoint.load_checkpoint(path)
-    config = dataclasses.replace(config_from_dict(saved["config"]), device=device)
+    with checkpoint.reading(path):
+        config = dataclasses.replace(config_from_dict(saved["config"]), device=device)
     config = config if data_root is None else dataclasses.replace(config, data_root=data_root)
     execution = resolve_execution(config)
     data = load_run_data(config)
