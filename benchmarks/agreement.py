@@ -34,8 +34,8 @@ def agreement(run: Path, num_batches: int, data_root: str | None) -> list[float]
     config, execution, data, net = load_run(run / "last.pt", device="auto", data_root=data_root)
     net.train()
     found: list[list[float]] = []
-    for x, y in itertools.islice(data.train.batches(config.batch_size, train=True, seed=1), num_batches):
-        placed, target = execution.place(x), y.to(execution.device)
+    for x, y in itertools.islice(data.train.batches(config.optimisation.batch_size, train=True, seed=1), num_batches):
+        placed, target = execution.place(x), execution.place(y)
         net.guided_step(placed, target, auxiliary="frozen", autocast=execution.autocast)
         guided = module_gradients(net)
         net.local_step(placed, target, autocast=execution.autocast)

@@ -75,6 +75,16 @@ def test_own_loop_refuses_no_steps(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "must be at least 1, not 0" in refused(monkeypatch, capsys, "own_loop.py", "--steps", 0)
 
 
+def test_own_objects(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run_example(monkeypatch, "own_objects.py", "--epochs", 1)
+    told = capsys.readouterr().out
+    assert "step 16 of 16: wrote best.pt\nstep 16 of 16: wrote last.pt\n" in told
+    assert load_weights(Path("runs/own-objects/model.pt")).keys() >= {"embed.weight", "head.weight"}
+    assert "already holds a run" in refused(monkeypatch, capsys, "own_objects.py", "--epochs", 1)
+    run_example(monkeypatch, "own_objects.py", "--epochs", 1, "--resume")
+    assert capsys.readouterr().out == told.splitlines()[-1] + "\n"
+
+
 @pytest.mark.filterwarnings("ignore")  # Lightning's own, about workers and short epochs
 def test_lightning_module_trains_and_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lightning")
@@ -199,16 +209,20 @@ def test_huggingface_says_that_transformers_is_missing(monkeypatch: pytest.Monke
 
 def readme_listings() -> list[str]:
     listings = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    return [listing for listing in listings if "tl.decouple(" in listing]
+    return [listing for listing in listings if "import torchlocal as tl" in listing]
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["classifier", "llama"])
+@pytest.mark.filterwarnings("ignore:memory='local'. no guided step")  # of a network this small
+@pytest.mark.parametrize("index", [0, 1, 2], ids=["classifier", "trainer", "llama"])
 def test_readme_listings_run(index: int) -> None:
-    assert len(readme_listings()) == 2, "README.md has other python blocks with tl.decouple("
+    assert len(readme_listings()) == 3, "README.md has other python blocks that import torchlocal"
     listing = readme_listings()[index]
     if "import torch, transformers" in listing:
         pytest.importorskip("transformers")
     names: dict[str, Any] = {"__name__": "__main__"}
     exec(compile(listing, "README.md", "exec"), names)
+    if index == 1:
+        assert names["result"]["steps"] == 8 and not names["model"].training
+        return
     assert all(loss.isfinite() for loss in names["losses"])
     names["net"].guided_step(*((names["batch"], names["ids"]) if index else (names["x"], names["y"])))

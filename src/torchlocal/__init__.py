@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from .network import DecoupledNetwork, decouple
     from .parallel import ParallelNetwork, distribute
     from .rules import DGLRule, GreedyRule, Rule
+    from .run.callbacks import Callback
+    from .run.config import FitConfig, GuidanceConfig
+    from .run.evaluation import evaluate
+    from .run.trainer import fit
     from .steps import guided_step, local_step
 
 __version__ = "0.1.0"
@@ -26,9 +30,12 @@ __version__ = "0.1.0"
 __all__ = [
     "AlwaysGuidance",
     "AnnealedGuidance",
+    "Callback",
     "DGLRule",
     "DecoupledNetwork",
+    "FitConfig",
     "GreedyRule",
+    "GuidanceConfig",
     "MemoryPlan",
     "NeverGuidance",
     "ParallelNetwork",
@@ -41,6 +48,8 @@ __all__ = [
     "capture",
     "decouple",
     "distribute",
+    "evaluate",
+    "fit",
     "guidance",
     "guided_step",
     "local_step",
@@ -66,6 +75,10 @@ _MODULES = {
     "capture": ("capture",),
     "cut.units": ("Partition", "Unit"),
     "rules": ("DGLRule", "GreedyRule", "Rule"),
+    "run.callbacks": ("Callback",),
+    "run.config": ("FitConfig", "GuidanceConfig"),
+    "run.evaluation": ("evaluate",),
+    "run.trainer": ("fit",),
     "steps": ("guided_step", "local_step"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

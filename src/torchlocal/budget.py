@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from .checks import parse_size
 from .cut.batches import Batch, num_examples
 from .memory import LABELS, Prediction, predict
 from .memory.fakes import FakeStep
 from .memory.prediction import predict_on
 from .network import DecoupledNetwork, prepare
-from .sizes import parse_size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,10 +9,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, TextIO, cast
 
-__all__ = ["STOPPING", "end_with_parent", "unbroken_streams"]
+__all__ = ["STOPPING", "end_with_parent", "on_signals", "unbroken_streams"]
 
 # What asks a process to leave, on systems that have it: Ctrl-C, a scheduler, a terminal that is closed, a warning that
 # time is up.
@@ -68,6 +69,36 @@ def unbroken_streams() -> Iterator[None]:
                 proxy.flush()
             if getattr(sys, name) is proxy:
                 setattr(sys, name, streams[name])
+
+
+@contextlib.contextmanager
+def on_signals(handle: Callable[[signal.Signals], None], *, once: bool = False) -> Iterator[None]:
+    """Hand what asks the process to leave to a function; nothing in threads other than the main one, which has signals.
+
+    Args:
+        handle: called with the signal.
+        once: with the first signal only: the next one acts as if nobody had listened.
+    """
+    previous: dict[signal.Signals, Any] = {}
+
+    def restore() -> None:
+        while previous:
+            signum, handler = previous.popitem()
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+
+    def receive(signum: int, frame: FrameType | None) -> None:
+        if once:
+            restore()
+        handle(signal.Signals(signum))
+
+    if threading.current_thread() is threading.main_thread():
+        for signum in STOPPING:
+            if signal.getsignal(signum) is not signal.SIG_IGN:  # ignored on purpose, as under nohup
+                previous[signum] = signal.signal(signum, receive)
+    try:
+        yield
+    finally:
+        restore()
 
 
 def end_with_parent(parent: int | None = None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchlocal.checks import whole
 from torchlocal.names import unknown_network
 
 __all__ = ["CifarResNet", "LocalVGG", "build_model", "mlp", "model_names"]
@@ -217,9 +218,8 @@ def build_model(
         ValueError: the name is unknown, the library is missing, or the network does not take such images.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{argument}={value!r} must be a whole number of at least 1")
+    whole("num_classes", num_classes, 1)
+    whole("in_channels", in_channels, 1)
     if len(size) != 2 or not all(isinstance(side, int) and side >= 1 for side in size):
         raise ValueError(f"image_size={image_size!r} must be (height, width) in pixels, both at least 1")
     library, _, short = name.rpartition(":")

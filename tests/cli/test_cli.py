@@ -21,13 +21,20 @@ from torch import nn
 from torchlocal import models
 from torchlocal.cli import commands as cli
 from torchlocal.cli.commands import main
-from torchlocal.cli.options import build_config, config_options, recipe_names, recipe_options
+from torchlocal.cli.options import recipe_names, recipe_options
 from torchlocal.compare.comparison import CompareConfig
 from torchlocal.models import build_model
 from torchlocal.network import DecoupledNetwork, decouple
 from torchlocal.run import trainer
-from torchlocal.run.config import FitConfig, build_rule, guided_memory
-from torchlocal.run.trainer import train_step
+from torchlocal.run.build import train_step
+from torchlocal.run.config import (
+    FitConfig,
+    GuidanceConfig,
+    build_rule,
+    declared,
+    fit_options,
+    guided_memory,
+)
 
 COMMANDS = ["fit", "evaluate", "compare", "partition", "plan", "export", "recipes"]
 TINY = [
@@ -94,7 +101,7 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     for command, absent in (("fit", set()), ("compare", {"seed"})):
         assert main([command, "--help"]) == 0
         out = capsys.readouterr().out
-        for name in set(config_options(FitConfig)) - absent:
+        for name in set(fit_options()) - absent:
             assert f"--{name.replace('_', '-')} " in out, (command, name)
 
 
@@ -103,7 +110,7 @@ def test_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", *TINY, f"--out={out}", "--epochs", "1", "--lr", "0.02"]) == 0
     stdout, stderr = capsys.readouterr()
     result = json.loads((out / "result.json").read_text())
-    assert result["config"]["lr"] == 0.02 and result["steps"] == 4 and result["guided_steps"] == 2
+    assert result["config"]["optimisation"]["lr"] == 0.02 and result["steps"] == 4 and result["guided_steps"] == 2
     assert stdout == (
         f"Test accuracy {100 * result['test_accuracy']:.2f} % after 4 steps, 50 % of them guided, in "
         f"{result['seconds']:.0f} s. Run folder: {out}\n"
@@ -118,13 +125,30 @@ def test_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_options_win_over_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("data: digits\nlr: 0.3\nguidance: {period: 4}\nepochs: 9\nmilestones: 2\nschedule: step\n")
-    options = config_options(FitConfig)
-    parser = cli.make_parser("fit", "", "")
-    cli.add_config_option(parser)
-    cli._add_run_options(parser, options)
-    for argv in (["--config", str(recipe), "--lr=0.5"], ["--lr=0.5", f"--config={recipe}", "--lr", "0.5"]):
-        config = build_config(FitConfig, cli._parse_run(parser, argv, options))
-        assert (config.lr, config.guidance.period, config.epochs, config.milestones) == (0.5, 4, 9, [2.0])
+    parser = cli.Parser("fit", "", "")
+    parser.recipes()
+    options = cli._add_run_options(parser)
+    for argv in (["--config", str(recipe), "--lr=0.5"], ["--optimisation.lr=0.5", f"--config={recipe}", "--lr", "0.5"]):
+        config = cli._config(cli._parse_run(parser, argv, options))
+        chosen = config.optimisation
+        assert (chosen.lr, config.guidance.options["period"], chosen.epochs, chosen.milestones) == (0.5, 4, 9, [2.0])
+        assert config.data.name == "digits"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "lr: 0.3\ndata: digits\nmemory: 8GiB\nguidance: {name: periodic, period: 4}\n",
+        "optimisation: {lr: 0.3}\ndata: {name: digits}\nmemory: {limit: 8GiB}\nguidance: {period: 4}\n",
+        "optimisation.lr: 0.3\ndata: {name: digits}\nmemory: 8GiB\nguidance.period: 4\n",
+    ],
+    ids=["flat", "sections", "paths"],
+)
+def test_a_recipe_in_sections_and_flat_is_the_same(text: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    values = recipe_options(str(tmp_path / "r.yaml"), section=None, known=fit_options())
+    expected = FitConfig.of(lr=0.3, data="digits", memory="8GiB", guidance=GuidanceConfig(period=4))
+    assert FitConfig.of(**values) == expected == FitConfig.of(**yaml.safe_load(text))
 
 
 def test_evaluate(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,7 +242,7 @@ def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert len(recipe_names()) >= 9 and all(re.search(rf"^{name} +\S", out, re.M) for name in recipe_names())
     assert main(["recipes", "demo"]) == 0
-    assert yaml.safe_load(capsys.readouterr().out)["data"] == "pairs:fashion-mnist-small"
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["name"] == "pairs:fashion-mnist-small"
 
 
 # --- recipes ---
@@ -229,38 +253,31 @@ _NETWORKS: dict[Any, DecoupledNetwork] = {}  # recipes that differ in their leng
 @pytest.mark.filterwarnings("ignore:memory='local'. no guided step")  # of a batch of four
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_trains(name: str) -> None:
-    fit_options, own = config_options(FitConfig), config_options(CompareConfig)
-    own = {key: option for key, option in own.items() if not key.startswith("fit.")}
-    values = recipe_options(name, section=None, known=fit_options, ignored=[])
-
-    def nested(flat: dict[str, Any]) -> dict[str, Any]:
-        tree: dict[str, Any] = {key: value for key, value in flat.items() if "." not in key}
-        tree["guidance"] = {key.removeprefix("guidance."): v for key, v in flat.items() if "." in key}
-        return tree
-
-    config = build_config(FitConfig, nested(values))
-    section = recipe_options(name, section="compare", known=own | fit_options, ignored=[])
-    comparison = build_config(
-        CompareConfig,
-        {key: value for key, value in section.items() if key in own}
-        | {"fit": nested({key: value for key, value in section.items() if key in fit_options})},
+    own = {one.name: one for one in declared(CompareConfig)}
+    config = FitConfig.of(**recipe_options(name, section=None, known=fit_options()))
+    section = recipe_options(name, section="compare", known=own | fit_options())
+    comparison = CompareConfig(
+        **{key: value for key, value in section.items() if key in own},
+        fit=FitConfig.of(**{key: value for key, value in section.items() if key not in own}),
     )
     methods = set(comparison.methods) - set(comparison.variants)
     # Checkpointing trains bit for bit what end-to-end does: left out where every run takes its time.
     assert methods | {"checkpointing"} == {"end-to-end", "checkpointing", "local", "pgl"}
-    assert comparison.out != config.out
+    assert comparison.out != config.run.out
 
-    num_classes, channels, height, width = cli._SHAPES[config.data.removeprefix("pairs:")]
-    width *= 2 if config.data.startswith("pairs:") else 1
+    num_classes, channels, height, width = cli._SHAPES[config.data.name.removeprefix("pairs:")]
+    width *= 2 if config.data.name.startswith("pairs:") else 1
     images = torch.randn(4, channels, height, width, generator=torch.Generator().manual_seed(0))
     targets = torch.tensor([0, 1, 2, 3])
-    key = (config.model, config.modules, images.shape)
+    key = (config.model.name, config.cut.modules, images.shape)
     if key not in _NETWORKS:
         torch.manual_seed(0)
-        model = build_model(config.model, num_classes=num_classes, in_channels=channels, image_size=(height, width))
-        _NETWORKS[key] = decouple(model, config.modules, sample=tuple(images.shape), rule=build_rule(config))
+        model = build_model(
+            config.model.name, num_classes=num_classes, in_channels=channels, image_size=(height, width)
+        )
+        _NETWORKS[key] = decouple(model, config.cut.modules, sample=tuple(images.shape), rule=build_rule(config))
     net = _NETWORKS[key]
-    assert config.modules in (net.num_modules, "fewest") and net.num_modules > 1
+    assert config.cut.modules in (net.num_modules, "fewest") and net.num_modules > 1
     for step in (
         net.local_step,
         lambda x, y: net.guided_step(x, y, auxiliary=config.guidance.auxiliary, **guided_memory(config)),
@@ -335,6 +352,8 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("fit TINY --device tpu", "device='tpu' is not available here"),
         ("compare TINY --methods local bogus", "methods: 'bogus' is unknown"),
         ("compare TINY --seeds 1 1", "holds an element twice"),
+        ("fit TINY --optimisation.lr=fast", "--lr expects a number, got 'fast'"),
+        ("fit TINY --quiet=yes", "--quiet takes no value"),
         ("fit TINY --ranks few", "--ranks expects a whole number, got 'few'"),
         ("fit TINY --timeout soon", "--timeout expects a number, got 'soon'"),
         ("compare TINY --seeds one", "--seeds expects a whole number, got 'one'"),
@@ -546,7 +565,7 @@ def test_signals_save_and_tell_how_to_go_on(
     for result in results:
         for name in ("seconds", "images_per_second"):
             del result[name]
-        del result["config"]["out"]
+        del result["config"]["run"]["out"]
     assert results[0] == results[1]
 
 

@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,17 +19,17 @@ import torch
 import yaml
 from torch import nn
 
-from torchlocal import models
-from torchlocal.compare.comparison import METHODS, CompareConfig, compare, method_configs
+from torchlocal.compare import comparison
+from torchlocal.compare.comparison import METHODS, CompareConfig, method_configs
 from torchlocal.compare.costs import StepCosts
 from torchlocal.compare.figures import draw_figures
 from torchlocal.compare.report import format_bytes, format_count, markdown_table, write_report
 from torchlocal.compare.results import Comparison, MethodResult, Row
 from torchlocal.run import trainer
 from torchlocal.run.branches import find_branches
-from torchlocal.run.build import learning_rate
-from torchlocal.run.config import FitConfig, GuidanceConfig, config_from_dict
-from torchlocal.run.trainer import Interrupted, train_step
+from torchlocal.run.build import learning_rate, train_step
+from torchlocal.run.config import FitConfig, GuidanceConfig
+from torchlocal.run.trainer import Interrupted
 
 SEEDS = (0, 1)
 TIMED = ("step_ms", "step_ratio")
@@ -43,18 +43,23 @@ def small_net(num_classes: int, in_channels: int, size: tuple[int, int]) -> nn.M
     return nn.Sequential(*layers, nn.Dropout(0.1), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, num_classes))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _small() -> Iterator[None]:
-    """The small network under a name of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models._OWN, "small", small_net)
-        yield
+def compare(config: CompareConfig, **options: Any) -> Comparison:
+    """With the small network, called "small", in place of one by name."""
+    own = {"model": small} if config.fit.model.name == SMALL else {}
+    return comparison.compare(config, **own, **options)
+
+
+def small() -> nn.Module:
+    return small_net(10, 1, (8, 8))
+
+
+SMALL = "own:small"
 
 
 def small_config(out: Path, **changes: Any) -> CompareConfig:
     """All four methods, two seeds; 3 epochs of 8 steps on digits."""
-    fit = FitConfig(
-        model="small",
+    fit = FitConfig.of(
+        model=SMALL,
         modules=3,
         guidance=GuidanceConfig(period=3),
         data="digits",
@@ -70,7 +75,7 @@ def small_config(out: Path, **changes: Any) -> CompareConfig:
     options = {
         name: changes.pop(name) for name in ("methods", "seeds", "variants", "timing_rounds", "grid") if name in changes
     }
-    values: dict[str, Any] = {"out": str(out), "seeds": SEEDS, "timing_rounds": 2, "fit": replace(fit, **changes)}
+    values: dict[str, Any] = {"out": str(out), "seeds": SEEDS, "timing_rounds": 2, "fit": fit.changed(**changes)}
     return CompareConfig(**(values | options))
 
 
@@ -352,7 +357,7 @@ def test_a_variant_of_another_schedule_leaves_the_options_of_the_common_one(tmp_
     found = {name: subject.config for name, subject in method_configs(config, lambda model: 4).items()}
     assert found["tail"].guidance == GuidanceConfig(period=4, auxiliary="frozen")
     assert found["often"].guidance == GuidanceConfig(share=0.5, auxiliary="frozen")
-    assert found["end-to-end"].rule_options == {}  # of a rule that it does not use
+    assert found["end-to-end"].rule.options == {}  # of a rule that it does not use
 
 
 def test_memory_joins_each_local_row_to_those_measured_from_it() -> None:
@@ -498,7 +503,9 @@ def same_run(a: Path, b: Path) -> None:
     )
     for name in ("last.pt", "best.pt"):
         states = [torch.load(folder / name, weights_only=True) for folder in (a, b)]
-        assert states[0]["config"] | {"out": ""} == states[1]["config"] | {"out": ""}
+        for state in states:
+            del state["config"]["run"]["out"]
+        assert states[0]["config"] == states[1]["config"]
         assert states[0]["net"].keys() == states[1]["net"].keys()
         assert all(torch.equal(tensor, states[1]["net"][key]) for key, tensor in states[0]["net"].items())
     tables = [list(csv.DictReader((folder / "metrics.csv").open(newline=""))) for folder in (a, b)]
@@ -543,32 +550,32 @@ def test_first_steps_in_common_are_trained_once(
 
 def test_only_the_same_local_steps_are_in_common(tmp_path: Path) -> None:
     fit = late_config(tmp_path).fit
-    never = replace(fit, memory=None, guidance=GuidanceConfig(name="never"))
+    never = fit.changed(memory=None, guidance=GuidanceConfig(name="never"))
 
     def branches(*configs: FitConfig) -> dict[str, tuple[str, int]]:
         return find_branches({str(number): config for number, config in enumerate(configs)}, 256)
 
     assert branches(never, fit) == {"1": ("0", 16)}
     assert branches(fit, never) == {"1": ("0", 16)}
-    assert branches(never, fit, replace(fit, guidance=replace(fit.guidance, auxiliary="frozen"))) == {
+    assert branches(never, fit, fit.changed(guidance=fit.guidance.changed({"auxiliary": "frozen"}))) == {
         "1": ("0", 16),
         "2": ("0", 16),
     }
     # The one with the most steps in common, which need not be the first.
-    half = replace(fit, guidance=replace(fit.guidance, share=0.5))
-    assert branches(half, fit, replace(fit, guidance=replace(fit.guidance, share=0.25))) == {
+    half = fit.changed(guidance=fit.guidance.changed({"share": 0.5}))
+    assert branches(half, fit, fit.changed(guidance=fit.guidance.changed({"share": 0.25}))) == {
         "1": ("0", 12),
         "2": ("1", 16),
     }
     for changes in ({"lr": 0.1}, {"seed": 1}, {"rule": "greedy"}, {"modules": 2}, {"decay": 1.0}, {"num_threads": 2}):
-        assert not branches(never, replace(fit, **changes)), changes
-    assert branches(never, replace(fit, decay=0.5)) == {"1": ("0", 12 + 1)}  # the fall begins at 1
-    for guidance in (GuidanceConfig(period=3), GuidanceConfig(name="always"), replace(fit.guidance, share=0.9)):
-        assert not branches(never, replace(fit, guidance=guidance)), guidance
+        assert not branches(never, fit.changed(**changes)), changes
+    assert branches(never, fit.changed(decay=0.5)) == {"1": ("0", 12 + 1)}  # the fall begins at 1
+    for guidance in (GuidanceConfig(period=3), GuidanceConfig(name="always"), fit.guidance.changed({"share": 0.9})):
+        assert not branches(never, fit.changed(guidance=guidance)), guidance
     assert not branches(never, never)
     # Which steps are guided must not depend on the seed; what a step is compiled to depends on steps before.
-    assert not branches(never, replace(fit, guidance=GuidanceConfig(name="random", share=0.01)))
-    assert not branches(replace(never, compile=True), replace(fit, compile=True))
+    assert not branches(never, fit.changed(guidance=GuidanceConfig(name="random", share=0.01)))
+    assert not branches(never.changed(compile=True), fit.changed(compile=True))
 
 
 def test_a_best_of_later_steps_is_not_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -639,7 +646,7 @@ def test_compare_yaml_repeats_the_comparison(done: tuple[Path, Comparison]) -> N
         section = values.pop("compare")
         assert CompareConfig(
             **{**section, "methods": tuple(section["methods"]), "seeds": tuple(section["seeds"])},
-            fit=config_from_dict(values),
+            fit=FitConfig.of(**values),
         ) == small_config(out)
 
 
@@ -651,10 +658,10 @@ def test_methods_differ_in_their_guidance_only(tmp_path: Path) -> None:
     configs = {name: subject.config for name, subject in method_configs(config, lambda model: 9).items()}
     common = config.fit
     assert configs["pgl"] == common
-    assert configs["local"] == replace(common, memory=None, guidance=GuidanceConfig(name="never"))
-    end_to_end = replace(common, modules=1, memory=None, guidance=GuidanceConfig(name="always"))
+    assert configs["local"] == common.changed(memory=None, guidance=GuidanceConfig(name="never"))
+    end_to_end = common.changed(modules=1, memory=None, guidance=GuidanceConfig(name="always"))
     assert configs["end-to-end"] == end_to_end
-    assert configs["checkpointing"] == replace(end_to_end, recompute=3)  # the root of 9 units
+    assert configs["checkpointing"] == end_to_end.changed(recompute=3)  # the root of 9 units
 
 
 def test_every_method_has_the_learning_rate_of_phased_guidance(tmp_path: Path) -> None:
@@ -687,7 +694,7 @@ def test_a_variant_is_a_row_of_its_own(tmp_path: Path) -> None:
     assert [(row.method, row.guided_share) for row in rows] == [("local", 0.0), ("often", 0.5)]
     assert all(row.peak_bytes is None and row.step_ms is None and row.gap_closed is None for row in rows)
     saved = yaml.safe_load((tmp_path / "v" / "often" / "seed0" / "config.yaml").read_text())
-    assert (saved["lr"], saved["guidance"]["period"]) == (0.02, 2)
+    assert (saved["optimisation"]["lr"], saved["guidance"]["period"]) == (0.02, 2)
     assert {row["peak_bytes"] for row in read_rows(tmp_path / "v")} == {""}
     assert not (tmp_path / "v" / "figures" / "memory.png").exists()
     assert not (tmp_path / "v" / "costs.json").exists()
@@ -701,7 +708,7 @@ def test_a_variant_names_its_baseline(tmp_path: Path) -> None:
     config = small_config(tmp_path, methods=("guided two", "pgl"), variants=variants)
     subjects = method_configs(config, lambda model: 9)
     assert {name: subject.baseline for name, subject in subjects.items()} == {"guided two": "two", "pgl": "local"}
-    assert subjects["guided two"].config == replace(subjects["pgl"].config, modules=2)
+    assert subjects["guided two"].config == subjects["pgl"].config.changed(modules=2)
 
 
 def test_end_to_end_may_recompute_otherwise(tmp_path: Path) -> None:
@@ -711,7 +718,7 @@ def test_end_to_end_may_recompute_otherwise(tmp_path: Path) -> None:
     }
     config = small_config(tmp_path, methods=("exact", "two", "checkpointing"), variants=variants)
     found = {name: subject.config for name, subject in method_configs(config, lambda model: 16).items()}
-    assert {name: (c.memory, c.recompute) for name, c in found.items()} == {
+    assert {name: (c.memory.limit, c.memory.recompute) for name, c in found.items()} == {
         "exact": ("exact", None),
         "two": (None, 2),
         "checkpointing": (None, 4),
@@ -722,14 +729,14 @@ def test_segments_and_title_are_those_of_every_network(tmp_path: Path) -> None:
     units = {"resnet20": 9, "resnet110": 49}
     config = small_config(tmp_path, methods=("checkpointing",), grid={"model": list(units)})
     found = method_configs(config, units.__getitem__)
-    assert [subject.config.recompute for subject in found.values()] == [3, 7]
+    assert [subject.config.memory.recompute for subject in found.values()] == [3, 7]
 
 
 def test_every_method_is_timed_with_its_own_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[int | None, set[int]] = {}
 
     def counted(*arguments: Any, config: FitConfig, **options: Any) -> Any:
-        seen.setdefault(config.num_threads, set()).add(torch.get_num_threads())
+        seen.setdefault(config.run.num_threads, set()).add(torch.get_num_threads())
         return train_step(*arguments, config=config, **options)
 
     monkeypatch.setattr("torchlocal.compare.costs.train_step", counted)
@@ -755,7 +762,9 @@ def test_a_grid_varies_what_matters(tmp_path: Path) -> None:
     combinations = [(2, 2), (2, 4), (3, 2), (3, 4)]
     guided = [f"pgl,modules={modules},period={period}" for modules, period in combinations]
     assert list(subjects) == ["end-to-end", "local,modules=2", "local,modules=3", *guided]
-    assert [(subjects[n].config.modules, subjects[n].config.guidance.period) for n in guided] == combinations
+    assert [
+        (subjects[n].config.cut.modules, subjects[n].config.guidance.options["period"]) for n in guided
+    ] == combinations
     assert [subjects[name].baseline for name in guided] == ["local,modules=2"] * 2 + ["local,modules=3"] * 2
     comparison = compare(config, progress=False)
     rows = {row.method: row for row in comparison.rows()}

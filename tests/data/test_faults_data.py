@@ -26,8 +26,8 @@ from PIL import Image
 from torchlocal.data import load_data, sources, splits
 from torchlocal.data.folders import read_folders, read_image
 from torchlocal.data.sources import read_idx
-from torchlocal.run.build import load_run_data
 from torchlocal.run.config import FitConfig
+from torchlocal.run.own import Own
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)  # every grey level once
 COLOURS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -490,7 +490,7 @@ def test_a_single_class_is_nothing_to_train_on(root: Path) -> None:
         (root / "b").rename(root / part / "images")
     assert load_data("folder", root=root, num_validation=1).num_classes == 1
     assert "has a single class (images), of which nothing can be learned: give every class a folder" in refusal(
-        lambda: load_run_data(FitConfig(data="folder", data_root=str(root)))
+        lambda: Own().load(FitConfig.of(data="folder", data_root=str(root)))
     )
 
 

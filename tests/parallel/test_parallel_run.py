@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from networks import SmallNet
 from processes import Pool
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchlocal.cli import commands as cli
 from torchlocal.parallel import network
@@ -25,7 +25,8 @@ from torchlocal.parallel.team import Elsewhere, RemoteSplit
 from torchlocal.run import build as assembly
 from torchlocal.run import trainer
 from torchlocal.run.config import FitConfig, GuidanceConfig
-from torchlocal.run.trainer import Interrupted, fit
+from torchlocal.run.own import Own
+from torchlocal.run.trainer import Interrupted
 
 TIMES = ("seconds", "train_seconds", "epoch_seconds", "images_per_second", "out", "tensorboard", "run")
 
@@ -33,21 +34,16 @@ TIMES = ("seconds", "train_seconds", "epoch_seconds", "images_per_second", "out"
 def small_config(out: Path, **changes: Any) -> FitConfig:
     """Two epochs of 6 steps with augmentation, dropout, BatchNorm, accumulation, clipping and periodic guidance."""
     values: dict[str, Any] = {
-        "out": str(out), "model": "small", "cuts": ["stem", "block1"], "data": "digits", "num_train": 192,
+        "out": str(out), "cuts": ["stem", "block1"], "data": "digits", "num_train": 192,
         "num_validation": 50, "epochs": 2, "batch_size": 16, "accumulate": 2, "lr": 0.05, "clip": 0.5,
         "precision": "fp32", "device": "cpu", "num_threads": 1, "log_every": 2, "tensorboard": False,
         "guidance": GuidanceConfig(period=3, length=1),
     }  # fmt: skip
-    return FitConfig(**(values | changes))
+    return FitConfig.of(**(values | changes))
 
 
-def build_small_net(name: str, *, num_classes: int, in_channels: int, **options: Any) -> nn.Module:
-    return SmallNet(num_classes, in_channels)
-
-
-@pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assembly, "build_model", build_small_net)
+def fit(config: FitConfig, **options: Any) -> dict[str, Any]:
+    return trainer.fit(config, model=lambda: SmallNet(10, 1), **options)
 
 
 @pytest.fixture(scope="module")
@@ -61,17 +57,13 @@ def pool() -> Iterator[Pool]:
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a single process."""
     out = tmp_path_factory.mktemp("alone")
-    patch = pytest.MonkeyPatch()
-    patch.setattr(assembly, "build_model", build_small_net)
     fit(small_config(out), progress=False)
-    patch.undo()
     return out
 
 
 def run(config: FitConfig, resume: bool, stop_after: int | None, stopped: int = 0) -> dict[str, Any] | str:
     """Train on this rank; the first one, or another, gets SIGTERM after some steps."""
     network._LOOK_EVERY = 0.0
-    assembly.build_model = build_small_net  # type: ignore[assignment]
     real, steps = assembly.train_step, 0
 
     def train_step(*arguments: Any, **options: Any) -> list[Tensor]:
@@ -190,7 +182,6 @@ def test_a_mistake_of_the_writer_is_told_by_the_writer(pool: Pool, tmp_path: Pat
 
 
 def _no_folder(out: Path) -> str:
-    assembly.build_model = build_small_net  # type: ignore[assignment]
     try:
         fit(small_config(out), progress=False)
     except (ValueError, Elsewhere) as error:
@@ -207,7 +198,6 @@ def test_fp16_and_odd_batches_are_refused(pool: Pool, tmp_path: Path) -> None:
 
 
 def _unfit(out: Path) -> list[str]:
-    assembly.build_model = build_small_net  # type: ignore[assignment]
     told = []
     for changes in ({"precision": "fp16"}, {"replicas": 2, "batch_size": 15}):
         try:
@@ -218,7 +208,7 @@ def _unfit(out: Path) -> list[str]:
 
 
 def test_a_remote_split_has_as_many_batches_as_the_real_one() -> None:
-    data = assembly.load_run_data(small_config(Path("run")))
+    data = Own().load(small_config(Path("run")))
     for train, start in ((True, 0), (True, 3), (False, 0), (False, 2)):
         remote = RemoteSplit(len(data.validation)).batches(16, train=train, start=start)
         assert len(list(remote)) == len(list(data.validation.batches(16, train=train, start=start)))

@@ -291,12 +291,14 @@ def test_published_weights() -> None:
 def test_the_commands_give_the_runs_published_weights() -> None:
     options: dict[str, Any] = {"data": "svhn", "model": "resnet110"}
     for config in (
-        FitConfig(rule="infopro", **options),
-        FitConfig(rule="man", rule_options={"base": "infopro", "base_options": {"task": "contrast"}}, **options),
+        FitConfig.of(rule="infopro", **options),
+        FitConfig.of(rule="man", rule_options={"base": "infopro", "base_options": {"task": "contrast"}}, **options),
     ):
         assert "published for svhn, resnet110" in repr(build_rule(config))
     given = {"base": "infopro", "base_options": {"published": ["cifar10", "resnet32"]}}
-    assert "published for cifar10, resnet32" in repr(build_rule(FitConfig(rule="man", rule_options=given, **options)))
+    assert "published for cifar10, resnet32" in repr(
+        build_rule(FitConfig.of(rule="man", rule_options=given, **options))
+    )
 
 
 def test_rules_that_differ_have_other_names() -> None:

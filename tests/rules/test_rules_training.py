@@ -18,12 +18,12 @@ from torchvision.models import ConvNeXt, SwinTransformer, VisionTransformer
 from torchvision.models.convnext import CNBlockConfig
 
 import torchlocal as tl
-from torchlocal.cli.options import config_options, recipe_names, recipe_options
+from torchlocal.cli.options import recipe_names, recipe_options
 from torchlocal.compare.comparison import CompareConfig
 from torchlocal.cut.forward import Pass
 from torchlocal.models import LocalVGG, build_model, mlp
 from torchlocal.rules import RULES, make_rule
-from torchlocal.run.config import FitConfig, build_rule, config_from_dict, config_to_dict
+from torchlocal.run.config import FitConfig, build_rule, declared, fit_options
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in RULES} | {
@@ -254,17 +254,17 @@ def test_infopro_says_where_it_cannot_work() -> None:
 )  # fmt: skip
 def test_wrong_options(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        FitConfig(**values)
+        FitConfig.of(**values)
 
 
 def test_options_of_a_run_reach_the_rule() -> None:
-    config = FitConfig(rule="auglocal", rule_options={"depth": 4, "pyramid": 0})
+    config = FitConfig.of(rule="auglocal", rule_options={"depth": 4, "pyramid": 0})
     assert repr(build_rule(config)) == "AugLocalRule(depth=4, pyramid=0)"
-    assert config_from_dict(config_to_dict(config)) == config
-    assert repr(build_rule(FitConfig(rule="dgl"))) == "DGLRule(auxiliary='mlp_sr')"
-    assert repr(build_rule(FitConfig(rule="greedy"))) == "GreedyRule(auxiliary='conv')"
-    assert repr(build_rule(FitConfig(auxiliary="linear"))) == "DGLRule(auxiliary='linear')"
-    infopro = build_rule(FitConfig(rule="infopro", data="stl10", model="resnet110"))
+    assert FitConfig.of(**config.plain()) == config
+    assert repr(build_rule(FitConfig.of(rule="dgl"))) == "DGLRule(auxiliary='mlp_sr')"
+    assert repr(build_rule(FitConfig.of(rule="greedy"))) == "GreedyRule(auxiliary='conv')"
+    assert repr(build_rule(FitConfig.of(auxiliary="linear"))) == "DGLRule(auxiliary='linear')"
+    infopro = build_rule(FitConfig.of(rule="infopro", data="stl10", model="resnet110"))
     site = make("infopro").sites[0]
     assert isinstance(infopro, tl.rules.InfoProRule) and infopro.weights(site) == (20, 0.2)
 
@@ -278,23 +278,22 @@ REGIMES = ["cifar10-resnet32-160ep", "cifar10-resnet110-160ep", "svhn-resnet32",
 @pytest.mark.parametrize("recipe", REGIMES)
 def test_every_rule_in_every_regime(recipe: str, name: str) -> None:
     assert recipe in recipe_names()
-    values = recipe_options(recipe, section=None, known=config_options(FitConfig), ignored=[])
-    config = FitConfig(rule=name, **{key: value for key, value in values.items() if "." not in key})
-    side = 96 if config.data == "stl10" else 32
+    config = FitConfig.of(**recipe_options(recipe, section=None, known=fit_options())).changed(rule=name)
+    side = 96 if config.data.name == "stl10" else 32
     torch.manual_seed(0)
-    model = build_model(config.model, num_classes=10, image_size=(side, side))
+    model = build_model(config.model.name, num_classes=10, image_size=(side, side))
     rule = build_rule(config)
     # Balanced by another cost than in the run, for which nothing has to be tried out.
-    net = tl.decouple(model, config.modules, sample=(2, 3, side, side), rule=rule, cost="num_parameters")
+    net = tl.decouple(model, config.cut.modules, sample=(2, 3, side, side), rule=rule, cost="num_parameters")
     x, y = torch.randn(2, 3, side, side), torch.tensor([3, 4])
-    for step in (net.local_step, net.guided_step) if config.model == "resnet32" else (net.local_step,):
+    for step in (net.local_step, net.guided_step) if config.model.name == "resnet32" else (net.local_step,):
         assert all(loss.isfinite() for loss in step(x, y))
         assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
         net.zero_grad()
 
 
 def test_the_comparison_of_all_rules_names_them_all() -> None:
-    known = config_options(FitConfig) | config_options(CompareConfig)
+    known = {one.name: one for one in declared(CompareConfig)} | fit_options()
     values = recipe_options("fashion-mnist-rules", section="compare", known=known, ignored=[])
     assert values["grid"] == {"rule": list(RULES)}
 

@@ -105,7 +105,7 @@ def test_every_file_can_be_entered_first(module: str) -> None:
 def test_names_of_rules_are_those_of_the_rules() -> None:
     assert tuple(rules.RULES) == config._RULES
     with pytest.raises(ValueError, match="auxiliary"):
-        config.FitConfig(auxiliary="bogus")
+        config.FitConfig.of(auxiliary="bogus")
 
 
 def refused(argv: list[str], capsys: Any) -> str:
@@ -127,7 +127,7 @@ def small_config(out: Path, **changes: Any) -> FitConfig:
         "out": str(out), "model": "mlp", "modules": 2, "data": "digits", "num_train": 64, "num_validation": 32,
         "batch_size": 32, "epochs": 2, "precision": "fp32", "device": "cpu", "num_threads": 1, "tensorboard": False,
     }  # fmt: skip
-    return FitConfig(**(values | changes))
+    return FitConfig.of(**(values | changes))
 
 
 TINY = [
@@ -535,7 +535,7 @@ def test_a_command_line_that_cannot_work(
         (
             "version",
             None,
-            "has checkpoint version None, this torchlocal reads version 2: use the torchlocal",
+            "has checkpoint version None, this torchlocal reads version 3: use the torchlocal",
         ),
         ("config", None, "lacks config, as every checkpoint has it: use a copy, or the torchlocal that wrote it"),
         ("net", {"backbone.0.weight": 3}, "lacks net.backbone.0.weight"),

@@ -25,52 +25,47 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import torchlocal as tl
 from torchlocal.run import build as assembly
 from torchlocal.run import checkpoint, trainer
+from torchlocal.run.build import Execution, build_optimizer, count_steps, learning_rate, resolve_execution, train_step
+from torchlocal.run.callbacks import RunState
 from torchlocal.run.config import (
     FitConfig,
     GuidanceConfig,
     build_guidance,
-    config_from_dict,
-    config_to_dict,
     guided_memory,
 )
-from torchlocal.run.progress import Reporter, compact
-from torchlocal.run.trainer import (
-    Diverged,
-    Interrupted,
-    build_network,
-    build_optimizer,
-    count_steps,
-    evaluate,
-    fit,
-    learning_rate,
-    load_run_data,
-    resolve_execution,
-    train_step,
-)
+from torchlocal.run.own import Own
+from torchlocal.run.progress import Progress, compact
+from torchlocal.run.trainer import Diverged, Interrupted
 
 TIMES = ("seconds", "train_seconds", "epoch_seconds", "images_per_second", "run")
 
 
-def build_small_net(name: str, *, num_classes: int, in_channels: int, **options: Any) -> nn.Module:
-    if name == "small":
-        return SmallNet(num_classes, in_channels)
-    return REAL_BUILD_MODEL(name, num_classes=num_classes, in_channels=in_channels, **options)
+def small_net() -> nn.Module:
+    return SmallNet(10, 1)
 
 
-REAL_BUILD_MODEL = assembly.build_model
+def small(config: FitConfig) -> Own:
+    """The small network, where the configuration says so, in place of one by name."""
+    return Own(model=small_net if config.model.name == "own:small_net" else None)
 
 
-@pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The small network under a name of its own."""
-    monkeypatch.setattr(assembly, "build_model", build_small_net)
+def fit(config: FitConfig, **options: Any) -> dict[str, Any]:
+    return trainer.fit(config, model=small(config).model, **options)
+
+
+def build_network(config: FitConfig, data: Any, execution: Execution) -> tl.DecoupledNetwork:
+    return assembly.build_network(config, data, execution, small(config))
+
+
+def evaluate(run: Path, split: str = "test") -> dict[str, Any]:
+    return tl.evaluate(run, split, model=small_net)
 
 
 def small_config(out: Path, **changes: Any) -> FitConfig:
     """Two epochs of 5 steps with augmentation, dropout, BatchNorm and periodic guidance."""
     values: dict[str, Any] = {
         "out": str(out),
-        "model": "small",
+        "model": "own:small_net",
         "modules": 3,
         "guidance": GuidanceConfig(period=3, length=2),
         "num_train": 160,
@@ -82,7 +77,7 @@ def small_config(out: Path, **changes: Any) -> FitConfig:
         "log_every": 2,
         "tensorboard": False,
     }
-    return FitConfig(**(values | changes))
+    return FitConfig.of(**(values | changes))
 
 
 def after_steps(monkeypatch: pytest.MonkeyPatch, num_steps: int, action: Callable[[Any], None]) -> None:
@@ -223,7 +218,6 @@ import sys
 from pathlib import Path
 sys.path[:0] = {paths!r}
 import test_trainer as t
-t.assembly.build_model = t.build_small_net
 t.fit(t.small_config(Path({out!r}), **t.LONG), progress=True)
 """
 LONG: dict[str, Any] = {"epochs": 30, "checkpoint_every": 1}
@@ -232,11 +226,7 @@ LONG: dict[str, Any] = {"epochs": 30, "checkpoint_every": 1}
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("long") / "whole"
-    assembly.build_model, kept = build_small_net, assembly.build_model  # type: ignore[assignment]
-    try:
-        fit(small_config(out, **LONG), progress=False)
-    finally:
-        assembly.build_model = kept
+    fit(small_config(out, **LONG), progress=False)
     return out
 
 
@@ -302,20 +292,20 @@ def test_end_to_end_equals_a_plain_loop(
     config = small_config(tmp_path, modules=modules, guidance=guidance, **changes)
     fit(config, progress=False)
 
-    data = load_run_data(config)
-    torch.manual_seed(config.seed)
+    data = Own().load(config)
+    torch.manual_seed(config.run.seed)
     model = SmallNet(data.num_classes, data.shape[0])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
-    torch.manual_seed(config.seed + 2**32)
+    torch.manual_seed(config.run.seed + 2**32)
     model.train()
     step = 0
     for epoch in range(2):
-        batches = data.train.batches(config.batch_size, epoch=epoch, train=True, seed=config.seed)
+        batches = data.train.batches(config.optimisation.batch_size, epoch=epoch, train=True, seed=config.run.seed)
         for i, (x, y) in enumerate(batches, start=1):
-            (F.cross_entropy(model(x), y) / config.accumulate).backward()
-            if i % config.accumulate == 0:
-                if config.clip:
-                    nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            (F.cross_entropy(model(x), y) / config.optimisation.accumulate).backward()
+            if i % config.optimisation.accumulate == 0:
+                if config.optimisation.clip:
+                    nn.utils.clip_grad_norm_(model.parameters(), config.optimisation.clip)
                 for group in optimizer.param_groups:
                     group["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * step / 10))
                 optimizer.step()
@@ -336,7 +326,7 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path) -> None:
             return func(*args, **(kwargs or {}))
 
     config = small_config(tmp_path, clip=1.0, log_every=1000)
-    data, execution = load_run_data(config), resolve_execution(config)
+    data, execution = Own().load(config), resolve_execution(config)
     net = build_network(config, data, execution)
     optimizer = build_optimizer(config, net)
     batches = list(data.train.batches(32, train=True))
@@ -359,7 +349,7 @@ def test_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]  # fmt: skip
     assert list((tmp_path / "tensorboard").iterdir())
     assert json.loads((tmp_path / "result.json").read_text()) == result
-    assert config_from_dict(result["config"]) == config
+    assert FitConfig.of(**result["config"]) == config
     assert (result["steps"], result["epochs"], result["guided_steps"], result["guided_share"]) == (10, 2, 5, 0.5)
     assert len(result["depth_accuracy"]) == 3 and result["depth_accuracy"][-1] == result["test_accuracy"]
     backbone = SmallNet(10, 1)
@@ -396,7 +386,7 @@ def test_module_losses_that_no_step_measured_are_empty(tmp_path: Path) -> None:
 
 def test_backbone_and_dropout_do_not_depend_on_the_modules(tmp_path: Path) -> None:
     """So that methods differ by their training alone, not by their start."""
-    data = load_run_data(small_config(tmp_path))
+    data = Own().load(small_config(tmp_path))
     states = []
     for modules in (1, 3):
         config = small_config(tmp_path, modules=modules)
@@ -407,9 +397,13 @@ def test_backbone_and_dropout_do_not_depend_on_the_modules(tmp_path: Path) -> No
 def test_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # what rich takes for a terminal
     monkeypatch.setenv("COLUMNS", "160")
-    with Reporter(10, 4, enabled=True, events=None) as reporter:
-        reporter.advance(6, "epoch 1/2")
-        reporter.losses(6, [2.0, 1.0], guided_share=0.25, lr=0.1, speed=1234.5)
+    progress = Progress()
+    state = RunState(config=FitConfig(), out=tmp_path, run="", step=4, num_steps=10, epoch=1, num_epochs=2, rows=[])
+    progress.on_start(state)
+    progress.advance(6, "epoch 1/2")
+    values = {"loss/module_1": 2.0, "loss/global": 1.0, "guided_share": 0.25, "lr": 0.1, "images_per_second": 1234.5}
+    progress.on_step(replace(state, step=6), values)
+    progress.on_end(state, None)
     told = capsys.readouterr().err
     for part in ("epoch 1/2", "6/10", "loss 1.000", "modules 2.00 1.00", "guided 25%", "1234 images/s", "ETA 0:00:"):
         assert part in told
@@ -456,9 +450,9 @@ def test_schedules_equal_torch(tmp_path: Path) -> None:
     phased = small_config(tmp_path, epochs=6, lr=0.8, guidance=GuidanceConfig(name="phased", share=0.25))
     late = [0.8] * 45 + torch_rates(lambda o: schedulers.CosineAnnealingLR(o, 15), 15, 0.8)
     assert rates(phased, 10, 60) == pytest.approx(late, abs=1e-12)
-    assert rates(replace(phased, decay=1.0), 10, 60) == rates(cosine, 10, 60)
-    assert rates(replace(cosine, decay=0.25), 10, 60) == rates(phased, 10, 60)
-    assert rates(replace(cosine, decay=1e-9), 10, 60) == [0.8] * 60
+    assert rates(phased.changed(decay=1.0), 10, 60) == rates(cosine, 10, 60)
+    assert rates(cosine.changed(decay=0.25), 10, 60) == rates(phased, 10, 60)
+    assert rates(cosine.changed(decay=1e-9), 10, 60) == [0.8] * 60
 
 
 def test_warmup(tmp_path: Path) -> None:
@@ -481,7 +475,7 @@ def test_steps_of_an_epoch(tmp_path: Path) -> None:
 def test_every_optimizer(tmp_path: Path, name: str) -> None:
     decay = 0.0 if name == "Rprop" else 1e-4
     config = small_config(tmp_path, optimizer=name, lr=0.01, weight_decay=decay)
-    data, execution = load_run_data(config), resolve_execution(config)
+    data, execution = Own().load(config), resolve_execution(config)
     net = build_network(config, data, execution)
     if name == "Muon":
         with pytest.raises(ValueError, match=r"^optimizer='Muon' does not take this network .*2D"):
@@ -590,7 +584,7 @@ def test_refused_configurations(tmp_path: Path, changes: dict[str, Any], told: s
         (
             {"period": 3, "share": 0.1},
             r"^guidance.share=0.1 means nothing to guidance.name='periodic': leave it out, or give "
-            r"guidance.name=phased or random or annealed$",
+            r"guidance.name=random or annealed or phased$",
         ),
         ({"auxiliary": "ignore"}, r"^guidance.auxiliary='ignore' is unknown: give 'follow' or 'frozen'$"),
     ],
@@ -604,23 +598,23 @@ def test_refused_guidance(changes: dict[str, Any], told: str) -> None:
 
 def test_what_is_left_out_of_guidance() -> None:
     assert build_guidance(FitConfig()) == tl.PhasedGuidance()
-    assert build_guidance(FitConfig(guidance=GuidanceConfig(length=2))) == tl.PeriodicGuidance(length=2)
-    assert build_guidance(FitConfig(guidance=GuidanceConfig(name="annealed", share=0.6))) == tl.AnnealedGuidance(
+    assert build_guidance(FitConfig.of(guidance=GuidanceConfig(length=2))) == tl.PeriodicGuidance(length=2)
+    assert build_guidance(FitConfig.of(guidance=GuidanceConfig(name="annealed", share=0.6))) == tl.AnnealedGuidance(
         start_share=0.6, end_share=0.0
     )
     random = GuidanceConfig(name="random", share=0.1)
-    assert build_guidance(FitConfig(guidance=random, seed=3)) == tl.RandomGuidance(share=0.1, seed=3)
+    assert build_guidance(FitConfig.of(guidance=random, seed=3)) == tl.RandomGuidance(share=0.1, seed=3)
     never = GuidanceConfig(name="never", period=3)  # a recipe's period, with which the command says never
-    assert build_guidance(FitConfig(guidance=never)) == tl.NeverGuidance()
+    assert build_guidance(FitConfig.of(guidance=never)) == tl.NeverGuidance()
 
 
 def test_memory_of_guided_steps() -> None:
     always = GuidanceConfig(name="always")
     assert guided_memory(FitConfig()) == {"memory": "local"}
-    assert guided_memory(FitConfig(guidance=always)) == {"memory": "full"}
-    assert guided_memory(FitConfig(guidance=always, memory="exact")) == {"memory": "exact"}
-    assert guided_memory(FitConfig(memory="2KiB")) == {"memory": 2048}
-    assert guided_memory(FitConfig(recompute="modules")) == {"recompute": "modules"}
+    assert guided_memory(FitConfig.of(guidance=always)) == {"memory": "full"}
+    assert guided_memory(FitConfig.of(guidance=always, memory="exact")) == {"memory": "exact"}
+    assert guided_memory(FitConfig.of(memory="2KiB")) == {"memory": 2048}
+    assert guided_memory(FitConfig.of(recompute="modules")) == {"recompute": "modules"}
 
 
 @pytest.mark.parametrize(
@@ -677,7 +671,6 @@ def stopped_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was stopped after step 3."""
     out = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(assembly, "build_model", build_small_net)
         after_steps(monkeypatch, 3, stop())
         with pytest.raises(Interrupted):
             fit(small_config(out), progress=False)
@@ -762,7 +755,7 @@ def test_refused_checkpoints(
         ),
         ({"seed": 1, "epochs": 3}, r"configuration: epochs \(2 there, 3 now\), seed \(0 there, 1 now\);"),
         ({"guidance": GuidanceConfig(period=4, length=2)}, r"configuration: guidance.period \(3 there, 4 now\);"),
-        ({"model": "resnet20"}, r"configuration: model \('small' there, 'resnet20' now\);"),
+        ({"model": "resnet20"}, r"configuration: model \('own:small_net' there, 'resnet20' now\);"),
         ({"precision": "bf16"}, r"configuration: precision \('fp32' there, 'bf16' now\);"),
     ],
     ids=str,
@@ -802,11 +795,11 @@ def test_recomputation_may_differ_as_long_as_batches_are_whole(tmp_path: Path, m
 def test_a_run_that_is_older_than_an_option_has_its_default(tmp_path: Path) -> None:
     config = small_config(tmp_path, steps=2)
     result = fit(config, progress=False)
-    del result["config"]["guidance"]["periods"]
+    del result["config"]["optimisation"]["clip"]
     checkpoint.write_json(tmp_path / "result.json", result)
     assert fit(config, resume=True, progress=False) == result
-    changed = replace(config, guidance=replace(config.guidance, start=1))
-    with pytest.raises(ValueError, match=r"configuration: guidance.start \(None there, 1 now\);"):
+    changed = config.changed(guidance=config.guidance.changed({"start": 1}))
+    with pytest.raises(ValueError, match=r"configuration: guidance.start \(absent there, 1 now\);"):
         fit(changed, resume=True, progress=False)
 
 
@@ -822,7 +815,7 @@ def test_a_finished_run_of_another_configuration(tmp_path: Path) -> None:
         fit(small_config(tmp_path, steps=3), resume=True, progress=False)
     told = r"configuration: memory \('1GiB' there, no micro-batches by recompute='modules' now\);"
     parts, whole = (
-        config_to_dict(small_config(tmp_path, **option)) for option in ({"memory": "1GiB"}, {"recompute": "modules"})
+        small_config(tmp_path, **option).plain() for option in ({"memory": "1GiB"}, {"recompute": "modules"})
     )
     with pytest.raises(ValueError, match=told):
         checkpoint.check_same_config(tmp_path, parts, whole)
@@ -890,7 +883,7 @@ def test_refused_evaluations(tmp_path: Path, stopped_run: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no checkpoint \(best.pt, last.pt\)"):
         evaluate(tmp_path)
     with pytest.raises(ValueError, match=r"unknown fields: guidance.phase"):
-        config_from_dict({"guidance": {"phase": 1}})
+        FitConfig.of(**{"guidance": {"phase": 1}})
 
 
 # --- writing ---
@@ -975,4 +968,4 @@ def test_diverged_module_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_configuration_survives_being_written(tmp_path: Path) -> None:
     config = small_config(tmp_path, schedule="step", milestones=[1, 1.5], cuts=["stem", "block1"], clip=1e-5)
-    assert config_from_dict(config_to_dict(config)) == config
+    assert FitConfig.of(**config.plain()) == config

@@ -13,22 +13,15 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from torchlocal.checks import parse_size, shorten
 from torchlocal.cli.options import (
-    Option,
-    add_config_option,
-    add_option,
-    build_config,
-    config_options,
-    inline_recipes,
-    make_parser,
-    parse,
+    Parser,
     read_recipe,
     recipe_names,
     recipe_options,
@@ -36,17 +29,15 @@ from torchlocal.cli.options import (
     suggestion,
     with_dashes,
 )
-from torchlocal.lifetime import STOPPING, end_with_parent, unbroken_streams
+from torchlocal.lifetime import end_with_parent, on_signals, unbroken_streams
 from torchlocal.names import check_names
+from torchlocal.run.config import FitConfig, Option, declared, fit_options, sections
 from torchlocal.run.folder import expand
-from torchlocal.sizes import parse_size, shorten
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
     from rich.console import Console
 
     from torchlocal.network import DecoupledNetwork
-    from torchlocal.run.config import FitConfig
 
 __all__ = ["main"]
 
@@ -62,36 +53,6 @@ _COMMANDS = {
     "export": "Write the trained backbone as safetensors, .pt or a torch.export program.",
     "recipes": "List the shipped recipes, or print one.",
 }
-# The options of a run by topic, in the order of the help; one that is in no topic joins the last.
-_TOPICS: dict[str, tuple[str, ...]] = {
-    "network and local modules": (
-        "model", "modules", "cuts", "rule", "auxiliary", "rule_options", "label_smoothing",
-    ),
-    "guidance (which steps train on the global loss through all modules)": ("guidance", "memory", "recompute"),
-    "data": ("data", "data_root", "num_train", "num_validation", "augment", "image_size", "num_workers"),
-    "training": (
-        "epochs", "steps", "batch_size", "accumulate", "optimizer", "lr", "momentum", "weight_decay", "schedule",
-        "decay", "warmup_epochs", "milestones", "gamma", "clip", "seed",
-    ),
-    "machine": ("device", "precision", "replicas", "channels_last", "compile", "num_threads"),
-    "run folder": ("out", "log_every", "checkpoint_every", "tensorboard"),
-}  # fmt: skip
-
-
-# Where the docstring, which speaks to a programmer, is too short for a reader of --help.
-_HELP = {
-    "rule": "Local rule, which makes auxiliary networks and losses: greedy, dgl, predsim, infopro, auglocal or man.",
-    "rule_options": "Options of the local rule as {name: value}, for example '{depth: 3}' for auglocal.",
-    "data": "Data set: fashion-mnist-small (shipped), digits, fashion-mnist, cifar10, cifar100, svhn, stl10, folder "
-    "(class folders under --data-root), or pairs:NAME for pairs of images labelled with the sum of their classes.",
-    "data_root": "Folder of the data set's files; by default ~/.cache/torchlocal, where absent ones are downloaded to.",
-    "momentum": "Momentum, of optimizers that have it.",
-    "weight_decay": "Weight decay, of optimizers that have it.",
-    "device": "Where to compute: auto, cpu, cuda, cuda:1 or mps.",
-    "precision": "What to compute in: fp32, bf16, fp16, or auto for bf16 where the device has it in hardware.",
-    "channels_last": "Keep images channels last in memory; by default where bf16 is used.",
-    "num_threads": "Number of CPU threads; by default torch's own choice.",
-}
 # Classes, channels, height and width, so that `partition` need not download what it only wants the shape of.
 _SHAPES = {
     "fashion-mnist-small": (10, 1, 14, 14),
@@ -106,43 +67,40 @@ _SHAPES = {
 
 _NO_MEMORY = re.compile(r"out of memory|[Cc]an't allocate memory|[Cc]annot allocate memory|not enough memory")
 _MOST_OF_ONE, _MOST_BYTES = 2**24, 2**50  # of classes, channels, height or width; of the images of a batch
+_NETWORK, _RULE = ("model", "modules", "cuts"), ("rule", "auxiliary", "rule_options")
 _TIMEOUT = 300.0  # seconds
 _OF_A_RUN = ("last.pt", "result.json")
 _LAUNCHER = "TORCHLOCAL_LAUNCHER"  # set by `parallel.launch`, which is not imported for --help
 
 
 class _Terminated(BaseException):
-    """A signal asked to leave where there was no run to save."""
+    """A signal ended a command that has nothing to save."""
 
     def __init__(self, signum: int) -> None:
         super().__init__()
         self.signum = signum
 
 
-def _add_run_options(parser: ArgumentParser, options: Mapping[str, Option]) -> None:
-    topics = {name: topic for topic, names in _TOPICS.items() for name in names}
-    groups: dict[str, list[Option]] = {topic: [] for topic in _TOPICS}
-    for name, option in options.items():
-        groups[topics.get(name.split(".")[0], "run folder")].append(option)
-    for topic, chosen in groups.items():
-        group = parser.add_argument_group(topic) if chosen else None
-        for option in chosen:
-            add_option(group, replace(option, help=_HELP.get(option.name, option.help)))
+def _add_run_options(parser: Parser, names: Collection[str] | None = None) -> dict[str, Option]:
+    """Add the options of a run, or some of them, section by section."""
+    chosen = {name: one for name, one in fit_options().items() if names is None or name in names}
+    for section, kind in sections().items():
+        if found := [one for one in chosen.values() if one.path.startswith(f"{section}.")]:
+            parser.add(*found, title=kind.title)
+    return chosen
 
 
 def _parse_run(
-    parser: ArgumentParser, argv: Sequence[str], options: Mapping[str, Option], *, section: str | None = None
+    parser: Parser, argv: Sequence[str], options: Mapping[str, Option], *, section: str | None = None
 ) -> dict[str, Any]:
     """Parse options that may come from recipes; those of other commands in a recipe are left out."""
-    from torchlocal.run.config import FitConfig
+    ignored = {key for one in fit_options().values() if one.name not in options for key in (one.name, one.path)}
+    return parser.parse(argv, lambda name: recipe_options(name, section=section, known=options, ignored=ignored))
 
-    ignored = [name for name in config_options(FitConfig) if name not in options]
 
-    def load(name: str) -> dict[str, Any]:
-        return recipe_options(name, section=section, known=options, ignored=ignored)
-
-    values: dict[str, Any] = parse(parser, inline_recipes(argv, load), options).as_dict()
-    return values
+def _config(values: Mapping[str, Any]) -> FitConfig:
+    """The configuration of a run from parsed values, others left out."""
+    return FitConfig.of(**{name: value for name, value in values.items() if name in fit_options()})
 
 
 def _console() -> Console:
@@ -155,44 +113,39 @@ def _console() -> Console:
 
 
 def _fit(argv: Sequence[str]) -> int:
-    from torchlocal.run.config import FitConfig
-
-    options = config_options(FitConfig)
-    parser = make_parser("fit", "[--config RECIPE] [options]", _COMMANDS["fit"])
-    add_config_option(parser)
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="Continue the interrupted run in --out where it stopped; --resume FOLDER: the run in that folder, with "
-        "the configuration that lies there.",
+    parser = Parser("fit", "[--config RECIPE] [options]", _COMMANDS["fit"])
+    parser.recipes()
+    parser.switch(
+        "resume",
+        "Continue the interrupted run in --out where it stopped; --resume FOLDER: the run in that folder, with the "
+        "configuration that lies there.",
     )
-    parser.add_argument("--quiet", action="store_true", help="Show no progress.")
-    parser.add_argument("--ranks", type=int, metavar="N", help="Share the local modules out to N processes (torchrun).")
-    parser.add_argument(
-        "--timeout", type=float, default=_TIMEOUT, metavar="N", help="Seconds that a process waits for a silent one."
+    parser.switch("quiet", "Show no progress.")
+    parser.add(
+        Option(name="ranks", kind=int, help="Share the local modules out to N processes (torchrun)."),
+        Option(name="timeout", kind=float, default=_TIMEOUT, help="Seconds that a process waits for a silent one."),
     )
-    _add_run_options(parser, options)
-    values = _parse_run(parser, _at_folder(argv), options)
-    config = build_config(FitConfig, values)
+    values = _parse_run(parser, _at_folder(argv), _add_run_options(parser))
+    config = _config(values)
     _check_names(config)
-    out = expand(config.out)
+    out = expand(config.run.out)
     begins = values["resume"] and not any((out / name).exists() for name in _OF_A_RUN)
     if begins:
         _refuse_moved(argv, out, "config.yaml", _OF_A_RUN, "fit --resume {}")
     if values["ranks"] is not None and "TORCHELASTIC_RUN_ID" not in os.environ:
-        if values["ranks"] < 1 or values["ranks"] % config.replicas:
+        if values["ranks"] < 1 or values["ranks"] % config.run.replicas:
             raise ValueError(
-                f"--ranks {values['ranks']} must be a multiple of --replicas {config.replicas}, at least 1"
+                f"--ranks {values['ranks']} must be a multiple of --replicas {config.run.replicas}, at least 1"
             )
         if values["ranks"] > 1:
             from torchlocal.parallel.launch import launch
             from torchlocal.parallel.setup import assign
 
-            num_modules = len(config.cuts) + 1 if config.cuts else config.modules
+            num_modules = len(config.cut.after) + 1 if config.cut.after else config.cut.modules
             if isinstance(num_modules, int):  # too many ranks are refused here, and not by each of them
-                assign([1.0] * num_modules, values["ranks"] // config.replicas)
+                assign([1.0] * num_modules, values["ranks"] // config.run.replicas)
             with _continue_with(lambda: _resume_command(config, values), ChildProcessError):
-                return launch(["fit", *argv], values["ranks"], num_threads=config.num_threads)
+                return launch(["fit", *argv], values["ranks"], num_threads=config.run.num_threads)
 
     if begins and not values["quiet"] and _rank() in (None, "0"):
         print(f"nothing to resume in {out}: starting", file=sys.stderr)
@@ -210,19 +163,25 @@ def _fit(argv: Sequence[str]) -> int:
             progress=not values["quiet"],
             timeout=values["timeout"],
         )
-        writes = Team(config.replicas).writes
+        writes = Team(config.run.replicas).writes
     if not writes:
         return 0
     print(
         f"Test accuracy {100 * result['test_accuracy']:.2f} % after {result['steps']} steps, "
-        f"{100 * result['guided_share']:.0f} % of them guided, in {result['seconds']:.0f} s. Run folder: {config.out}"
+        f"{100 * result['guided_share']:.0f} % of them guided, in {result['seconds']:.0f} s. "
+        f"Run folder: {config.run.out}"
     )
     return 0
 
 
 def _check_names(config: FitConfig) -> None:
     if "torch" not in sys.modules:  # else what looks them up tells it as fast
-        check_names(model=config.model, data=config.data, device=config.device, optimizer=config.optimizer)
+        check_names(
+            model=config.model.name,
+            data=config.data.name,
+            device=config.run.device,
+            optimizer=config.optimisation.optimizer,
+        )
 
 
 def _at_folder(argv: Sequence[str]) -> list[str]:
@@ -276,15 +235,12 @@ def _quoted(path: Path) -> str:
 
 
 def _resume_command(config: FitConfig, values: Mapping[str, Any]) -> str | None:
-    """How to go on with a run, if it has begun; the ranks that a launcher started leave it to that to say."""
-    from torchlocal.run.config import config_to_dict
-
-    out = expand(config.out)
+    """The command that resumes a run, if it has begun; None in ranks that a launcher started, which tells it itself."""
+    out = expand(config.run.out)
     try:
-        saved = read_recipe(str(out / "config.yaml"))
-    except (ValueError, OSError):
-        return None
-    if saved != config_to_dict(config):
+        if FitConfig.of(**read_recipe(str(out / "config.yaml"))) != config:
+            return None
+    except (ValueError, OSError, TypeError):
         return None
     command = f"fit --resume {_quoted(out)}"
     if _rank() is not None:
@@ -297,22 +253,19 @@ def _resume_command(config: FitConfig, values: Mapping[str, Any]) -> str | None:
 
 def _compare(argv: Sequence[str]) -> int:
     from torchlocal.compare.methods import CompareConfig
-    from torchlocal.run.config import FitConfig
 
     if "--resume" in argv:
         raise ValueError("--resume: a comparison always goes on where it was; leave it out")
-    own = {name: option for name, option in config_options(CompareConfig).items() if not name.startswith("fit.")}
-    run = {name: option for name, option in config_options(FitConfig).items() if name not in ("out", "seed")}
-    parser = make_parser("compare", "[--config RECIPE] [options]", _COMMANDS["compare"])
-    add_config_option(parser)
-    parser.add_argument("--quiet", action="store_true", help="Show no progress.")
-    group = parser.add_argument_group("comparison")
-    for option in own.values():
-        add_option(group, option)
-    _add_run_options(parser, run)
+    parser = Parser("compare", "[--config RECIPE] [options]", _COMMANDS["compare"])
+    parser.recipes()
+    parser.switch("quiet", "Show no progress.")
+    own = {one.name: one for one in declared(CompareConfig)}
+    parser.add(*own.values(), title="comparison")
+    run = _add_run_options(parser, set(fit_options()) - {"out", "seed"})
     values = _parse_run(parser, argv, own | run, section="compare")
-    fit_values = {name: value for name, value in values.items() if name != "out"}
-    config = build_config(CompareConfig, {**values, "fit": fit_values})
+    chosen: dict[str, Any] = {name: values[name] for name in own}
+    chosen |= {name: tuple(value) for name, value in chosen.items() if isinstance(value, list)}
+    config = CompareConfig(**chosen, fit=_config({name: values[name] for name in run}))
     _check_names(config.fit)
 
     from torchlocal.compare.comparison import compare
@@ -330,121 +283,119 @@ def _compare(argv: Sequence[str]) -> int:
 
 
 def _evaluate(argv: Sequence[str]) -> int:
-    parser = make_parser("evaluate", "RUN [options]", _COMMANDS["evaluate"])
-    parser.add_argument("run", type=str, metavar="RUN", help="Folder of a run, or one of its checkpoints.")
-    parser.add_argument("--split", type=str, default="test", metavar="NAME", help="test, validation or train.")
-    parser.add_argument("--device", type=str, default="auto", metavar="NAME", help=_HELP["device"])
-    parser.add_argument(
-        "--data-root", type=str, metavar="FOLDER", help="Folder of the data set's files; by default the run's."
+    parser = Parser("evaluate", "RUN [options]", _COMMANDS["evaluate"])
+    parser.word("run", "Folder of a run, or one of its checkpoints.")
+    parser.add(
+        Option(name="split", default="test", help="test, validation or train."),
+        fit_options()["device"],
+        Option(name="data_root", kind=str | None, help="Folder of the data set's files; by default the run's."),
     )
-    parser.add_argument("--json", action="store_true", help="Print JSON instead of the table.")
-    values = parse(parser, argv)
-    if values.split not in ("test", "validation", "train"):
-        raise ValueError(f"--split {values.split} is unknown: choose test, validation or train")
+    parser.switch("json", "Print JSON instead of the table.")
+    values = parser.parse(argv)
+    split = values["split"]
+    if split not in ("test", "validation", "train"):
+        raise ValueError(f"--split {split} is unknown: choose test, validation or train")
 
     from torchlocal.compare.tables import depth_table
-    from torchlocal.run.trainer import evaluate
+    from torchlocal.run.evaluation import evaluate
 
-    result = evaluate(expand(values.run), split=values.split, device=values.device, data_root=values.data_root)
-    if values.json:
+    result = evaluate(expand(values["run"]), split, device=values["device"], data_root=values["data_root"])
+    if values["json"]:
         print(json.dumps(result, indent=2))
     else:
-        _console().print(depth_table(result, split=values.split))
+        _console().print(depth_table(result, split=split))
     return 0
 
 
 def _partition(argv: Sequence[str]) -> int:
-    from torchlocal.run.config import FitConfig
-
-    stems = {"model", "modules", "cuts", "rule", "auxiliary", "rule_options"}
-    stems |= {"data", "data_root", "image_size", "batch_size"}
-    options = {name: option for name, option in config_options(FitConfig).items() if name in stems}
-    parser = make_parser("partition", "[--config RECIPE] [options]", _COMMANDS["partition"])
-    add_config_option(parser)
-    _add_run_options(parser, options)
-    group = parser.add_argument_group("images (in place of --data, which need not be there then)")
-    group.add_argument("--shape", type=int, nargs="+", metavar="N", help="Channels, height and width in pixels.")
-    group.add_argument("--num-classes", type=int, default=10, metavar="N", help="Number of classes, used with --shape.")
+    parser = Parser("partition", "[--config RECIPE] [options]", _COMMANDS["partition"])
+    parser.recipes()
+    options = _add_run_options(parser, {*_NETWORK, *_RULE, "data", "data_root", "image_size", "batch_size"})
+    parser.add(
+        Option(name="shape", kind=list[int] | None, help="Channels, height and width in pixels."),
+        Option(name="num_classes", kind=int, default=10, help="Number of classes, used with --shape."),
+        title="images (in place of --data, which need not be there then)",
+    )
     values = _parse_run(parser, argv, options)
-    shape = values["shape"]
+    shape, num_classes = values["shape"], values["num_classes"]
     if shape is not None and (len(shape) != 3 or min(shape) < 1):
         raise ValueError(f"--shape {' '.join(map(str, shape))} must be channels, height and width, such as 3 32 32")
-
-    config = build_config(FitConfig, {name: value for name, value in values.items() if name in options})
+    config = _config(values)
     _check_names(config)
-    _check_sizes(values["num_classes"], shape or [], config.batch_size)
+    batch_size = config.optimisation.batch_size
+    _check_sizes(num_classes, shape or [], batch_size)
 
     from torchlocal.compare.tables import partition_tables
 
-    net = _decouple(config, shape, values["num_classes"])
+    net = _decouple(config, shape, num_classes)
     console = _console()
-    for table in partition_tables(net, batch_size=config.batch_size, title=config.model):
+    for table in partition_tables(net, batch_size=batch_size, title=config.model.name):
         console.print(table)
     return 0
 
 
 def _decouple(config: FitConfig, shape: Sequence[int] | None, num_classes: int) -> DecoupledNetwork:
-    """The network of a run, for a batch that is never made; data are read only if their shape is not known."""
+    """The network of a run, cut for the shape of a batch; data are read only if their shape is not known by name."""
     from torchlocal.data import load_data
     from torchlocal.models import build_model
     from torchlocal.network import decouple
     from torchlocal.run.config import build_rule
 
-    name = config.data.removeprefix("pairs:")
+    name = config.data.name.removeprefix("pairs:")
     if shape is None and name in _SHAPES:
         num_classes, *shape = _SHAPES[name]
-        shape[2] *= 2 if name != config.data else 1
+        shape[2] *= 2 if name != config.data.name else 1
     elif shape is None:
-        data = load_data(config.data, root=config.data_root, image_size=config.image_size)
+        data = load_data(config.data.name, root=config.data.root, image_size=config.data.image_size)
         num_classes, shape = data.num_classes, data.shape
     channels, height, width = shape
-    model = build_model(config.model, num_classes=num_classes, in_channels=channels, image_size=(height, width))
+    model = build_model(config.model.name, num_classes=num_classes, in_channels=channels, image_size=(height, width))
     return decouple(
         model,
-        modules=None if config.cuts else config.modules,
-        cuts=config.cuts,
-        sample=(config.batch_size, channels, height, width),
+        modules=None if config.cut.after else config.cut.modules,
+        cuts=config.cut.after,
+        sample=(config.optimisation.batch_size, channels, height, width),
         rule=build_rule(config),
     )
 
 
 def _plan(argv: Sequence[str]) -> int:
-    from torchlocal.run.config import FitConfig
-
-    options = {
-        n: option for n, option in config_options(FitConfig).items() if n in ("rule", "auxiliary", "rule_options")
-    }
-    parser = make_parser("plan", "--model NAME --input 3x224x224 [options]", _COMMANDS["plan"])
-    parser.add_argument("--model", type=str, default="resnet32", metavar="NAME", help="Network, as in fit.")
-    parser.add_argument("--input", type=str, default="3x32x32", metavar="CxHxW", help="Channels, height and width.")
-    parser.add_argument("--num-classes", type=int, default=10, metavar="N", help="Number of classes.")
-    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="Examples per step.")
-    parser.add_argument("--budget", type=str, metavar="SIZE", help="Memory there is, such as 8GiB or 500MB.")
-    parser.add_argument("--modules", type=str, nargs="+", metavar="N", help="Numbers of modules, fewest or all.")
-    parser.add_argument("--guided-share", type=float, default=0.2, metavar="N", help="Share of guided steps of PGL.")
-    parser.add_argument("--precision", type=str, default="fp32", metavar="NAME", help="fp32 or bf16.")
-    parser.add_argument("--json", action="store_true", help="Print JSON instead of the table.")
-    parser.add_argument("--figure", type=str, metavar="FILE", help="Draw the breakdowns as stacked bars.")
-    _add_run_options(parser, options)
-    values = parse(parser, argv, options)
-    config = build_config(FitConfig, {"model": values.model, **{name: values[name] for name in options}})
+    parser = Parser("plan", "--model NAME --input 3x224x224 [options]", _COMMANDS["plan"])
+    parser.add(
+        replace(fit_options()["model"], default="resnet32", help="Network, as in fit."),
+        Option(name="input", default="3x32x32", metavar="CxHxW", help="Channels, height and width."),
+        Option(name="num_classes", kind=int, default=10, help="Number of classes."),
+        Option(name="batch_size", kind=int, default=128, help="Examples per step."),
+        Option(name="budget", kind=str | None, metavar="SIZE", help="Memory there is, such as 8GiB or 500MB."),
+        Option(name="modules", kind=list[str] | None, help="Numbers of modules, fewest or all."),
+        Option(name="guided_share", kind=float, default=0.2, help="Share of guided steps of PGL."),
+        Option(name="precision", default="fp32", help="fp32 or bf16."),
+        Option(name="figure", kind=str | None, metavar="FILE", help="Draw the breakdowns as stacked bars."),
+    )
+    parser.switch("json", "Print JSON instead of the table.")
+    options = _add_run_options(parser, _RULE)
+    values = parser.parse(argv)
+    config = _config({name: values[name] for name in ("model", *options)})
     _check_names(config)
-    parts = values.input.lower().split("x")
+    name, batch_size, num_classes = config.model.name, values["batch_size"], values["num_classes"]
+    parts = values["input"].lower().split("x")
     if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"--input {values.input} must be channels, height and width, such as 3x224x224")
-    if values.batch_size < 1:
-        raise ValueError(f"--batch-size {values.batch_size} must be at least 1")
-    _check_sizes(values.num_classes, [int(part) for part in parts], values.batch_size)
-    if values.precision not in ("fp32", "bf16"):
-        raise ValueError(f"--precision {values.precision} is unknown: choose fp32 or bf16")
+        raise ValueError(f"--input {values['input']} must be channels, height and width, such as 3x224x224")
+    channels, height, width = map(int, parts)
+    if batch_size < 1:
+        raise ValueError(f"--batch-size {batch_size} must be at least 1")
+    _check_sizes(num_classes, [channels, height, width], batch_size)
+    if values["precision"] not in ("fp32", "bf16"):
+        raise ValueError(f"--precision {values['precision']} is unknown: choose fp32 or bf16")
     words = ("fewest", "all")
-    numbers = values.modules or ["2", "4", "8", "16", *words]
+    numbers = values["modules"] or ["2", "4", "8", "16", *words]
     wrong = [number for number in numbers if number not in words and not (number.isdigit() and int(number) > 1)]
     if wrong:
         raise ValueError(f"--modules {wrong[0]} must be a whole number of at least 2, fewest or all")
-    budget = None if values.budget is None else parse_size(values.budget)
-    if values.figure is not None:
-        _check_figure(expand(values.figure))
+    budget = None if values["budget"] is None else parse_size(values["budget"])
+    figure = None if values["figure"] is None else expand(values["figure"])
+    if figure is not None:
+        _check_figure(figure)
 
     import torch
 
@@ -455,45 +406,44 @@ def _plan(argv: Sequence[str]) -> int:
     from torchlocal.run.checkpoint import write_file
     from torchlocal.run.config import build_rule
 
-    channels, height, width = map(int, parts)
-    model = build_model(values.model, num_classes=values.num_classes, in_channels=channels, image_size=(height, width))
+    model = build_model(name, num_classes=num_classes, in_channels=channels, image_size=(height, width))
     size = sum(parameter.nbytes for parameter in model.parameters())
     if budget is not None and budget < size:
         raise ValueError(
-            f"--budget {values.budget} is less than the {size / 2**20:.1f} MiB that the parameters of {values.model} "
+            f"--budget {values['budget']} is less than the {size / 2**20:.1f} MiB that the parameters of {name} "
             "take by themselves: give more, or a smaller network"
         )
     counts = [int(number) for number in numbers if number not in words]
-    if values.modules and len(counts) == len(numbers):
+    if values["modules"] and len(counts) == len(numbers):
         sample = (2, channels, height, width)
         num_units = len(decouple(model, 1, sample=sample, rule=build_rule(config)).partition.units)
         if min(counts) > num_units:
             raise ValueError(
-                f"--modules {' '.join(numbers)}: {values.model} can be cut into {num_units} at most; give fewer, or all"
+                f"--modules {' '.join(numbers)}: {name} can be cut into {num_units} at most; give fewer, or all"
             )
-    with _bar(values.model) as progress:
+    with _bar(name) as progress:
         result = plan(
             model,
-            (values.batch_size, channels, height, width),
+            (batch_size, channels, height, width),
             budget=budget,
             modules=[number if number in words else int(number) for number in numbers],
-            guided_share=values.guided_share,
-            autocast=torch.bfloat16 if values.precision == "bf16" else None,
+            guided_share=values["guided_share"],
+            autocast=torch.bfloat16 if values["precision"] == "bf16" else None,
             progress=progress,
             rule=build_rule(config),
         )
-    absent = set(map(int, set(numbers) - set(words))) - {row.modules for row in result.rows}
-    if values.modules and absent:
-        print(f"left out, since {values.model} has fewer units: {', '.join(map(str, sorted(absent)))}", file=sys.stderr)
-    if values.json:
+    absent = set(counts) - {row.modules for row in result.rows}
+    if values["modules"] and absent:
+        print(f"left out, since {name} has fewer units: {', '.join(map(str, sorted(absent)))}", file=sys.stderr)
+    if values["json"]:
         print(result.to_json())
     else:
-        _console().print(plan_table(result, title=values.model))
+        _console().print(plan_table(result, title=name))
         print(result.recommendation)
-    if values.figure is not None:
-        path, image = Path(expand(values.figure)), io.BytesIO()
-        result.figure().savefig(image, format=path.suffix[1:].lower(), dpi=150)
-        write_file(path, image.getvalue())
+    if figure is not None:
+        image = io.BytesIO()
+        result.figure().savefig(image, format=figure.suffix[1:].lower(), dpi=150)
+        write_file(figure, image.getvalue())
     return 0
 
 
@@ -533,33 +483,35 @@ def _check_figure(path: Path) -> None:
 
 
 def _export(argv: Sequence[str]) -> int:
-    parser = make_parser("export", "RUN --to FILE [options]", _COMMANDS["export"])
-    parser.add_argument("run", type=str, metavar="RUN", help="Folder of a run, or one of its checkpoints.")
-    parser.add_argument(
-        "--to",
-        type=str,
-        metavar="FILE",
-        help="File to write: .safetensors or .pt for the backbone's state_dict, .pt2 for a torch.export program.",
+    parser = Parser("export", "RUN --to FILE [options]", _COMMANDS["export"])
+    parser.word("run", "Folder of a run, or one of its checkpoints.")
+    parser.add(
+        Option(
+            name="to",
+            kind=str | None,
+            metavar="FILE",
+            help="File to write: .safetensors or .pt for the backbone's state_dict, .pt2 for a torch.export program.",
+        ),
+        Option(name="weights", default="best", help="best (on validation images) or last, of a folder."),
     )
-    parser.add_argument(
-        "--weights", type=str, default="best", metavar="NAME", help="best (on validation images) or last, of a folder."
-    )
-    parser.add_argument("--overwrite", action="store_true", help="Replace a file that exists.")
-    values = parse(parser, argv)
-    if values.to is None:
+    parser.switch("overwrite", "Replace a file that exists.")
+    values = parser.parse(argv)
+    if values["to"] is None:
         raise ValueError("--to is missing: give the file to write, such as model.safetensors")
 
     from torchlocal.run.export import export
 
-    path = export(expand(values.run), to=expand(values.to), weights=values.weights, overwrite=values.overwrite)
+    path = export(
+        expand(values["run"]), to=expand(values["to"]), weights=values["weights"], overwrite=values["overwrite"]
+    )
     print(f"Wrote {path} ({path.stat().st_size:,} bytes); loaded back, its outputs are the backbone's.")
     return 0
 
 
 def _recipes(argv: Sequence[str]) -> int:
-    parser = make_parser("recipes", "[NAME]", _COMMANDS["recipes"])
-    parser.add_argument("name", type=str, nargs="?", metavar="NAME", help="Recipe to print, to copy and change.")
-    name = parse(parser, argv).name
+    parser = Parser("recipes", "[NAME]", _COMMANDS["recipes"])
+    parser.word("name", "Recipe to print, to copy and change.", needed=False)
+    name = parser.parse(argv)["name"]
     if name:
         print(recipe_path(name).read_text(encoding="utf-8"), end="")
         return 0
@@ -604,9 +556,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else stacks of C++ beside the sentence
         end_with_parent(int(os.environ[_LAUNCHER]) if _LAUNCHER in os.environ else None)
     received: list[int] = []
+
+    def leave(signum: int) -> None:  # by an exception, so that files are closed and temporary ones removed
+        received.append(signum)
+        raise KeyboardInterrupt if signum == signal.SIGINT else _Terminated(signum)
+
     with unbroken_streams():
         try:
-            with _signals(received), _short_warnings():
+            with on_signals(leave), _short_warnings():
                 return _run(arguments)
         except SystemExit as error:  # --help
             return error.code if isinstance(error.code, int) else 0
@@ -673,26 +630,6 @@ def _version() -> str:
 
 
 @contextlib.contextmanager
-def _signals(received: list[int]) -> Iterator[None]:
-    """Leave by an exception at a signal, so that files are closed and temporary ones removed; notes which came."""
-
-    def leave(signum: int, frame: FrameType | None) -> None:
-        received.append(signum)
-        raise KeyboardInterrupt if signum == signal.SIGINT else _Terminated(signum)
-
-    previous = {}
-    for signum in STOPPING:
-        with contextlib.suppress(ValueError):  # not the main thread: signals are not ours
-            if signal.getsignal(signum) not in (signal.SIG_IGN, None):  # ignored on purpose, as under nohup
-                previous[signum] = signal.signal(signum, leave)
-    try:
-        yield
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-
-
-@contextlib.contextmanager
 def _short_warnings() -> Iterator[None]:
     """Show a warning as one line without the place in our source, which says nothing to a reader at a prompt."""
     previous = warnings.formatwarning
@@ -705,7 +642,7 @@ def _short_warnings() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _continue_with(command: Callable[[], str | None], *others: type[BaseException]) -> Iterator[None]:
-    """Add to an interruption, and to other exceptions, how to go on, where there is something to go on with."""
+    """Add the command that resumes to the message of an interruption, or of other exceptions, if there is one."""
     try:
         yield
     except BaseException as error:

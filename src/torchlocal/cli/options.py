@@ -1,35 +1,25 @@
-"""Options of the command: recipes, configuration dataclasses as command line options, and mistakes as one sentence."""
+"""Options of the command: declared ones as flags, recipes, and mistakes as one sentence."""
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
+import contextlib
 import difflib
-import json
 import os
-import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentError, ArgumentParser, Namespace
-from jsonargparse import DefaultHelpFormatter as _HelpFormatter
 
-from torchlocal.sizes import check_plain, shorten
+from torchlocal.checks import check_plain, shorten
+from torchlocal.run.config import Option
 
 __all__ = [
-    "Option",
-    "add_config_option",
-    "add_option",
-    "build_config",
-    "config_options",
-    "inline_recipes",
-    "make_parser",
-    "parse",
+    "Parser",
     "read_recipe",
     "recipe_names",
     "recipe_options",
@@ -39,10 +29,10 @@ __all__ = [
 ]
 
 _CONFIG_HELP = (
-    "Recipe: a YAML file with any of the options below (underscores for dashes), or the name of a shipped one (see "
-    "`torchlocal recipes`); options on the command line win over it."
+    "Recipe: a YAML file with any of the options below, in sections (optimisation: {lr: 0.1}) or flat (lr: 0.1), or "
+    "the name of a shipped one (see `torchlocal recipes`); options on the command line win over it."
 )
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
 
 
 # --- recipes ---
@@ -100,49 +90,50 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 
 def recipe_options(
-    name: str, *, section: str | None, known: Mapping[str, Option], ignored: Sequence[str]
+    name: str, *, section: str | None, known: Mapping[str, Option], ignored: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Options of a recipe, nested ones with dots, as one command reads them.
+    """Options of a recipe by short name, as one command reads them.
 
     Args:
         name: File, or name of a shipped recipe.
         section: Section (`compare:`) whose options win over the others; every other section is skipped.
         known: Options the command has.
-        ignored: Options other commands have, which are left out without a word.
+        ignored: Short names and paths of options of other commands, which are left out without a word.
 
     Raises:
-        ValueError: an option is unknown.
+        ValueError: an option is unknown, or its value is of another kind.
     """
     content = read_recipe(name)
     own = content.pop("compare", None) or {}
     if not isinstance(own, Mapping):
         raise ValueError(f"recipe {name}: compare must be a section of `name: value` lines, got {own!r}")
-    options = _flatten(content, name)
-    if section == "compare":
-        options |= _flatten(own, name)
-    for key in options:
-        if key not in known and (key not in ignored or (section == "compare" and key in own)):
-            raise ValueError(f"recipe {name}: unknown option {key}{suggestion(key, list(known))}")
-    # A list of one may be written without brackets.
-    return {
-        key: [value] if _item_kind(known[key].kind) and not isinstance(value, list | None) else value
-        for key, value in options.items()
-        if key in known
-    }
+    paths = {one.path: one.name for one in known.values() if one.path} | {key: key for key in known}
+    sections = {path.partition(".")[0] for path in [*paths, *ignored] if "." in path}
+    found: dict[str, Any] = {}
+    for given, skips in ((content, ignored), (own if section == "compare" else {}, ())):
+        for key, value in _flat(given, sections, paths, name):
+            if key in paths:
+                one = known[paths[key]]
+                found[one.name] = read_value(one, value)
+            elif key not in skips:
+                raise ValueError(f"recipe {name}: unknown option {key}{suggestion(key, list(paths))}")
+    return found
 
 
-def _flatten(content: Mapping[Any, Any], name: str, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flat(
+    content: Mapping[Any, Any], sections: Collection[str], paths: Collection[str], name: str
+) -> Iterator[tuple[str, Any]]:
     for key, value in content.items():
-        if prefix + str(key) == "guidance":  # the only nested configuration
-            if not isinstance(value, Mapping):
-                raise ValueError(
-                    f"recipe {name}: guidance must hold `name: value` lines such as `period: 5`, got {value!r}"
-                )
-            flat |= _flatten(value, name, "guidance.")
+        if key in sections and isinstance(value, Mapping):
+            yield from ((f"{key}.{inner}", it) for inner, it in value.items())
+        elif key in sections and key not in paths:
+            raise ValueError(
+                f"recipe {name}: {key} must hold `name: value` lines such as "
+                f"`{next((path.partition('.')[2] for path in paths if path.startswith(f'{key}.')), 'name')}: 5`, "
+                f"got {value!r}"
+            )
         else:
-            flat[prefix + str(key)] = value
-    return flat
+            yield str(key), value
 
 
 def suggestion(name: str, names: Sequence[str]) -> str:
@@ -151,157 +142,65 @@ def suggestion(name: str, names: Sequence[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-# --- configuration dataclasses as options ---
+# --- values ---
 
 
-@dataclass(frozen=True)
-class Option:
-    """One field of a configuration: its name with dots (`guidance.period`), type, default and one sentence of help."""
+def read_value(one: Option, value: Any) -> Any:
+    """A value as its option declares it: from text, or as YAML has read it.
 
-    name: str
-    kind: Any
-    default: Any
-    help: str
-
-
-def config_options(cls: type, prefix: str = "") -> dict[str, Option]:
-    """The fields of a configuration dataclass by name, with the help of its docstring's `Args:`."""
-    hints, texts = typing.get_type_hints(cls), _argument_help(cls)
-    options: dict[str, Option] = {}
-    for field in dataclasses.fields(cls):
-        kind, name = hints[field.name], prefix + field.name
-        if dataclasses.is_dataclass(kind):
-            assert isinstance(kind, type)
-            options |= config_options(kind, f"{name}.")
-            continue
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        options[name] = Option(name, kind, default, texts.get(field.name, ""))
-    return options
-
-
-def _argument_help(cls: type) -> dict[str, str]:
-    lines = (cls.__doc__ or "").splitlines()
-    start = next((i for i, line in enumerate(lines) if line.strip() == "Args:"), len(lines))
-    texts: dict[str, str] = {}
-    name, level = "", None
-    for line in lines[start + 1 :]:
-        indent = len(line) - len(line.lstrip())
-        if not line.strip() or (level is not None and indent < level):
-            break
-        level = indent if level is None else level
-        match = re.match(r"\s*(\w+): (.*)", line)
-        if match and indent == level:
-            name, texts[match[1]] = match[1], match[2]
-        else:
-            texts[name] += " " + line.strip()
-    # A sentence for people at a prompt: null is what they write for None.
-    return {key: text[:1].upper() + re.sub(r"\bNone\b", "null", text[1:]) for key, text in texts.items()}
-
-
-def add_config_option(parser: ArgumentParser) -> None:
-    """Add `--config`, whose recipe `inline_recipes` has replaced by its content."""
-    parser.add_argument("--config", action=ActionConfigFile, metavar="RECIPE", help=_CONFIG_HELP)
-
-
-def add_option(group: Any, option: Option) -> None:
-    """Add one field of a configuration; a list takes its elements one after the other."""
-    flag, item = with_dashes("--" + option.name), _item_kind(option.kind)
-    text = option.help or SUPPRESS
+    Raises:
+        ValueError: it is of another kind.
+    """
+    item, members = _item_kind(one.kind), _members(one.kind)
     if item is not None:
-        default = None if option.default is None else list(option.default)
-        group.add_argument(flag, type=item, nargs="+", default=default, metavar=_metavar(item), help=text)
-    else:
-        kind = dict if typing.get_origin(option.kind) in (Mapping, dict) else option.kind
-        group.add_argument(flag, type=kind, default=option.default, metavar=_metavar(kind), help=text)
+        if value is None and types.NoneType in members:
+            return None
+        values = value if isinstance(value, list) else [value]  # a list of one may be written without brackets
+        try:
+            return [read_value(Option(name=one.name, kind=item), each) for each in values]
+        except ValueError as error:
+            several = "," in str(values[-1])
+            raise ValueError(f"{error}{'; several are separated by spaces' if several else ''}") from error
+    for member in members:
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            return _converted(member, value)
+    kinds = " or ".join(_KINDS.get(member, "options as {name: value}") for member in members)
+    raise ValueError(f"{flag(one.name)} expects {kinds}, got {shorten(str(value))!r}")
+
+
+def _converted(kind: Any, value: Any) -> Any:
+    read = value
+    if isinstance(value, str) and kind is not str:
+        try:
+            read = yaml.safe_load(value)
+        except (yaml.YAMLError, RecursionError) as error:
+            raise ValueError from error
+        if kind is float and isinstance(read, str):
+            read = float(read)  # 1e-4, which YAML takes for a word
+    if kind is float and isinstance(read, int) and not isinstance(read, bool):
+        read = float(read)
+    wanted = dict if typing.get_origin(kind) in (dict, Mapping) or kind is dict else kind
+    if not isinstance(read, wanted) or (isinstance(read, bool) and kind is not bool) or read != read:
+        raise ValueError
+    return read
 
 
 def _members(kind: Any) -> tuple[Any, ...]:
-    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    """The kinds of a union, text last, since every word is one."""
+    found = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return tuple(sorted(found, key=lambda member: member is str))
 
 
 def _item_kind(kind: Any) -> Any | None:
     """Element type of a list (`list[str] | None` gives `str`), None for anything else."""
-    for member in _members(kind):
-        origin = typing.get_origin(member)
-        if isinstance(origin, type) and issubclass(origin, Sequence):
-            return typing.get_args(member)[0]
-    return None
-
-
-def _describe_kind(kind: Any) -> str:
-    if item := _item_kind(kind):
-        return _KINDS[item] if item is not str else "names"
-    return " or ".join(_KINDS.get(member, "options as {name: value}") for member in _members(kind))
-
-
-def _metavar(kind: Any) -> str:
-    members = _members(kind)
-    if bool in members:
-        return "true|false"
-    names = ["N"] if int in members or float in members else []
-    names += ["TEXT"] if str in members else []
-    return "|".join(names) or "{...}"
-
-
-def build_config(cls: type, values: Mapping[str, Any]) -> Any:
-    """An instance of a configuration dataclass from parsed values; what is absent keeps its default."""
-    hints = typing.get_type_hints(cls)
-    arguments: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):
-        if field.name not in values:
-            continue
-        value, kind = values[field.name], hints[field.name]
-        if dataclasses.is_dataclass(kind):
-            assert isinstance(kind, type)
-            value = build_config(kind, value)
-        elif isinstance(value, list) and typing.get_origin(kind) is tuple:
-            value = tuple(value)
-        arguments[field.name] = value
-    return cls(**arguments)
-
-
-# --- parsing ---
-
-
-class _Formatter(_HelpFormatter):
-    """Help in the width of the terminal, up to 110 columns, without Python's type names."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=min(110, _num_columns()) - 2)
-
-    def _expand_help(self, action: Any) -> str:
-        text = super()._expand_help(action)
-        text = re.sub(r"\((?:required, )?type: .*?(?:, default: (.*))?\)$", r"(default: \1)", text)
-        text = re.sub(r" ?\(default: (null|False|\[\]|\{\}|)\)$", "", text)
-        # As they are typed on the command line: a list without brackets, true in lower case.
-        return re.sub(r"\(default: (\[.*\]|True)\)$", lambda match: _as_typed(match[0]), text)
-
-
-def _as_typed(text: str) -> str:
-    return text.replace("True", "true") if "[" not in text else re.sub(r"[\[\]',]", "", text)
-
-
-def _num_columns() -> int:
-    try:
-        return int(os.environ.get("COLUMNS") or os.get_terminal_size().columns)
-    except (OSError, ValueError):  # not a terminal
-        return 100
-
-
-def make_parser(command: str, usage: str, description: str) -> ArgumentParser:
-    """A parser for one command."""
-    parser = ArgumentParser(
-        prog=f"torchlocal {command}",
-        usage=f"torchlocal {command} {usage}",
-        description=description,
-        formatter_class=_Formatter,
-        exit_on_error=False,
-        add_help=False,
-        print_config=None,
-        allow_abbrev=False,  # else `compare --seed 3` is `--seeds 3`
+    return next(
+        (typing.get_args(m)[0] for m in _members(kind) if typing.get_origin(m) in (list, tuple, Sequence)), None
     )
-    parser.add_argument("-h", "--help", action="help", help="Show this.")
-    return parser
+
+
+def flag(name: str) -> str:
+    """How an option is written on the command line."""
+    return "--" + name.replace("_", "-")
 
 
 def with_dashes(token: str) -> str:
@@ -312,75 +211,128 @@ def with_dashes(token: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-def inline_recipes(argv: Sequence[str], load: Callable[[str], dict[str, Any]]) -> list[str]:
-    """Replace the name after every `--config` by the options that `load` reads from it, as JSON."""
-    result: list[str] = []
-    tokens = iter(argv)
-    for token in tokens:
-        name = None
-        if token == "--config":
-            name = next(tokens, None)
-            if name is None:
-                raise ValueError("--config needs a value: a YAML file or the name of a shipped recipe")
-        elif token.startswith("--config="):
-            name = token.removeprefix("--config=")
-        if name is None:
-            result.append(token)
-        elif options := load(name):
-            result += ["--config", json.dumps(_nest(options))]
-    return result
+# --- the command line ---
 
 
-def _nest(options: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for key, value in options.items():
-        *stems, last = key.split(".")
-        target = nested
-        for stem in stems:
-            target = target.setdefault(stem, {})
-        target[last] = value
-    return nested
+class _Formatter(argparse.HelpFormatter):
+    """Help in the width of the terminal, up to 110 columns."""
+
+    def __init__(self, prog: str) -> None:
+        try:
+            columns = int(os.environ.get("COLUMNS") or os.get_terminal_size().columns)
+        except (OSError, ValueError):  # not a terminal
+            columns = 100
+        super().__init__(prog, max_help_position=30, width=min(110, columns) - 2)
 
 
-def parse(parser: ArgumentParser, argv: Sequence[str], options: Mapping[str, Option] | None = None) -> Namespace:
-    """Parse the arguments of one command.
+class Parser:
+    """The options of one command.
 
-    Raises:
-        ValueError: a mistake in them, told in one sentence.
+    Args:
+        command: its name.
+        usage: what comes after it.
+        description: what it does.
     """
-    try:
-        return parser.parse_args(list(argv))
-    except RecursionError as error:
-        raise ValueError("an option holds brackets in brackets without end: write it in fewer levels") from error
-    except (ArgumentError, TypeError) as error:
-        flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
-        raise ValueError(_explain(str(error), options or {}, flags)) from error
 
-
-def _explain(message: str, options: Mapping[str, Option], flags: Sequence[str]) -> str:
-    """The parser's complaint, which may take many lines, in one sentence of ours."""
-    if match := re.search(r'Parser key "([\w.-]+)"(?: element \d+)?:', message):
-        name = match[1]
-        values = re.findall(r"(?:Got|Given) value: (.*)", message)
-        if name in options:
-            kind = _describe_kind(options[name].kind)
-        else:
-            expected = re.search(r"Expected an? <class '(\w+)'>", message)
-            told = {kind.__name__: text for kind, text in _KINDS.items()}
-            kind = told.get(expected[1] if expected else "", "another value")
-        several = name in options and _item_kind(options[name].kind) and values and "," in values[-1]
-        hint = "; several are separated by spaces" if several else ""
-        return (
-            f"{with_dashes('--' + name)} expects {kind}" + (f", got {shorten(values[-1])!r}" if values else "") + hint
+    def __init__(self, command: str, usage: str, description: str) -> None:
+        self._parser = _Quiet(
+            prog=f"torchlocal {command}",
+            usage=f"torchlocal {command} {usage}",
+            description=description,
+            formatter_class=_Formatter,
+            add_help=False,
+            exit_on_error=False,
+            allow_abbrev=False,  # else `compare --seed 3` is `--seeds 3`
         )
-    if match := re.search(r"unrecognized arguments: (\S+)", message):
-        flag = match[1].partition("=")[0]
-        flag = shorten(flag)
-        if flag.startswith("-"):
-            return f"unknown option {flag}{suggestion(flag, flags)}; --help lists all"
-        return f"unexpected argument {flag!r}: options start with --"
-    if match := re.search(r"argument (--[\w.-]+)[^:]*: expected (?:one|at least one) argument", message):
-        return f"{match[1]} needs a value"
-    if match := re.search(r'Key "(\w+)" is required|arguments are required: (\w+)', message):
-        return f"{(match[1] or match[2]).upper()} is missing; --help shows the usage"
-    return " ".join(message.split())
+        self._parser.add_argument("-h", "--help", action="help", help="Show this.")
+        self._options: dict[str, Option] = {}
+        self._switches: list[str] = []
+
+    def word(self, name: str, told: str, *, needed: bool = True) -> None:
+        """A word that is no option."""
+        self._parser.add_argument(name, nargs="?", metavar=name.upper(), help=told)
+        self._needed = name if needed else None
+
+    _needed: str | None = None
+
+    def switch(self, name: str, told: str) -> None:
+        """An option without a value."""
+        self._parser.add_argument(flag(name), action="store_true", dest=name, help=told)
+        self._switches.append(name)
+
+    def recipes(self) -> None:
+        """`--config`, which may be given several times."""
+        self._parser.add_argument("--config", action="append", default=[], metavar="RECIPE", help=_CONFIG_HELP)
+
+    def add(self, *options: Option, title: str | None = None) -> None:
+        """Options with values, in a group of the help that has a title, or among the first."""
+        group: Any = self._parser.add_argument_group(title) if title else self._parser
+        for one in options:
+            self._options[one.name] = one
+            flags = dict.fromkeys([flag(one.name), flag(one.path or one.name)])
+            several = _item_kind(one.kind) is not None
+            shown = group.add_argument(
+                *flags,
+                dest=one.name,
+                nargs="+" if several else None,
+                default=argparse.SUPPRESS,
+                metavar=one.metavar or _metavar(one.kind),
+                help=(one.help + _default(one.default)).replace("%", "%%"),
+            )
+            shown.option_strings = list(flags)[:1]  # the help shows the short one
+
+    def parse(self, argv: Sequence[str], load: Callable[[str], dict[str, Any]] = lambda name: {}) -> dict[str, Any]:
+        """What was given, by short name: the defaults, what recipes say, what the command line says.
+
+        Args:
+            argv: the arguments.
+            load: reads the options of a recipe.
+
+        Raises:
+            ValueError: a mistake in them, told in one sentence.
+        """
+        flags = [name for name in self._parser._option_string_actions if name.startswith("--")]
+        try:
+            found, rest = self._parser.parse_known_args(list(argv))
+        except argparse.ArgumentError as error:
+            name = (error.argument_name or "").partition("/")[0]
+            if "expected" not in error.message:
+                raise ValueError(f"{name} takes no value: leave out what follows the equals sign") from error
+            remedy = ": a YAML file or the name of a shipped recipe" if name == "--config" else ""
+            raise ValueError(f"{name} needs a value{remedy}") from error
+        if rest:
+            name = shorten(rest[0].partition("=")[0])
+            if name.startswith("-"):
+                raise ValueError(f"unknown option {name}{suggestion(name, flags)}; --help lists all")
+            raise ValueError(f"unexpected argument {name!r}: options start with --")
+        given = vars(found)
+        if self._needed is not None and given[self._needed] is None:
+            raise ValueError(f"{self._needed.upper()} is missing; --help shows the usage")
+        values = {one.name: one.default for one in self._options.values()}
+        for recipe in given.pop("config", []):
+            values |= load(recipe)
+        typed = {name: read_value(self._options[name], value) for name, value in given.items() if name in self._options}
+        return {**given, **values, **typed}
+
+
+class _Quiet(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _default(value: Any) -> str:
+    if value is None or value is False or value == [] or value == {}:
+        return ""
+    if isinstance(value, list | tuple):
+        value = " ".join(map(str, value))
+    return f" (default: {str(value).lower() if value is True else value})"
+
+
+def _metavar(kind: Any) -> str:
+    item = _item_kind(kind)
+    members = _members(kind) if item is None else (item,)
+    if bool in members:
+        return "true|false"
+    names = ["N"] if int in members or float in members else []
+    names += ["TEXT"] if str in members else []
+    return "|".join(names) or "{...}"

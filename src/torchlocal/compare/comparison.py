@@ -10,7 +10,7 @@ import re
 import statistics
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
@@ -18,27 +18,40 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor, nn
 
 from torchlocal import __version__ as torchlocal_version
 from torchlocal.compare.costs import StepCosts, measure_costs
 from torchlocal.compare.methods import METHODS, CompareConfig, Subject, method_configs
 from torchlocal.compare.report import write_report
 from torchlocal.compare.results import Comparison, MethodResult
-from torchlocal.data import DataBundle
-from torchlocal.models import build_model
+from torchlocal.data import DataBundle, LoaderBundle
 from torchlocal.network import decouple
 from torchlocal.run.branches import Branch, find_branches, first_alike
-from torchlocal.run.build import build_network, build_optimizer, count_steps, load_run_data, resolve_execution
+from torchlocal.run.build import build_network, build_optimizer, count_steps, resolve_execution
 from torchlocal.run.checkpoint import check_same_config, write_config, write_file, write_json
-from torchlocal.run.config import FitConfig, build_guidance, build_rule, config_to_dict, guided_memory
+from torchlocal.run.config import FitConfig, build_guidance, build_rule, guided_memory
+from torchlocal.run.evaluation import are_classes
 from torchlocal.run.folder import Ownership, expand
-from torchlocal.run.trainer import Diverged, fit
+from torchlocal.run.own import Own
+from torchlocal.run.trainer import Diverged, train
 
 __all__ = ["METHODS", "CompareConfig", "Subject", "compare", "method_configs"]
 
 
-def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
+def compare(
+    config: CompareConfig,
+    *,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    data: Any = None,
+    criterion: Callable[[Tensor, Any], Tensor] | None = None,
+    prediction: Callable[[Any], Tensor] | None = None,
+    progress: bool = True,
+) -> Comparison:
     """Train one network by several methods and seeds and write a report of how they compare.
+
+    The network and the data are made by the names in the configuration, or handed in, as to
+    :func:`torchlocal.fit`; what is compared is accuracy, so the targets have to be classes.
 
     Finished runs are not repeated and an interrupted one is resumed, so calling it again completes it. Runs follow each
     other; all methods with one seed come before the next seed. What methods have in common is trained once: of those
@@ -48,6 +61,11 @@ def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
 
     Args:
         config: What to compare.
+        model: A function that makes the network, called for each run after its seed is set; or a network, of which
+            every run trains a copy, so that all begin with its weights.
+        data: Loaders for "train", "validation" and "test".
+        criterion: The loss; cross-entropy by default.
+        prediction: Takes the prediction from what the network returns.
         progress: Whether to say on the standard error stream what is going on.
 
     Returns:
@@ -58,25 +76,33 @@ def compare(config: CompareConfig, *, progress: bool = True) -> Comparison:
             there.
     """
     out = expand(config.out)
+    own = Own(model=model, data=data, criterion=criterion, prediction=prediction).copied()
+    if own.model is not None:
+        named = [name for name, options in {"grid": config.grid, **config.variants}.items() if "model" in options]
+        if named:
+            raise ValueError(f"{named[0]}: the network was handed in, so model means nothing there: leave it out")
+    config = replace(config, fit=own.named(config.fit))
     with Ownership(out, config.out):
-        return _compare(config, out, progress)
+        return _compare(config, own, out, progress)
 
 
-def _compare(config: CompareConfig, out: Path, progress: bool) -> Comparison:
-    data = load_run_data(config.fit)
-    subjects = method_configs(config, cache(partial(_count_units, data)))
+def _compare(config: CompareConfig, own: Own, out: Path, progress: bool) -> Comparison:
+    data = own.load(config.fit)
+    if data.test is None:
+        raise ValueError('data: a comparison reports test accuracies: give "test" as well')
+    subjects = method_configs(config, cache(partial(_count_units, config.fit, data, own)))
     configs = {method: subject.config for method, subject in subjects.items()}
     firsts = first_alike(configs, out)
     runs = {
-        (method, seed): replace(configs[method], out=str(out / method / f"seed{seed}"), seed=seed)
+        (method, seed): configs[method].changed(out=str(out / method / f"seed{seed}"), seed=seed)
         for seed in config.seeds
         for method in configs
         if firsts[method] == method
     }
     for run in runs.values():  # before anything is written or takes time
         _check_run_folder(run, data.checksum)
-    if not all((Path(run.out) / "result.json").exists() for run in runs.values()):
-        _check_parts(configs, data)
+    if not all((Path(run.run.out) / "result.json").exists() for run in runs.values()):
+        _check_parts(configs, data, own)
     _say(progress, f"comparing {', '.join(configs)} in {out}")
     alike = [f"{method} as {first}" for method, first in firsts.items() if first != method]
     if alike:
@@ -88,17 +114,17 @@ def _compare(config: CompareConfig, out: Path, progress: bool) -> Comparison:
     if begun:
         _say(progress, f"first steps in common: {', '.join(begun)}")
     write_config(out / "compare.yaml", _plain(config), [f"torchlocal compare --config {out / 'compare.yaml'}"])
-    costs = _costs(out / "costs.json", configs, data, config, progress) if config.timing_rounds else {}
+    costs = _costs(out / "costs.json", configs, data, own, config, progress) if config.timing_rounds else {}
     trained: dict[str, dict[int, dict[str, Any]]] = {}
     diverged: list[str] = []
     for number, ((method, seed), run) in enumerate(runs.items(), start=1):
-        finished = (Path(run.out) / "result.json").exists()
+        finished = (Path(run.run.out) / "result.json").exists()
         _say(progress, f"run {number} of {len(runs)}: {method}, seed {seed}{' (finished before)' if finished else ''}")
         branches = [
             Branch(step=step, config=runs[other, seed]) for other, (trunk, step) in trunks.items() if trunk == method
         ]
         try:
-            trained.setdefault(method, {})[seed] = fit(run, resume=True, progress=progress, branches=branches)
+            trained.setdefault(method, {})[seed] = train(run, own, resume=True, progress=progress, branches=branches)
         except Diverged as error:  # a result too, and no reason to lose the other runs
             diverged.append(f"{method}, seed {seed}")
             warnings.warn(f"{method}, seed {seed}: {error}; it is left out of the table", stacklevel=2)
@@ -106,7 +132,9 @@ def _compare(config: CompareConfig, out: Path, progress: bool) -> Comparison:
             raise ValueError(f"{method}, seed {seed}: {error}") from error
     results = {method: trained[firsts[method]] for method in configs if firsts[method] in trained}
     if not results:
-        raise Diverged(f"every run diverged ({'; '.join(diverged)}): lower lr={config.fit.lr:g}, or train in fp32")
+        raise Diverged(
+            f"every run diverged ({'; '.join(diverged)}): lower lr={config.fit.optimisation.lr:g}, or train in fp32"
+        )
     comparison = Comparison(
         title=f"{_several(config, 'model')} on {data.name}, {_modules_text(config)}",
         results=tuple(
@@ -115,7 +143,7 @@ def _compare(config: CompareConfig, out: Path, progress: bool) -> Comparison:
         ),
         facts=tuple(_facts(config, data, trained, diverged, alike, begun).items()),
         configuration=yaml.safe_dump(_plain(config, public=True), sort_keys=False),
-        command="torchlocal compare --config compare.yaml --out NEW_FOLDER",
+        command=_command(own),
         rounds=config.timing_rounds,
         device=resolve_execution(config.fit).device.type,
     )
@@ -131,21 +159,27 @@ def _say(progress: bool, text: str) -> None:
 
 def _several(config: CompareConfig, name: str) -> str:
     """An option of all runs, or its values in the grid."""
-    return ", ".join(map(str, config.grid.get(name, [getattr(config.fit, name)])))
+    return ", ".join(map(str, config.grid.get(name, [config.fit.value(name)])))
 
 
 def _modules_text(config: CompareConfig) -> str:
-    if config.fit.cuts is not None:
-        return f"cut after {', '.join(config.fit.cuts)}"
+    if config.fit.cut.after is not None:
+        return f"cut after {', '.join(config.fit.cut.after)}"
     words = {"all": "one local module per unit", "fewest": "as few local modules as take no more memory"}
     modules = _several(config, "modules")
     return words.get(modules, f"K = {modules}")
 
 
-def _count_units(data: DataBundle, name: str) -> int:
-    channels, height, width = data.shape
-    model = build_model(name, num_classes=data.num_classes, in_channels=channels, image_size=(height, width))
-    return len(decouple(model, 1, sample=(2, channels, height, width)).partition.units)
+def _command(own: Own) -> str:
+    if own == Own():
+        return "torchlocal compare --config compare.yaml --out NEW_FOLDER"
+    return "torchlocal.compare.compare(config, ...), handing in the same objects,"
+
+
+def _count_units(config: FitConfig, data: DataBundle, own: Own, name: str) -> int:
+    with torch.random.fork_rng(devices=[]):
+        model = own.make_model(config.changed(model=name), data)
+        return len(decouple(model, 1, sample=data.sample(2), prediction=own.make_prediction()).partition.units)
 
 
 def _check_run_folder(config: FitConfig, checksum: str) -> None:
@@ -153,7 +187,7 @@ def _check_run_folder(config: FitConfig, checksum: str) -> None:
 
     `fit` would refuse the first, too, but only when its turn comes; of a finished run it reads no data.
     """
-    path = Path(config.out) / "config.yaml"
+    path = Path(config.run.out) / "config.yaml"
     if not path.is_file():
         return
     try:
@@ -162,7 +196,7 @@ def _check_run_folder(config: FitConfig, checksum: str) -> None:
         raise ValueError(f"{path} is damaged: delete the folder {path.parent} to train it again") from error
     if not isinstance(saved, dict) or not saved:
         raise ValueError(f"{path} is damaged: delete the folder {path.parent} to train it again")
-    check_same_config(path, saved, config_to_dict(config))
+    check_same_config(path, saved, config.plain())
     finished = path.with_name("result.json")
     try:
         result = json.loads(finished.read_text(encoding="utf-8"))
@@ -176,11 +210,20 @@ def _check_run_folder(config: FitConfig, checksum: str) -> None:
         )
 
 
-def _check_parts(configs: Mapping[str, FitConfig], data: DataBundle) -> None:
+def _check_parts(configs: Mapping[str, FitConfig], data: DataBundle, own: Own) -> None:
     """Refuse a method whose network or optimizer cannot be made: now, not after the runs of other methods."""
     for config in configs.values():
         count_steps(config, len(data.train))
-        build_optimizer(config, build_network(config, data, resolve_execution(config)))
+        execution = resolve_execution(config)
+        net = build_network(config, data, execution, own)
+        build_optimizer(config, net)
+        if isinstance(data, LoaderBundle):
+            batch, target = execution.place(data.train.sample)
+            if not are_classes(net.chain.prediction_layout(batch)[0], target):
+                raise ValueError(
+                    "data: a comparison reports accuracies, and these targets are no classes, one for each prediction: "
+                    "train each method with torchlocal.fit"
+                )
 
 
 def _plain(config: CompareConfig, *, public: bool = False) -> dict[str, Any]:
@@ -188,9 +231,10 @@ def _plain(config: CompareConfig, *, public: bool = False) -> dict[str, Any]:
 
     `public` leaves out where the data lie on this machine.
     """
-    run = {name: value for name, value in config_to_dict(config.fit).items() if name not in ("out", "seed")}
+    run = config.fit.plain()
+    del run["run"]["out"], run["run"]["seed"]
     if public:
-        del run["data_root"]
+        del run["data"]["root"]
     section = {
         "out": config.out,
         "methods": list(config.methods),
@@ -205,7 +249,7 @@ def _plain(config: CompareConfig, *, public: bool = False) -> dict[str, Any]:
 
 
 def _costs(
-    path: Path, configs: Mapping[str, FitConfig], data: DataBundle, config: CompareConfig, progress: bool
+    path: Path, configs: Mapping[str, FitConfig], data: DataBundle, own: Own, config: CompareConfig, progress: bool
 ) -> dict[str, StepCosts]:
     """Measure what the steps cost, or read it if it was measured before under the same conditions."""
     key = {
@@ -213,8 +257,7 @@ def _costs(
         "num_threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "configs": {
-            method: {name: value for name, value in config_to_dict(fit_config).items() if name not in ("out", "seed")}
-            for method, fit_config in configs.items()
+            method: fit_config.changed(out="runs/fit", seed=0).plain() for method, fit_config in configs.items()
         },
         "timing_rounds": config.timing_rounds,
         "versions": _versions(),
@@ -226,7 +269,7 @@ def _costs(
     except (OSError, ValueError, KeyError, TypeError):  # absent, damaged or of another version: measure anew
         pass
     _say(progress, f"measuring memory and time of the steps ({config.timing_rounds} rounds)")
-    costs = measure_costs(configs, data, rounds=config.timing_rounds)
+    costs = measure_costs(configs, data, own, rounds=config.timing_rounds)
     write_json(path, {"key": key, "costs": {method: asdict(cost) for method, cost in costs.items()}})
     return costs
 
@@ -242,7 +285,7 @@ def _method_result(
     parameters = results[0]["num_parameters"]
     return MethodResult(
         method=method,
-        num_modules=len(results[0]["depth_accuracy"]),
+        num_modules=results[0]["num_modules"],
         guided_share=statistics.fmean(result["guided_share"] for result in results),
         accuracies=tuple(result["test_accuracy"] for result in results),
         validation=tuple(_validation_curve(folder / f"seed{seed}" / "metrics.csv") for seed in by_seed),
@@ -292,11 +335,16 @@ def _facts(
     alike: Sequence[str],
     begun: Sequence[str],
 ) -> dict[str, str]:
+    chosen = config.fit.optimisation
     fit_config, first = config.fit, next(iter(next(iter(results.values())).values()))
-    shape = " x ".join(map(str, data.shape))
-    length = (
-        f"{first['epochs']} epochs, {first['steps']} steps of {fit_config.batch_size * fit_config.accumulate} images"
-    )
+    if isinstance(data, LoaderBundle):
+        told = f"{data.name}: {len(data.train) // data.train.batch_size:,} training batches of {data.train.batch_size}"
+    else:
+        told = (
+            f"{data.name}: {len(data.train):,} training, {len(data.validation):,} validation and {len(data.test):,} "
+            f"test images of {' x '.join(map(str, data.shape))}, {data.num_classes} classes"
+        )
+    length = f"{first['epochs']} epochs, {first['steps']} steps of {chosen.batch_size * chosen.accumulate} images"
     seconds = sum(result["seconds"] for found in results.values() for result in found.values())
     shared = ", first steps in common counted for each" if begun else ""
     rule = _several(config, "rule") if "rule" in config.grid else repr(build_rule(fit_config))
@@ -304,20 +352,19 @@ def _facts(
     varied += [f"{name} ({_options_text(config.variants[name])})" for name in config.methods if name in config.variants]
     device = first["device"]
     if device == "cpu":
-        device += f" ({fit_config.num_threads or torch.get_num_threads()} threads, {platform.machine()})"
+        device += f" ({fit_config.run.num_threads or torch.get_num_threads()} threads, {platform.machine()})"
     return {
-        "Data": f"{data.name}: {len(data.train):,} training, {len(data.validation):,} validation and "
-        f"{len(data.test):,} test images of {shape}, {data.num_classes} classes",
+        "Data": told,
         "Network": f"{_several(config, 'model')}, {_modules_text(config)}, local rule {rule}",
         "Guidance": f"{build_guidance(fit_config)!r}, auxiliary networks {fit_config.guidance.auxiliary}, "
         + ", ".join(f"{name} {value}" for name, value in guided_memory(fit_config).items()),
-        "Training": f"{length}; {fit_config.optimizer}, lr {fit_config.lr:g}, "
-        f"weight decay {fit_config.weight_decay:g}, schedule {fit_config.schedule}",
+        "Training": f"{length}; {chosen.optimizer}, lr {chosen.lr:g}, weight decay {chosen.weight_decay:g}, "
+        f"schedule {chosen.schedule}",
         **({"Varied": "; ".join(varied)} if varied else {}),
         "Seeds": ", ".join(map(str, config.seeds)),
         **(
             {"Compiled": "yes; memory, but for that on CUDA, and FLOPs are of the same steps without torch.compile"}
-            if fit_config.compile
+            if fit_config.run.compile
             else {}
         ),
         **({"Trained once": ", ".join(alike) + " (recomputation changes no result)"} if alike else {}),

@@ -16,6 +16,7 @@ from torchlocal import memory
 from torchlocal.data import DataBundle
 from torchlocal.run.build import build_network, build_optimizer, count_steps, resolve_execution, train_step
 from torchlocal.run.config import FitConfig, build_guidance, guided_options
+from torchlocal.run.own import Own
 
 __all__ = ["StepCosts", "measure_costs"]
 
@@ -67,25 +68,23 @@ class StepCosts:
 class _Subject:
     """One method's network, stepped as the trainer does it."""
 
-    def __init__(self, config: FitConfig, data: DataBundle) -> None:
+    def __init__(self, config: FitConfig, data: DataBundle, own: Own) -> None:
         self.config, self.execution = config, resolve_execution(config)
         steps_per_epoch, num_steps = count_steps(config, len(data.train))
         guidance = build_guidance(config).bind(num_steps=num_steps, steps_per_epoch=steps_per_epoch)
-        self.num_threads = config.num_threads or torch.get_num_threads()
+        self.num_threads = config.run.num_threads or torch.get_num_threads()
         self.guided_share = sum(guidance(step) for step in range(num_steps)) / num_steps
-        self.net = build_network(config, data, self.execution)
-        if config.compile:
+        self.net = build_network(config, data, self.execution, own)
+        if config.run.compile:
             self.net.compile()
         self.optimizer = build_optimizer(config, self.net)
         self.scaler = self.execution.make_scaler()
         self.net.train()
         shares = {"local": 1 - self.guided_share, "guided": self.guided_share}
         self.kinds = [kind for kind, share in shares.items() if share > 0]
-        batches = data.train.batches(config.batch_size, train=True)
+        batches = data.train.batches(config.optimisation.batch_size, train=True)
         # Placed beforehand, so that neither loading nor copying is measured.
-        self.batches = [
-            (self.execution.place(x), y.to(self.execution.device)) for x, y in islice(batches, config.accumulate)
-        ]
+        self.batches = self.execution.place(list(islice(batches, config.optimisation.accumulate)))
 
     def step(self, kind: str) -> None:
         torch.set_num_threads(self.num_threads)
@@ -102,9 +101,8 @@ class _Subject:
     def flops(self, kind: str) -> int:
         """FLOPs of one optimizer step, counted on tensors without memory."""
         options = guided_options(self.config) if kind == "guided" else {}
-        x, _ = self.batches[0]
-        found = memory.predict(self.net, x, step=kind, autocast=self.execution.autocast, **options)
-        return self.config.accumulate * found.flops
+        found = memory.predict(self.net, *self.batches[0], step=kind, autocast=self.execution.autocast, **options)
+        return self.config.optimisation.accumulate * found.flops
 
     def wait(self) -> None:
         """Let the device finish, where it runs beside Python."""
@@ -120,12 +118,13 @@ class _Subject:
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def measure_costs(configs: Mapping[str, FitConfig], data: DataBundle, *, rounds: int) -> dict[str, StepCosts]:
+def measure_costs(configs: Mapping[str, FitConfig], data: DataBundle, own: Own, *, rounds: int) -> dict[str, StepCosts]:
     """Measure a full optimizer step (forward, backward, update) of several methods on the same batches.
 
     Args:
         configs: The configuration of every method by name.
         data: Where the batches come from.
+        own: What was handed in.
         rounds: How often every kind of step of every method is timed. In each round all take turns, starting with
             another one each time, so that what else the machine does meets all alike.
 
@@ -134,7 +133,7 @@ def measure_costs(configs: Mapping[str, FitConfig], data: DataBundle, *, rounds:
     """
     num_threads = torch.get_num_threads()
     try:
-        subjects = {name: _Subject(config, data) for name, config in configs.items()}
+        subjects = {name: _Subject(config, data, own) for name, config in configs.items()}
         peaks: dict[str, dict[str, int]] = {}
         for name, subject in subjects.items():
             peaks[name] = {}

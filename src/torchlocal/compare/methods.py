@@ -7,44 +7,51 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-from torchlocal.run.config import FitConfig, GuidanceConfig, build_guidance, config_from_dict, config_to_dict
+from torchlocal.checks import whole
+from torchlocal.run.config import (
+    CutConfig,
+    FitConfig,
+    GuidanceConfig,
+    MemoryConfig,
+    RuleConfig,
+    build_guidance,
+    check,
+    fit_options,
+    folder,
+    option,
+    short_names,
+)
 
 __all__ = ["METHODS", "CompareConfig", "Subject", "method_configs"]
 
 
 def _same_rate(config: FitConfig) -> FitConfig:
-    """With the learning rate that phased guidance would choose: it is the same for every method."""
-    phased = config.guidance.name == "phased" and config.guidance.periods in (None, 1)
-    if not phased or config.decay is not None or config.schedule != "cosine":
+    """With phased guidance: the decay of the learning rate that it implies, so that every method has the same."""
+    phased = config.guidance.name == "phased" and config.guidance.options.get("periods", 1) == 1
+    if not phased or config.optimisation.decay is not None or config.optimisation.schedule != "cosine":
         return config
-    return replace(config, decay=build_guidance(config).share or None)
+    return config.changed(decay=build_guidance(config).share or None)
 
 
 def _end_to_end(config: FitConfig, num_units: int) -> FitConfig:
-    plain = FitConfig()  # what says nothing about one module is the same in every comparison
+    # What says nothing about one module is the same in every comparison.
+    always = GuidanceConfig(name="always")
     return replace(
-        _same_rate(config),
-        modules=1,
-        cuts=None,
-        rule=plain.rule,
-        auxiliary=plain.auxiliary,
-        rule_options={},
-        memory=None,
-        recompute=None,
-        guidance=GuidanceConfig(name="always"),
+        _same_rate(config), cut=CutConfig(modules=1), rule=RuleConfig(), memory=MemoryConfig(), guidance=always
     )
 
 
 def _checkpointing(config: FitConfig, num_units: int) -> FitConfig:
     # About sqrt(n) segments keep the fewest activations alive (Chen et al., "Training Deep Nets with Sublinear Memory
     # Cost", 2016, section 4.3).
-    return replace(_end_to_end(config, num_units), recompute=max(1, round(math.sqrt(num_units))))
+    return _end_to_end(config, num_units).changed(recompute=max(1, round(math.sqrt(num_units))))
 
 
 def _local(config: FitConfig, num_units: int) -> FitConfig:
-    return replace(_same_rate(config), memory=None, recompute=None, guidance=GuidanceConfig(name="never"))
+    return replace(_same_rate(config), memory=MemoryConfig(), guidance=GuidanceConfig(name="never"))
 
 
 def _pgl(config: FitConfig, num_units: int) -> FitConfig:
@@ -64,52 +71,75 @@ METHODS: dict[str, Callable[[FitConfig, int], FitConfig]] = {
 }
 
 
+def _elements(name: str, value: Any) -> None:
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+        raise ValueError(f"{name}={value!r} must be a list with at least one element")
+    if len(set(value)) < len(value):
+        raise ValueError(f"{name}={list(value)} holds an element twice: name each once")
+
+
+def _seeds(name: str, value: Any) -> None:
+    _elements(name, value)
+    for seed in value:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise ValueError(f"{name}={list(value)} must be whole numbers of at least 0 and below 2**32")
+
+
+def _pairs(name: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name}={value!r} must be `name: value` pairs: fill it or leave it out")
+
+
+def _grid(name: str, value: Any) -> None:
+    _pairs(name, value)
+    for key, values in value.items():
+        if not isinstance(key, str):
+            raise ValueError(f"{name}: {key!r} must be the name of an option, such as modules")
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise ValueError(f"{name}: {key} must be a list of at least one value, not {values!r}")
+        if any(isinstance(each, Mapping | list | tuple) for each in values):
+            raise ValueError(f"{name}: the values of {key} must be numbers, words or null, not {list(values)!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Which methods and seeds to compare, on top of one common configuration.
+    """Which methods and seeds to compare, on top of one common configuration, whose folder and seed are not used."""
 
-    Args:
-        out: Folder of the comparison: report, and one run per method and seed in METHOD/seedN.
-        methods: Methods to compare, in the order of the table: end-to-end, checkpointing, local, pgl, or a variant.
-        seeds: Seeds; every method is trained once with each.
-        variants: Further methods, as NAME: {method: pgl, OPTION: VALUE, ...}: a method with other options of the run.
-            `baseline: NAME` names the method from which on its share of the gap closed is counted, if it is not local.
-        timing_rounds: Rounds in which the steps of all methods take turns for time per step; 0 measures no costs:
-            neither time nor memory nor FLOPs.
-        grid: Options to vary, as OPTION: [VALUE, ...]: every method is trained with every combination of them that
-            makes a difference to it, and measured against local and end-to-end training with the same.
-        fit: The common configuration of the runs; its `out` and `seed` are not used.
-    """
-
-    out: str = "runs/compare"
-    methods: tuple[str, ...] = tuple(METHODS)
-    seeds: tuple[int, ...] = (0,)
-    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    timing_rounds: int = 10
-    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    out: str = option(
+        "runs/compare", "Folder of the comparison: report, and one run per method and seed in METHOD/seedN.", folder
+    )
+    methods: tuple[str, ...] = option(
+        tuple(METHODS),
+        "Methods to compare, in the order of the table: end-to-end, checkpointing, local, pgl, or a variant.",
+        _elements,
+    )
+    seeds: tuple[int, ...] = option((0,), "Seeds; every method is trained once with each.", _seeds)
+    variants: Mapping[str, Mapping[str, Any]] = option(
+        {},
+        "Further methods, as NAME: {method: pgl, OPTION: VALUE, ...}: a method with other options of the run. "
+        "`baseline: NAME` names the method from which on its share of the gap closed is counted, if it is not local.",
+        _pairs,
+    )
+    timing_rounds: int = option(
+        10,
+        "Rounds in which the steps of all methods take turns for time per step; 0 measures no costs: neither time nor "
+        "memory nor FLOPs.",
+        partial(whole, most=1_000_000),
+    )
+    grid: Mapping[str, Sequence[Any]] = option(
+        {},
+        "Options to vary, as OPTION: [VALUE, ...]: every method is trained with every combination of them that makes a "
+        "difference to it, and measured against local and end-to-end training with the same.",
+        _grid,
+    )
     fit: FitConfig = field(default_factory=FitConfig)
 
     def __post_init__(self) -> None:
-        for name in ("methods", "seeds"):
-            values = getattr(self, name)
-            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-                raise ValueError(f"{name}={values!r} must be a list with at least one element")
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name}={list(values)} holds an element twice: name each once")
-        for name in ("variants", "grid"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be `name: value` pairs: fill it or leave it out")
+        check(self)
         known = [*METHODS, *self.variants]
         for method in self.methods:
             if method not in known:
                 raise ValueError(f"methods: {method!r} is unknown, choose from {', '.join(known)}")
-        for seed in self.seeds:
-            if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-                raise ValueError(f"seeds={list(self.seeds)} must be whole numbers of at least 0 and below 2**32")
-        if not isinstance(self.timing_rounds, int) or self.timing_rounds < 0:
-            raise ValueError(f"timing_rounds={self.timing_rounds!r} must be a whole number of at least 0")
-        if self.timing_rounds > 1_000_000:
-            raise ValueError(f"timing_rounds={self.timing_rounds} is more than 1,000,000: make it smaller")
         for name, options in self.variants.items():
             if not isinstance(name, str) or name in METHODS or not name or name.strip(".") != name:
                 raise ValueError(f"variants: {name!r} must be a new name that can be the name of a folder")
@@ -122,13 +152,6 @@ class CompareConfig:
                 raise ValueError(
                     f"variants: {name}: baseline {options['baseline']!r} must be one of {', '.join(others)}"
                 )
-        for name, values in self.grid.items():
-            if not isinstance(name, str):
-                raise ValueError(f"grid: {name!r} must be the name of an option, such as modules")
-            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-                raise ValueError(f"grid: {name} must be a list of at least one value, not {values!r}")
-            if any(isinstance(value, Mapping | list | tuple) for value in values):
-                raise ValueError(f"grid: the values of {name} must be numbers, words or null, not {list(values)!r}")
         method_configs(self, lambda model: 4)  # refuses what cannot work now, not after hours
 
 
@@ -142,24 +165,17 @@ class Subject:
 
 
 def _changed(config: FitConfig, changes: Mapping[str, Any], told: str) -> FitConfig:
-    """The configuration with other options, those of guidance in a mapping or with a dot; ``told`` begins an error."""
-    values = config_to_dict(config)
-    changes = dict(changes)
-    guidance = changes.pop("guidance", {})
-    if not isinstance(guidance, Mapping):
+    """The configuration with other options, by short names or in sections; ``told`` begins an error."""
+    if not isinstance(changes.get("guidance", {}), Mapping):
         raise ValueError(f"{told}: guidance must hold options such as {{share: 0.1}}, not one value")
-    dotted = {key.removeprefix("guidance."): changes.pop(key) for key in list(changes) if key.startswith("guidance.")}
-    for key in ("out", "seed", "data", "data_root", "num_train", "num_validation", "image_size"):
-        if key in changes:
-            raise ValueError(f"{told}: {key} is common to all methods: leave it out")
-    if "modules" in changes and config.cuts is not None and changes.get("cuts", config.cuts) is not None:
-        raise ValueError(f"{told}: modules means nothing next to cuts={config.cuts}: give one of them")
-    guidance = {**guidance, **dotted}
-    common = values["guidance"]
-    if guidance.get("name", common["name"]) != common["name"]:  # the options of one schedule are not another's
-        common = {"auxiliary": common["auxiliary"]}
     try:
-        return config_from_dict({**values, **changes, "guidance": {**common, **guidance}})
+        given = short_names(changes, defaults=False)
+        for key in given:
+            if key in fit_options() and fit_options()[key].common:
+                raise ValueError(f"{key} is common to all methods: leave it out")
+        if "modules" in given and config.cut.after is not None and given.get("cuts", config.cut.after) is not None:
+            raise ValueError(f"modules means nothing next to cuts={config.cut.after}: give one of them")
+        return config.changed(**given)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{told}: {error}") from error
 
@@ -173,15 +189,18 @@ def _method_config(
 ) -> FitConfig:
     common = _changed(config.fit, point, "grid")
     if method in METHODS:
-        return METHODS[method](common, num_units(common.model))
+        return METHODS[method](common, num_units(common.model.name))
     changes = {key: value for key, value in config.variants[method].items() if key not in ("method", "baseline")}
     changed, base = _changed(common, changes, f"variants: {method}"), config.variants[method]["method"]
-    made = METHODS[base](changed, num_units(changed.model))
+    made = METHODS[base](changed, num_units(changed.model.name))
     if made.guidance.name == "always":  # how much it recomputes is what a variant of these may change
-        made = replace(made, **{key: getattr(changed, key) for key in ("memory", "recompute") if key in changes})
+        given = short_names(changes, defaults=False)
+        made = made.changed(**{key: changed.value(key) for key in ("memory", "recompute") if key in given})
     for key in changes:
-        field_name = key.partition(".")[0]
-        if getattr(made, field_name) != getattr(changed, field_name):
+        named = [
+            one.name for one in fit_options().values() if key in (one.name, one.path) or one.path.startswith(f"{key}.")
+        ]
+        if any(made.value(name) != changed.value(name) for name in named):
             raise ValueError(f"variants: {method}: {key} means nothing to method {base}: leave it out")
     return made
 

@@ -110,7 +110,7 @@ class Comparison:
     device: str = "cpu"
 
     def baselines(self) -> dict[str, str]:
-        """For every method what it is measured from: itself, if others are and it guides nothing."""
+        """For every method the row from which its share of the gap is counted; where others start, that row itself."""
         starts = {result.baseline for result in self.results}
         return {r.method: r.method if r.method in starts and r.guided_share == 0 else r.baseline for r in self.results}
 

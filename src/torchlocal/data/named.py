@@ -7,10 +7,12 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchlocal.checks import whole
 from torchlocal.data.folders import read_folders
 from torchlocal.data.sources import READERS
 from torchlocal.data.splits import FOLDER_STREAM, VALIDATION_STREAM, FolderSource, MemorySource, Split, make_generator
@@ -46,6 +48,10 @@ class DataBundle:
     shape: tuple[int, int, int]
     classes: tuple[str, ...] = ()
     checksum: str = ""
+
+    def sample(self, batch_size: int) -> Any:
+        """What a network is cut for: a batch of the training images, or the shape of one."""
+        return max(2, batch_size), *self.shape  # BatchNorm asks for two
 
 
 def data_names() -> list[str]:
@@ -116,13 +122,20 @@ def load_data(
     base, pairs = (name.removeprefix("pairs:"), True) if name.startswith("pairs:") else (name, False)
     if base not in data_names():
         raise ValueError(unknown_data(name))
-    _check_numbers(num_train, num_validation, seed, num_workers)
+    for argument, number, least in (
+        ("num_train", num_train, 1),
+        ("num_validation", num_validation, 1),
+        ("num_workers", num_workers, 0),
+    ):
+        whole(argument, number, least, none=True, other=", or left out")
+    if not _is_whole(seed, 0, 2**64 - 1):
+        raise ValueError(f"seed={seed!r} must be a whole number of at least 0 and below 2**64")
     if base == "folder":
         return _load_folder(name, root, num_train, num_validation, augment, seed, image_size, num_workers, pairs)
     if image_size is not None:
         raise ValueError(f"image_size={image_size} applies to data='folder' only, not to {name!r}: leave it out")
     images = READERS[base](_path(root) if root is not None else None, download)
-    train, validation = _divide(len(images.train_labels), num_train, num_validation, seed)
+    train, validation = _divide(len(images.train[1]), num_train, num_validation, seed)
     augmentation = images.augmentation if augment and not pairs else None
 
     def split(pixels: Tensor, labels: Tensor, indices: Tensor | None) -> Split:
@@ -137,18 +150,15 @@ def load_data(
             pairs=pairs,
         )
 
-    test = split(images.test_images, images.test_labels, None)
+    test = split(*images.test, None)
     return DataBundle(
         name=name,
-        train=split(images.train_images, images.train_labels, train),
-        validation=split(images.train_images, images.train_labels, validation),
+        train=split(*images.train, train),
+        validation=split(*images.train, validation),
         test=test,
         num_classes=images.num_classes,
         shape=test.shape,
-        checksum=_checksum(
-            tensor.numpy().data
-            for tensor in (images.train_images, images.train_labels, images.test_images, images.test_labels)
-        ),
+        checksum=_checksum(tensor.numpy().data for tensor in (*images.train, *images.test)),
     )
 
 
@@ -247,18 +257,6 @@ def _divide(size: int, num_train: int | None, num_validation: int | None, seed: 
     return order[num_validation:].sort().values, order[:num_validation].sort().values
 
 
-def _check_numbers(num_train: int | None, num_validation: int | None, seed: int, num_workers: int | None) -> None:
-    for argument, value, least in (
-        ("num_train", num_train, 1),
-        ("num_validation", num_validation, 1),
-        ("num_workers", num_workers, 0),
-    ):
-        if value is not None and not _is_whole(value, least):
-            raise ValueError(f"{argument}={value!r} must be a whole number of at least {least}, or left out")
-    if not _is_whole(seed, 0, 2**64 - 1):
-        raise ValueError(f"seed={seed!r} must be a whole number of at least 0 and below 2**64")
-
-
 def _height_and_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
     sides = tuple(image_size) if isinstance(image_size, tuple | list) else (image_size, image_size)
     if len(sides) != 2 or not all(_is_whole(side, 1, _LONGEST_SIDE) for side in sides):
@@ -268,9 +266,8 @@ def _height_and_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
     return sides
 
 
-def _is_whole(value: object, least: int, most: int | None = None) -> bool:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return whole and value >= least and (most is None or value <= most)  # type: ignore[operator]
+def _is_whole(value: object, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _path(root: str | os.PathLike[str]) -> Path:

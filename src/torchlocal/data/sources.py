@@ -25,25 +25,21 @@ from torchlocal.data.splits import DIGITS_STREAM, Augmentation, make_generator
 __all__ = ["READERS", "Images", "default_root", "read_idx"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Images:
     """A data set in memory: official training and test images, and what the literature does with them.
 
     Args:
-        train_images: `(N, C, H, W)`, uint8.
-        train_labels: `(N,)`, int64.
-        test_images: `(M, C, H, W)`, uint8.
-        test_labels: `(M,)`, int64.
+        train: images `(N, C, H, W)`, uint8, and labels `(N,)`, int64.
+        test: the same of the test set.
         num_classes: number of classes.
         mean: per channel, on the scale 0..1, over the training images.
         std: per channel, on the scale 0..1, over the training images.
         augmentation: what the literature does to training images; None for nothing.
     """
 
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -93,7 +89,7 @@ def _read_fashion_mnist_small(root: Path | None, download: bool) -> Images:
         test = _checked(arrays["test_images"][:, None], arrays["test_labels"], 10, "the embedded sample")
     # Nøkland & Eidnes pad the 28x28 images by 2 pixels, which is 1 pixel at half the resolution.
     augmentation = Augmentation(padding=1, flip=True)
-    return _bundle(train, test, 10, (0.2866,), (0.3313,), augmentation)
+    return Images(train, test, 10, (0.2866,), (0.3313,), augmentation)
 
 
 def _read_digits(root: Path | None, download: bool) -> Images:
@@ -106,27 +102,7 @@ def _read_digits(root: Path | None, download: bool) -> Images:
     order = torch.randperm(len(images), generator=make_generator(DIGITS_STREAM))
     train, test = order[:1437], order[1437:]
     # A mirrored digit is another sign, and at 8x8 a shift by one pixel cuts strokes off: no augmentation.
-    return _bundle((images[train], labels[train]), (images[test], labels[test]), 10, (0.2875,), (0.3539,), None)
-
-
-def _bundle(
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    num_classes: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    augmentation: Augmentation | None,
-) -> Images:
-    return Images(
-        train_images=train[0],
-        train_labels=train[1],
-        test_images=test[0],
-        test_labels=test[1],
-        num_classes=num_classes,
-        mean=mean,
-        std=std,
-        augmentation=augmentation,
-    )
+    return Images((images[train], labels[train]), (images[test], labels[test]), 10, (0.2875,), (0.3539,), None)
 
 
 # ---------------------------------------------------------------------------------------------------- Fashion-MNIST
@@ -263,7 +239,7 @@ def _read_fashion_mnist(root: Path | None, download: bool) -> Images:
     train = _checked(arrays[0][:, None], arrays[1], 10, f"{paths[0]} with {paths[1].name}")
     test = _checked(arrays[2][:, None], arrays[3], 10, f"{paths[2]} with {paths[3].name}")
     # Crop and mirror as Nøkland & Eidnes 2019 (their code: RandomCrop(28, padding=2), RandomHorizontalFlip).
-    return _bundle(train, test, 10, (0.2860,), (0.3530,), Augmentation(padding=2, flip=True))
+    return Images(train, test, 10, (0.2860,), (0.3530,), Augmentation(padding=2, flip=True))
 
 
 # ------------------------------------------------------------------------------------------------------ torchvision
@@ -319,7 +295,7 @@ def _read_cifar(root: Path | None, download: bool, name: str, num_classes: int) 
         mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
     else:
         mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-    return _bundle(
+    return Images(
         _checked(train.data.transpose(0, 3, 1, 2), train.targets, num_classes, f"{name} (training) in {root}"),
         _checked(test.data.transpose(0, 3, 1, 2), test.targets, num_classes, f"{name} (test) in {root}"),
         num_classes,
@@ -341,7 +317,7 @@ def _read_svhn(root: Path | None, download: bool) -> Images:
         parts.append(_checked(data.data, data.labels, 10, f"{root / file}"))
     # InfoPro (Wang et al. 2021): crop after padding by 2, no mirroring, for digits are not symmetric.
     augmentation = Augmentation(padding=2)
-    return _bundle(parts[0], parts[1], 10, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), augmentation)
+    return Images(parts[0], parts[1], 10, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), augmentation)
 
 
 def _read_stl10(root: Path | None, download: bool) -> Images:
@@ -359,7 +335,7 @@ def _read_stl10(root: Path | None, download: bool) -> Images:
         parts.append(_checked(data.data, data.labels, 10, f"stl10 ({split}) in {root}"))
     # InfoPro (Wang et al. 2021): RandomCrop(96, padding=4), RandomHorizontalFlip.
     augmentation = Augmentation(padding=4, flip=True)
-    return _bundle(parts[0], parts[1], 10, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713), augmentation)
+    return Images(parts[0], parts[1], 10, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713), augmentation)
 
 
 READERS: dict[str, Callable[[Path | None, bool], Images]] = {

@@ -20,7 +20,9 @@ from torchlocal.data.folders import read_image
 __all__ = ["Augmentation", "FolderSource", "ImageSource", "MemorySource", "Split", "make_generator"]
 
 # What a random stream is for: the first word of its key, so that no two purposes ever share a stream.
-_SHUFFLE, _AUGMENT, _PARTNERS, _FIXED_PARTNERS, VALIDATION_STREAM, FOLDER_STREAM, DIGITS_STREAM = range(1, 8)
+_SHUFFLE, _AUGMENT, _PARTNERS, _FIXED_PARTNERS, VALIDATION_STREAM, FOLDER_STREAM, DIGITS_STREAM, LOADER_STREAM = range(
+    1, 9
+)
 
 
 def make_generator(purpose: int, *, seed: int = 0, epoch: int = 0, index: int = 0) -> torch.Generator:

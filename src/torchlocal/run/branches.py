@@ -10,25 +10,23 @@ from typing import Any
 
 from torchlocal.run.build import count_steps, learning_rate
 from torchlocal.run.checkpoint import fixed_fields
-from torchlocal.run.config import FitConfig, build_guidance, config_to_dict
+from torchlocal.run.config import FitConfig, build_guidance, fit_options
 
 __all__ = ["Branch", "find_branches", "first_alike"]
-
-_GUIDED_FIELDS = ("memory", "decay")  # of guided steps alone, and of the learning rate, which is compared by itself
 
 _MOST_STEPS = 1_000_000  # of a run that is looked through, step by step
 
 
 @dataclass(frozen=True, kw_only=True)
 class Branch:
-    """A run that is the same as another one up to a step: from there on it is trained from that one's state."""
+    """A run whose first steps are those of another one: it starts at `step`, from that one's state."""
 
     step: int
     config: FitConfig
 
 
 def first_alike(configs: Mapping[str, FitConfig], out: Path) -> dict[str, str]:
-    """For every method the one that is trained of all that give the same: one begun before, or the first."""
+    """For every method the one trained in its place, of all with the same result: one already begun, or the first."""
     keys = {method: json.dumps(_trained_fields(config), sort_keys=True) for method, config in configs.items()}
     firsts: dict[str, str] = {}
     for method in sorted(configs, key=lambda method: not any((out / method).glob("seed*/config.yaml"))):
@@ -37,7 +35,7 @@ def first_alike(configs: Mapping[str, FitConfig], out: Path) -> dict[str, str]:
 
 
 def find_branches(runs: Mapping[str, FitConfig], num_images: int) -> dict[str, tuple[str, int]]:
-    """Which runs can go on from an earlier one, and from which step: the earlier one with most steps in common.
+    """For runs that can start from an earlier one's state: which one, and at which step (as late as possible).
 
     Runs have those steps in common that are local in both, at the same learning rate, before anything else, whatever
     the seed. Less than an epoch is not worth a checkpoint. Compiled runs are left alone: what a step is compiled to
@@ -62,20 +60,20 @@ def find_branches(runs: Mapping[str, FitConfig], num_images: int) -> dict[str, t
 
 
 def _trained_fields(config: FitConfig) -> dict[str, Any]:
-    """The fields on which the weights depend, also by how sums are rounded."""
-    fields = config_to_dict(config)
-    rounding = {name: fields[name] for name in ("device", "channels_last", "num_threads")}
-    return fixed_fields(fields) | rounding
+    """The options on which the trained weights depend, those that only change rounding included."""
+    rounding = {name: config.value(name) for name, one in fit_options().items() if one.rounds}
+    return fixed_fields(config.plain()) | rounding
 
 
 def _local_fields(config: FitConfig) -> dict[str, Any]:
-    """Those on which local steps depend, but for their learning rate."""
+    """The options on which local steps depend, the learning rate left out."""
+    guided = {name for name, one in fit_options().items() if one.guided}
     fields = _trained_fields(config)
-    return {name: fields[name] for name in fields if not name.startswith("guidance.") and name not in _GUIDED_FIELDS}
+    return {name: fields[name] for name in fields if not name.startswith("guidance.") and name not in guided}
 
 
 def _common_steps(a: FitConfig, b: FitConfig, steps_per_epoch: int, num_steps: int) -> int:
-    if a.compile or num_steps > _MOST_STEPS or _local_fields(a) != _local_fields(b):
+    if a.run.compile or num_steps > _MOST_STEPS or _local_fields(a) != _local_fields(b):
         return 0
     if "random" in (a.guidance.name, b.guidance.name):  # which steps are guided depends on the seed
         return 0

@@ -4,21 +4,20 @@ import dataclasses
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
-from torchlocal.data import DataBundle, load_data
+from torchlocal.data import DataBundle, LoaderBundle
 from torchlocal.guidance import Guidance, cosine_factor
-from torchlocal.models import build_model
 from torchlocal.network import DecoupledNetwork, decouple
 from torchlocal.parallel.network import ParallelNetwork
 from torchlocal.parallel.setup import distribute
 from torchlocal.parallel.team import RemoteSplit, ShareOfSplit, Team
 from torchlocal.run.config import MOST_STEPS, FitConfig, build_guidance, build_rule, guided_options
+from torchlocal.run.own import Own
 
 __all__ = [
     "Execution",
@@ -26,13 +25,13 @@ __all__ = [
     "build_optimizer",
     "count_steps",
     "learning_rate",
-    "load_run_data",
     "load_shared_data",
     "resolve_execution",
     "share_out",
     "train_step",
 ]
 
+_NAMED = Own()
 _UNFIT_OPTIMIZERS = (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)  # another step, other gradients
 
 
@@ -53,16 +52,15 @@ class Execution:
         """Return the GradScaler that fp16 needs."""
         return torch.amp.GradScaler(self.device.type) if self.precision == "fp16" else None
 
-    def place(self, images: Tensor) -> Tensor:
-        """Move a batch of images to the device, in its memory layout."""
-        layout = torch.channels_last if self.channels_last else torch.preserve_format
-        return images.to(self.device, non_blocking=True, memory_format=layout)
+    def place(self, batch: Any) -> Any:
+        """Move a batch, or its target, to the device, images in its memory layout; what another rank reads is None."""
 
-    def place_batch(self, images: Tensor | None, targets: Tensor | None) -> tuple[Any, Any]:
-        """Move a batch to the device; one that another rank reads is None."""
-        if images is None or targets is None:
-            return None, None
-        return self.place(images), targets.to(self.device, non_blocking=True)
+        def placed(tensor: Tensor) -> Tensor:
+            images = self.channels_last and tensor.ndim == 4 and tensor.is_floating_point()
+            layout = torch.channels_last if images else torch.preserve_format
+            return tensor.to(self.device, non_blocking=True, memory_format=layout)
+
+        return tree_map_only(Tensor, placed, batch)
 
 
 def resolve_execution(config: FitConfig) -> Execution:
@@ -72,67 +70,50 @@ def resolve_execution(config: FitConfig) -> Execution:
         ValueError: if the device does not exist here, or cannot compute in the precision.
     """
     try:
-        device = torch.device(_best_device() if config.device == "auto" else config.device)
+        device = torch.device(_best_device() if config.run.device == "auto" else config.run.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f'device={config.device!r} is not available here: give "auto" or "cpu"') from error
-    precision = config.precision
+        raise ValueError(f'device={config.run.device!r} is not available here: give "auto" or "cpu"') from error
+    precision = config.run.precision
     if precision == "auto":
         precision = "bf16" if _has_fast_bf16(device) else "fp32"
     if precision != "fp32" and not torch.amp.is_autocast_available(device.type):
         raise ValueError(f'precision={precision!r} does not exist on {device}: give "fp32" or "auto"')
-    channels_last = precision == "bf16" if config.channels_last is None else config.channels_last
+    channels_last = precision == "bf16" if config.run.channels_last is None else config.run.channels_last
     return Execution(device=device, precision=precision, channels_last=channels_last)
 
 
-def load_run_data(config: FitConfig) -> DataBundle:
-    """Load the data of a run. Its validation split does not depend on the run's seed.
-
-    Raises:
-        ValueError: they cannot be loaded, or have a single class: any network would be right on all images.
-    """
-    data = load_data(
-        config.data,
-        root=config.data_root,
-        num_train=config.num_train,
-        num_validation=config.num_validation,
-        augment=config.augment,
-        image_size=config.image_size,
-        num_workers=config.num_workers,
-    )
-    if data.num_classes < 2:
-        raise ValueError(
-            f"data={config.data!r} has a single class ({', '.join(data.classes)}), of which nothing can be learned: "
-            "give every class a folder of its own in train"
-        )
-    return data
-
-
-def load_shared_data(config: FitConfig, team: Team) -> DataBundle:
+def load_shared_data(config: FitConfig, own: Own, team: Team) -> DataBundle:
     """Load the data where they are read; the other ranks only learn how many there are, and of what shape."""
     if not team.parallel:
-        return load_run_data(config)
-    if config.batch_size % team.replicas:
+        return own.load(config)
+    if isinstance(own.bundle, LoaderBundle):
         raise ValueError(
-            f"batch_size={config.batch_size} cannot be shared by replicas={config.replicas}: make it a multiple"
+            "data: loaders of your own are read by one process: train on a single rank, or hand in what "
+            "torchlocal.data.load_data returns"
         )
-    own: DataBundle | None = None
+    if config.optimisation.batch_size % team.replicas:
+        raise ValueError(
+            f"batch_size={config.optimisation.batch_size} cannot be shared by replicas={config.run.replicas}: make it "
+            "a multiple"
+        )
+    loaded: DataBundle | None = None
 
     def load() -> dict[str, Any]:
-        nonlocal own
-        own = load_run_data(config)
-        sizes = {name: len(getattr(own, name)) for name in ("train", "validation", "test")}
+        nonlocal loaded
+        loaded = own.load(config)
+        sizes = {name: len(getattr(loaded, name)) for name in ("train", "validation", "test")}
         fields = ("name", "num_classes", "shape", "classes", "checksum")
-        return {**{name: getattr(own, name) for name in fields}, **sizes}
+        return {**{name: getattr(loaded, name) for name in fields}, **sizes}
 
     told = team.at_reader(load)
-    if own is None and team.reads:  # the first stage of another replica
-        own = load_run_data(config)
-    if own is None:
+    if loaded is None and team.reads:  # the first stage of another replica
+        loaded = own.load(config)
+    if loaded is None:
         splits = {name: RemoteSplit(told[name]) for name in ("train", "validation", "test")}
         return DataBundle(**{**told, **splits})
-    share: Any = ShareOfSplit(own.train, team.replica, team.replicas)
-    return dataclasses.replace(own, train=share)
+    share: Any = ShareOfSplit(loaded.train, team.replica, team.replicas)
+    return dataclasses.replace(loaded, train=share)
 
 
 def share_out(
@@ -145,30 +126,35 @@ def share_out(
         )
     sample = None
     if team.rank == 0:
-        sample = execution.place_batch(*next(data.train.batches(config.batch_size, train=True, seed=config.seed)))
+        sample = execution.place(
+            next(data.train.batches(config.optimisation.batch_size, train=True, seed=config.run.seed))
+        )
     return distribute(
         net, replicas=team.replicas, assignment="time", sample=sample, autocast=execution.autocast, timeout=team.timeout
     )
 
 
-def build_network(config: FitConfig, data: DataBundle, execution: Execution) -> DecoupledNetwork:
+def build_network(config: FitConfig, data: DataBundle, execution: Execution, own: Own = _NAMED) -> DecoupledNetwork:
     """Build and cut the network of a run, on its device.
 
     The seed decides the weights: torch's global generators are set to it. The backbone's are drawn first, so that they
     are the same whatever its modules and auxiliary networks are.
     """
-    channels, height, width = data.shape
-    torch.manual_seed(config.seed)
-    model = build_model(config.model, num_classes=data.num_classes, in_channels=channels, image_size=(height, width))
+    torch.manual_seed(config.run.seed)
+    model = own.make_model(config, data)
+    anchor = next(model.parameters(), torch.empty(0))
     net = decouple(
         model,
-        modules=config.modules if config.cuts is None else None,
-        cuts=config.cuts,
-        sample=(max(2, config.batch_size), *data.shape),  # BatchNorm asks for two
+        modules=config.cut.modules if config.cut.after is None else None,
+        cuts=config.cut.after,
+        sample=tree_map_only(
+            Tensor, lambda tensor: tensor.to(anchor.device), data.sample(config.optimisation.batch_size)
+        ),
         rule=build_rule(config),
-        criterion=partial(F.cross_entropy, label_smoothing=config.label_smoothing),
+        criterion=own.make_criterion(config),
+        prediction=own.make_prediction(),
     )
-    net.recompute_segments(config.recompute)  # refuses a number of segments that it cannot be cut into
+    net.recompute_segments(config.memory.recompute)  # refuses a number of segments that it cannot be cut into
     layout = torch.channels_last if execution.channels_last else torch.preserve_format
     return net.to(execution.device, memory_format=layout)  # type: ignore[call-overload]
 
@@ -179,31 +165,30 @@ def build_optimizer(config: FitConfig, net: nn.Module | ParallelNetwork) -> torc
     Raises:
         ValueError: if torch.optim has no such optimizer, or it does not take the configuration's values.
     """
-    options: dict[str, Any] = {"lr": config.lr}
-    if config.optimizer == "sgd":
+    chosen = config.optimisation
+    options: dict[str, Any] = {"lr": chosen.lr}
+    if chosen.optimizer == "sgd":
         kind: type[torch.optim.Optimizer] = torch.optim.SGD
-        options |= {"nesterov": config.momentum > 0}
-    elif config.optimizer == "adamw":
+        options |= {"nesterov": chosen.momentum > 0}
+    elif chosen.optimizer == "adamw":
         kind = torch.optim.AdamW
     else:
-        kind = getattr(torch.optim, config.optimizer, torch.optim.Optimizer)
+        kind = getattr(torch.optim, chosen.optimizer, torch.optim.Optimizer)
         if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)) or kind in _UNFIT_OPTIMIZERS:
             names = [name for name in sorted(vars(torch.optim)) if _is_optimizer(name)]
-            raise ValueError(f'optimizer={config.optimizer!r} cannot be used: give "sgd", "adamw", {", ".join(names)}')
+            raise ValueError(f'optimizer={chosen.optimizer!r} cannot be used: give "sgd", "adamw", {", ".join(names)}')
     arguments = inspect.signature(kind).parameters
-    for name in ("momentum", "weight_decay"):
-        if name in arguments:
-            options[name] = getattr(config, name)
-    if config.weight_decay and "weight_decay" not in arguments:
+    options |= {name: getattr(chosen, name) for name in ("momentum", "weight_decay") if name in arguments}
+    if chosen.weight_decay and "weight_decay" not in arguments:
         raise ValueError(
-            f"weight_decay={config.weight_decay} is unknown to optimizer={config.optimizer!r}: give weight_decay=0"
+            f"weight_decay={chosen.weight_decay} is unknown to optimizer={chosen.optimizer!r}: give weight_decay=0"
         )
     try:
         return kind(net.parameters(), **options)
     except (TypeError, ValueError) as error:
         given = ", ".join(f"{name}={value}" for name, value in options.items())
         raise ValueError(
-            f"optimizer={config.optimizer!r} does not take this network with {given} ({error}): change these, or "
+            f"optimizer={chosen.optimizer!r} does not take this network with {given} ({error}): change these, or "
             "choose another optimizer"
         ) from error
 
@@ -217,19 +202,20 @@ def count_steps(config: FitConfig, num_images: int) -> tuple[int, int]:
     Raises:
         ValueError: if the images do not fill one step.
     """
-    steps_per_epoch = num_images // config.batch_size // config.accumulate
+    chosen = config.optimisation
+    steps_per_epoch = num_images // chosen.batch_size // chosen.accumulate
     if steps_per_epoch == 0:
-        accumulated = f" times accumulate={config.accumulate}" if config.accumulate > 1 else ""
+        accumulated = f" times accumulate={chosen.accumulate}" if chosen.accumulate > 1 else ""
         raise ValueError(
-            f"batch_size={config.batch_size}{accumulated} is more than the {num_images} training images: "
+            f"batch_size={chosen.batch_size}{accumulated} is more than the {num_images} training images: "
             "make it smaller"
         )
-    num_steps = config.steps or config.epochs * steps_per_epoch
+    num_steps = chosen.steps or chosen.epochs * steps_per_epoch
     if num_steps > MOST_STEPS:
-        raise ValueError(f"epochs={config.epochs} make {num_steps:,} steps, more than {MOST_STEPS:,}: make it smaller")
-    if config.warmup_epochs * steps_per_epoch >= num_steps:
+        raise ValueError(f"epochs={chosen.epochs} make {num_steps:,} steps, more than {MOST_STEPS:,}: make it smaller")
+    if chosen.warmup_epochs * steps_per_epoch >= num_steps:
         raise ValueError(
-            f"warmup_epochs={config.warmup_epochs} leaves nothing of the {num_steps} steps: make it smaller than "
+            f"warmup_epochs={chosen.warmup_epochs} leaves nothing of the {num_steps} steps: make it smaller than "
             f"{num_steps / steps_per_epoch:g}"
         )
     return steps_per_epoch, num_steps
@@ -240,28 +226,29 @@ def learning_rate(
 ) -> float:
     """Return the learning rate of a step (counted from 0): a function of the step alone.
 
-    Warm-up rises linearly, ending at lr; cosine falls to 0 over the last `config.decay` of training, or as guidance
-    says (:meth:`Guidance.decay`). `guidance` is the configuration's, bound to this run; without it, it is made.
+    Warm-up rises linearly, ending at lr; cosine falls to 0 over the last share `decay` of training, or as guidance says
+    (:meth:`Guidance.decay`). `guidance` is the configuration's, bound to this run; without it, it is made.
     """
-    warmup = round(config.warmup_epochs * steps_per_epoch)
-    if config.schedule == "cosine":
-        if config.decay is not None:
-            decay = range(min(num_steps - round(config.decay * num_steps), num_steps - 1), max(num_steps, step + 1))
+    chosen = config.optimisation
+    warmup = round(chosen.warmup_epochs * steps_per_epoch)
+    if chosen.schedule == "cosine":
+        if chosen.decay is not None:
+            decay = range(min(num_steps - round(chosen.decay * num_steps), num_steps - 1), max(num_steps, step + 1))
         else:
             guidance = guidance or build_guidance(config).bind(num_steps=num_steps, steps_per_epoch=steps_per_epoch)
             decay = guidance.decay(step, num_steps)
-        return config.lr * cosine_factor(step, decay, warmup)
+        return chosen.lr * cosine_factor(step, decay, warmup)
     if step < warmup:
-        return config.lr * (step + 1) / warmup
-    if config.schedule == "step":
-        return config.lr * config.gamma ** sum(step >= milestone * steps_per_epoch for milestone in config.milestones)
-    return config.lr
+        return chosen.lr * (step + 1) / warmup
+    if chosen.schedule == "step":
+        return chosen.lr * chosen.gamma ** sum(step >= milestone * steps_per_epoch for milestone in chosen.milestones)
+    return chosen.lr
 
 
 def train_step(
     net: DecoupledNetwork | ParallelNetwork,
     optimizer: torch.optim.Optimizer,
-    batches: Iterable[tuple[Tensor | None, Tensor | None]],
+    batches: Iterable[tuple[Any, Any]],
     *,
     config: FitConfig,
     execution: Execution,
@@ -274,7 +261,7 @@ def train_step(
     Args:
         net: the network, in training mode.
         optimizer: over its parameters.
-        batches: config.accumulate batches of images (B, C, H, W) and targets (B,).
+        batches: as many batches as are accumulated, with their targets; None where another rank reads them.
         config: the run's.
         execution: where it runs.
         guided: whether this is a guided step, or else a local one.
@@ -284,7 +271,8 @@ def train_step(
         The mean loss of each local module as 0-dim tensors, the last being the global loss; the global loss alone in a
         guided step with frozen auxiliary networks.
     """
-    options: dict[str, Any] = {"autocast": execution.autocast, "scale": 1 / config.accumulate}
+    chosen = config.optimisation
+    options: dict[str, Any] = {"autocast": execution.autocast, "scale": 1 / chosen.accumulate}
     if scaler is not None:
         options["backward"] = lambda loss: scaler.scale(loss).backward()
     if guided:
@@ -293,26 +281,26 @@ def train_step(
     total: list[Tensor] = []
     try:
         for x, y in batches:
-            losses = step(*execution.place_batch(x, y), **options)
+            losses = step(execution.place(x), execution.place(y), **options)
             total = [a + b for a, b in zip(total, losses, strict=True)] if total else losses
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
         raise ValueError(
-            f"batch_size={config.batch_size} is too small for the BatchNorm layers, which need more than one value per "
+            f"batch_size={chosen.batch_size} is too small for the BatchNorm layers, which need more than one value per "
             "channel: make it larger, or use accumulate with larger batches"
         ) from error
-    if config.clip is not None:
+    if chosen.clip is not None:
         if scaler is not None:
             scaler.unscale_(optimizer)
-        _clip(net, config.clip, guided)
+        _clip(net, chosen.clip, guided)
     if scaler is None:
         optimizer.step()
     else:
         scaler.step(optimizer)
         scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return [loss / config.accumulate for loss in total] if config.accumulate > 1 else total
+    return [loss / chosen.accumulate for loss in total] if chosen.accumulate > 1 else total
 
 
 def _clip(net: DecoupledNetwork | ParallelNetwork, norm: float, guided: bool) -> None:

@@ -16,13 +16,14 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from torchlocal.run.config import FitConfig, config_to_dict
+from torchlocal.run.config import fit_options, short_names
 from torchlocal.run.folder import temporary_name
-from torchlocal.sizes import shorten
+from torchlocal.checks import shorten
 
 __all__ = [
     "check_same_config",
     "fixed_fields",
+    "load_backbone",
     "load_checkpoint",
     "load_network",
     "reading",
@@ -33,19 +34,23 @@ __all__ = [
     "write_metrics",
 ]
 
+BACKBONE = "backbone."  # begins the names of its tensors in a decoupled network
 FORMAT = "torchlocal checkpoint"
-VERSION = 2  # 1 held an option of every schedule
+VERSION = 3  # 2 knew no sections, and nothing of the user's own
 # What every checkpoint holds, and what is added to resume from it.
-_FIELDS: dict[str, Any] = {"config": dict, "precision": str, "data": dict, "modules": list, "step": int, "net": dict}
+_FIELDS: dict[str, Any] = {
+    "run": str,
+    "config": dict,
+    "precision": str,
+    "data": dict,
+    "modules": list,
+    "step": int,
+    "net": dict,
+}
 _DATA_FIELDS = ("num_train", "num_validation", "num_classes", "shape")
 _RESUMED_FIELDS: dict[str, Any] = {
     "optimizer": dict, "random": dict, "position": dict, "rows": list, "loss_sums": Tensor,
 }  # fmt: skip
-# What may differ between a checkpoint and the run that resumes it: where things are, and how often they are written.
-FREE_FIELDS = (
-    "out", "data_root", "num_workers", "log_every", "checkpoint_every", "num_threads", "device", "channels_last",
-    "tensorboard",
-)  # fmt: skip
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
@@ -117,7 +122,7 @@ def _is_plain(value: Any) -> bool:
 
 @contextlib.contextmanager
 def reading(path: Path, *others: type[Exception]) -> Iterator[None]:
-    """Refuse in one sentence a file that has the right fields, but not the right things in them.
+    """Turn the errors of reading a checkpoint's fields into one sentence that names the file.
 
     Raises:
         ValueError: in place of what comes of that, and of the other errors.
@@ -151,13 +156,24 @@ def load_network(net: nn.Module, state: Mapping[str, Any], path: Path) -> None:
     net.load_state_dict(saved)
 
 
+def load_backbone(model: nn.Module, state: Mapping[str, Any], path: Path) -> None:
+    """Load a checkpoint's weights into a plain network.
+
+    Raises:
+        ValueError: they are another network's.
+    """
+    saved = {key.removeprefix(BACKBONE): value for key, value in state["net"].items() if key.startswith(BACKBONE)}
+    load_network(model, {"net": saved}, path)
+
+
 def fixed_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a configuration, flat, that may not differ between a checkpoint and the run that resumes it.
+    """The options of a configuration, by short names, that may not differ between a checkpoint and its resumption.
 
     How much a guided step recomputes may differ, as long as no micro-batches are cut: the results are the same (but
     where the steps are compiled, for other pieces may then round otherwise).
     """
-    fields = {name: value for name, value in _flatten(config).items() if name not in FREE_FIELDS}
+    free = {name for name, one in fit_options().items() if one.free}
+    fields = {name: value for name, value in short_names(config).items() if name not in free}
     recompute, memory = fields.pop("recompute", None), fields.get("memory")
     never, always = (fields.get("guidance.name") == name for name in ("never", "always"))
     whole = never or recompute is not None or memory in ("exact", "full") or (memory is None and always)
@@ -179,8 +195,7 @@ def check_same_config(path: Path, saved: Mapping[str, Any], current: Mapping[str
     Raises:
         ValueError: naming every field that differs and must not.
     """
-    there, now = _flatten(config_to_dict(FitConfig())) | _flatten(saved), _flatten(current)
-    old, new = fixed_fields(there), fixed_fields(now)
+    (there, old), (now, new) = ((short_names(config), fixed_fields(config)) for config in (saved, current))
     absent = object()
     differing = [
         f"{name} ({_told(old, there, name)} there, {_told(new, now, name)} now)"
@@ -199,7 +214,7 @@ def check_same_config(path: Path, saved: Mapping[str, Any], current: Mapping[str
 
 
 def _told(fixed: Mapping[str, Any], given: Mapping[str, Any], name: str) -> str:
-    """A field as the user gave it; what came of several options says so."""
+    """The value of an option for a message; one that another option has decided names that one."""
     if name not in fixed:
         return "absent"
     if fixed[name] == given[name] or given[name] is not None:
@@ -258,15 +273,8 @@ def _write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
-
-
 def _first_line(error: BaseException) -> str:
-    """Return what a foreign error says, short enough to be part of a sentence."""
+    """The first line of an error's message, short enough to be part of a sentence."""
     cause = error.__context__ if isinstance(error.__context__, OSError) else error
     if isinstance(cause, OSError) and cause.strerror:
         return cause.strerror

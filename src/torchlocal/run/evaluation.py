@@ -1,6 +1,6 @@
 """What a trained network is worth: accuracy and loss of a split, also by depth."""
 
-import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import zip_longest
@@ -8,33 +8,51 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchlocal.cut.batches import num_examples as count_examples
 from torchlocal.data import DataBundle, Split
 from torchlocal.network import DecoupledNetwork
 from torchlocal.parallel.network import ParallelNetwork
 from torchlocal.run import checkpoint
-from torchlocal.run.build import Execution, build_network, load_run_data, resolve_execution
-from torchlocal.run.config import FitConfig, config_from_dict
+from torchlocal.run.build import Execution, build_network, resolve_execution
+from torchlocal.run.config import FitConfig
+from torchlocal.run.own import Own
 
-__all__ = ["evaluate", "load_run", "measure_split"]
+__all__ = ["are_classes", "evaluate", "load_run", "measure_split", "plain"]
+
+_NAMED = Own()
 
 
 @torch.no_grad()
 def evaluate(
-    run: str | Path, split: str = "test", *, device: str = "auto", data_root: str | None = None
+    run: str | Path,
+    split: str = "test",
+    *,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    data: Any = None,
+    criterion: Callable[[Tensor, Any], Tensor] | None = None,
+    prediction: Callable[[Any], Tensor] | None = None,
+    device: str = "auto",
+    data_root: str | None = None,
 ) -> dict[str, Any]:
     """Measure a trained network, also at the depth of every auxiliary network.
+
+    A network or data of the user's own are handed in as they were to :func:`fit`; the network gets the weights.
 
     Args:
         run: a run folder, whose best checkpoint is taken, or a checkpoint.
         split: "train" (not augmented), "validation" or "test".
+        model: the network, if it has no name.
+        data: the data, if they have no name.
+        criterion: the loss, if it was not cross-entropy.
+        prediction: what takes the prediction from what the network returns.
         device: where to compute.
         data_root: folder of the data set's files, if it is not the run's.
 
     Returns:
-        The checkpoint, the split, the number of images, the accuracy, the loss (cross-entropy without label smoothing)
-        and the accuracies by depth, from the first local module to the whole network.
+        What :func:`measure_split` returns, with the checkpoint and the split.
 
     Raises:
         ValueError: if the split is unknown or the checkpoint does not fit.
@@ -44,20 +62,24 @@ def evaluate(
         raise ValueError(f'split={split!r} is unknown: give "train", "validation" or "test"')
     path = Path(run).expanduser()
     if path.is_dir():
-        found = [path / name for name in ("best.pt", "last.pt") if (path / name).exists()]
-        if not found:
+        kept = [path / name for name in ("best.pt", "last.pt") if (path / name).exists()]
+        if not kept:
             runs = sorted(path.glob("*/seed*/best.pt"))
             such = f", such as {runs[0].parent}" if runs else ""
             raise FileNotFoundError(f"{path} holds no checkpoint (best.pt, last.pt): give the folder of a run{such}")
-        path = found[0]
-    config, execution, data, net = load_run(path, device=device, data_root=data_root)
-    images = getattr(data, split)
-    measured = measure_split(net, images, config, execution, by_depth=True)
-    return {"checkpoint": str(path), "split": split, "num_images": len(images), **measured}
+        path = kept[0]
+    own = Own(model=model, data=data, criterion=criterion, prediction=prediction)
+    config, execution, found, net = load_run(path, device=device, data_root=data_root, own=own)
+    part = getattr(found, split)
+    if part is None:
+        raise ValueError(f"split={split!r}: the data that were handed in have no such part: give another split")
+    measured = measure_split(net, part, config, execution, criterion=criterion, by_depth=True)
+    told = {name: plain(value) for name, value in measured.items()}
+    return {"checkpoint": str(path), "split": split, "num_images": told.pop("num_examples"), **told}
 
 
 def load_run(
-    path: Path, *, device: str, data_root: str | None
+    path: Path, *, device: str, data_root: str | None, own: Own = _NAMED
 ) -> tuple[FitConfig, Execution, DataBundle, DecoupledNetwork]:
     """What a checkpoint was trained with, and its network with the weights; the random generator is left alone.
 
@@ -65,6 +87,7 @@ def load_run(
         path: the checkpoint.
         device: where to compute.
         data_root: folder of the data set's files, if it is not the run's.
+        own: what has no name.
 
     Raises:
         ValueError: if the checkpoint does not fit.
@@ -72,13 +95,13 @@ def load_run(
     """
     saved = checkpoint.load_checkpoint(path)
     with checkpoint.reading(path):
-        config = dataclasses.replace(config_from_dict(saved["config"]), device=device)
-    config = config if data_root is None else dataclasses.replace(config, data_root=data_root)
+        config = FitConfig.of(**saved["config"]).changed(device=device)
+    config = own.named(config if data_root is None else config.changed(data_root=data_root))
     execution = resolve_execution(config)
-    data = load_run_data(config)
+    data = own.load(config)
     _check_classes(path, saved["data"].get("classes", data.classes), data.classes)
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten
-        net = build_network(config, data, execution)
+        net = build_network(config, data, execution, own)
     checkpoint.load_network(net, saved, path)
     return config, execution, data, net
 
@@ -100,31 +123,71 @@ def measure_split(
     config: FitConfig,
     execution: Execution,
     *,
+    criterion: Callable[[Tensor, Any], Tensor] | None = None,
     by_depth: bool = False,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Return accuracy and cross-entropy of a split; check is called after every batch."""
+    """Measure a network on a split.
+
+    Args:
+        net: the network, which is in evaluation mode afterwards.
+        split: what to measure it on.
+        config: the run's.
+        execution: where it runs.
+        criterion: gives the loss of a batch; None: cross-entropy without label smoothing.
+        by_depth: also through the auxiliary networks.
+        check: called after every batch.
+
+    Returns:
+        The number of examples, the accuracy (right predictions over all targets; NaN where targets are no classes) and
+        the loss (mean over examples), and by depth both from the first local module to the whole network.
+    """
     net.eval()
-    last = net.num_modules - 1
-    correct = torch.zeros(net.num_modules, dtype=torch.int64, device=execution.device)
-    loss = torch.zeros((), device=execution.device)
+    last, num_examples = net.num_modules - 1, 0
+    right = torch.zeros(net.num_modules, dtype=torch.int64, device=execution.device)
+    loss = torch.zeros(net.num_modules, device=execution.device)
+    num_targets: int | None = 0
     autocast = partial(
         torch.autocast, execution.device.type, execution.autocast, enabled=execution.autocast is not None
     )
-    for x, y in split.batches(config.batch_size, train=False):
-        x, y = execution.place_batch(x, y)
+    for x, y in split.batches(config.optimisation.batch_size, train=False):
+        x, y = execution.place(x), execution.place(y)
         with autocast():
             if isinstance(net, ParallelNetwork):  # the modules of this rank alone
                 outputs, y = net.depth_outputs(x, y, all_depths=by_depth)
             else:
-                outputs = dict(enumerate(net.depth_outputs(x))) if by_depth else {last: net(x)}
+                outputs = dict(enumerate(net.depth_outputs(x))) if by_depth else {last: net.chain.call(x)}
+        size = len(y) if isinstance(y, Tensor) and y.ndim else count_examples(x)
+        num_examples += size
         for k, output in outputs.items():
-            correct[k] += (output.argmax(1) == y).sum()
-        if last in outputs:
-            loss += F.cross_entropy(outputs[last].float(), y, reduction="sum")
+            if not are_classes(output.shape, y):
+                num_targets = None
+            elif num_targets is not None:
+                right[k] += (output.argmax(1) == y).sum()
+            if criterion is not None:
+                loss[k] += criterion(output.float() if output.is_floating_point() else output, y) * size
+            else:
+                loss[k] += F.cross_entropy(output.float(), y, reduction="sum")
+        if num_targets is not None:
+            num_targets += y.numel()
         check()
     if isinstance(net, ParallelNetwork):
-        correct, loss = net.sum_over_stages(correct), net.sum_over_stages(loss)
-    accuracies = [int(number) / len(split) for number in correct.tolist()]
-    measured: dict[str, Any] = {"accuracy": accuracies[-1], "loss": loss.item() / len(split)}
-    return measured | {"depth_accuracy": accuracies} if by_depth else measured
+        right, loss = net.sum_over_stages(right), net.sum_over_stages(loss)
+    accuracies = [int(number) / num_targets if num_targets else math.nan for number in right.tolist()]
+    losses = [value / num_examples for value in loss.tolist()]
+    measured: dict[str, Any] = {"num_examples": num_examples, "accuracy": accuracies[-1], "loss": losses[-1]}
+    return measured | {"depth_accuracy": accuracies, "depth_loss": losses} if by_depth else measured
+
+
+def are_classes(shape: torch.Size, target: Any) -> bool:
+    """Whether a target holds the class of each prediction, whose second dimension are the classes."""
+    if not isinstance(target, Tensor) or target.is_floating_point() or len(shape) < 2:
+        return False
+    return target.shape == shape[:1] + shape[2:]
+
+
+def plain(value: Any) -> Any:
+    """NaN, which JSON does not know, as None."""
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from torchlocal.models import build_model
-from torchlocal.run.checkpoint import load_checkpoint, write_file
-from torchlocal.run.config import config_from_dict
+from torchlocal.run.checkpoint import load_backbone, load_checkpoint, write_file
+from torchlocal.run.config import FitConfig
+from torchlocal.run.own import OWN
 
 __all__ = ["export"]
-
-_PREFIX = "backbone."
 
 
 def export(run: str | Path, *, to: str | Path, weights: str = "best", overwrite: bool = False) -> Path:
@@ -52,23 +51,24 @@ def export(run: str | Path, *, to: str | Path, weights: str = "best", overwrite:
     if path.is_dir():
         path = path / f"{weights}.pt"
     saved = load_checkpoint(path)
-    config = config_from_dict(saved["config"])
+    config = FitConfig.of(**saved["config"])
+    if config.model.name.startswith(OWN) or not saved["data"]["shape"]:
+        raise ValueError(
+            f"{path} is of a network or data of your own, which are not there: torchlocal.fit(..., model=model) leaves "
+            "the weights in the network, to be saved as any other"
+        )
     channels, height, width = saved["data"]["shape"]
 
     def fresh() -> nn.Module:
         return build_model(
-            config.model, num_classes=saved["data"]["num_classes"], in_channels=channels, image_size=(height, width)
+            config.model.name,
+            num_classes=saved["data"]["num_classes"],
+            in_channels=channels,
+            image_size=(height, width),
         )
 
-    model = fresh()
-    state = {key.removeprefix(_PREFIX): value for key, value in saved["net"].items() if key.startswith(_PREFIX)}
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path} does not hold the weights of {config.model}: use the torchlocal that wrote it"
-        ) from error
-    model.eval()
+    model = fresh().eval()
+    load_backbone(model, saved, path)
     images = torch.randn(3, channels, height, width, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(images)

@@ -42,7 +42,7 @@ def expand(path: str | Path) -> Path:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside a file, of nobody else, under which its next version is written."""
+    """A unique hidden name beside a file, under which its next version is written before it is renamed."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
@@ -156,7 +156,7 @@ class Ownership:
         self.release()
 
     def _forget(self) -> None:
-        """In a process forked from the owner, which must not keep the lock after the owner's end."""
+        """Close the lock in a process forked from the owner, which would else hold it after the owner's end."""
         if self._file is not None:
             os.close(self._file)
             self._file = None

@@ -1,19 +1,21 @@
-"""What a run tells while it trains: a progress bar or plain lines, and TensorBoard events."""
+"""How a run goes, for who watches: a progress bar on a terminal, or else one line per epoch."""
+
+from __future__ import annotations
 
 import contextlib
-import shutil
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
-from types import TracebackType
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
+from rich.progress import Progress as Bar
 from rich.text import Text
 
-__all__ = ["Reporter", "compact"]
+from torchlocal.run.callbacks import Callback, RunState
+
+__all__ = ["Progress", "compact"]
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -34,110 +36,64 @@ def compact(losses: Sequence[float]) -> str:
     return f"{known[0]:.2f} {bars} {known[-1]:.2f}"
 
 
-class Reporter:
-    """Shows the progress of one run on the standard error stream.
+class Progress(Callback):
+    """Shows the progress of one run on the standard error stream."""
 
-    Args:
-        num_steps: optimizer steps of the whole run.
-        step: step it starts from.
-        enabled: whether to show anything.
-        events: folder for TensorBoard events, or None.
-    """
+    _bar: Bar | None = None
 
-    def __init__(self, num_steps: int, step: int, *, enabled: bool, events: Path | None) -> None:
-        self._num_steps, self._first_step, self._started = num_steps, step, time.perf_counter()
-        self._enabled = enabled
-        self._console = Console(stderr=True)
-        self._bar: Progress | None = None
-        if enabled and self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-                TextColumn("{task.fields[told]}"),
-                _Remaining(self),
-                console=self._console,
-                refresh_per_second=4,
-            )
-            self._task = self._bar.add_task("", total=num_steps, completed=step, told="")
-        self._writer: Any = None
-        self._events = events
-        if events is not None:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not always wanted
-
-            try:
-                self._writer = SummaryWriter(events, purge_step=step + 1)
-            except OSError as error:
-                raise self._unwritten(error) from error
-
-    def __enter__(self) -> "Reporter":
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        if self._writer is not None:
-            try:
-                self._writer.close()
-            except OSError as failed:
-                if error is None:  # else that one is what has to be told
-                    raise self._unwritten(failed) from failed
+    def on_start(self, state: RunState) -> None:
+        self._first_step, self._num_steps, self._started = state.step, state.num_steps, time.perf_counter()
+        console = Console(stderr=True)
+        if not console.is_terminal:
+            return
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[told]}"),
+            _Remaining(self),
+            console=console,
+            refresh_per_second=4,
+        )
+        self._task = self._bar.add_task("", total=state.num_steps, completed=state.step, told="")
+        self._bar.start()
 
     def advance(self, step: int, epoch: str) -> None:
-        """Move the bar; costs nothing without one."""
+        """Move the bar, after every step; costs nothing without one."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=epoch)
 
-    def losses(self, step: int, losses: Sequence[float], *, guided_share: float, lr: float, speed: float) -> None:
-        """Tell the mean losses per local module since the last call, the last being the global loss."""
-        if self._bar is not None:
-            told = f"loss {losses[-1]:.3f}"
-            if len(losses) > 1:
-                told += f" · modules {compact(losses)}"
-            self._bar.update(self._task, told=f"{told} · guided {guided_share:.0%} · {speed:.0f} images/s")
-        scalars = {"loss/global": losses[-1], "lr": lr, "guided_share": guided_share, "images_per_second": speed}
-        scalars |= {f"loss/module_{k}": loss for k, loss in enumerate(losses[:-1], start=1)}
-        self.scalars(step, scalars)
+    def on_step(self, state: RunState, values: Mapping[str, float]) -> None:
+        if self._bar is None:
+            return
+        told = f"loss {values['loss/global']:.3f}"
+        losses = [value for name, value in values.items() if name.startswith("loss/module_")]
+        if losses:
+            told += f" · modules {compact([*losses, values['loss/global']])}"
+        told += f" · guided {values['guided_share']:.0%} · {values['images_per_second']:.0f} images/s"
+        self._bar.update(self._task, told=told)
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Write numbers, without those that were not measured (NaN), to TensorBoard."""
-        if self._writer is not None:
-            for name, value in values.items():
-                if value == value:
-                    try:
-                        self._writer.add_scalar(name, value, step)
-                    except OSError as error:
-                        raise self._unwritten(error) from error
-
-    def _unwritten(self, error: OSError) -> OSError:
-        return OSError(
-            f"{self._events} could not be written ({error.strerror or type(error).__name__}): make room, or give "
-            "tensorboard=False; the checkpoint before is untouched"
-        )
-
-    def copy_events(self, folder: Path) -> None:
-        """Copy what was written to TensorBoard until now."""
-        if self._events is not None:
-            try:
-                self._writer.flush()
-                shutil.copytree(self._events, folder, dirs_exist_ok=True)
-            except OSError as error:  # shutil's lists every file
-                raise OSError(f"{folder} could not be written: make room on the disk, or see who may write") from error
-
-    def epoch(self, num_epochs: int, row: dict[str, float], losses: Sequence[float]) -> None:
+    def on_epoch(self, state: RunState, row: Mapping[str, float]) -> None:
         """Tell one epoch: into the scroll-back above a bar, as a plain line otherwise."""
+        losses = [value for name, value in row.items() if name.startswith("loss_")]
+        accuracy = row["validation_accuracy"]
         told = (
-            f"epoch {row['epoch']}/{num_epochs}  loss {row['train_loss']:.3f}"
+            f"epoch {row['epoch']}/{state.num_epochs}  loss {row['train_loss']:.3f}"
             + (f"  modules {compact(losses)}" if len(losses) > 1 else "")
-            + f"  validation accuracy {row['validation_accuracy']:.4f}  guided {row['guided_share']:.0%}"
-            f"  lr {row['lr']:.2g}  {row['images_per_second']:.0f} images/s"
+            + (f"  validation accuracy {accuracy:.4f}" if accuracy == accuracy else "")
+            + (f"  validation loss {row['validation_loss']:.4f}" if accuracy != accuracy else "")
+            + f"  guided {row['guided_share']:.0%}  lr {row['lr']:.2g}  {row['images_per_second']:.0f} images/s"
         )
-        remaining = self.remaining(int(row["step"]))
-        self.say(told if self._bar is not None or not remaining else f"{told}  ETA {remaining}")
+        if self._bar is not None:
+            self._bar.console.print(Text(told))
+            return
+        remaining = self.remaining(state.step)
+        with contextlib.suppress(OSError):  # nobody reads it any more, which is no reason to end a run
+            print(f"{told}  ETA {remaining}" if remaining else told, file=sys.stderr, flush=True)
+
+    def on_end(self, state: RunState, result: Mapping[str, Any] | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
 
     def remaining(self, step: float) -> str:
         """Return the time the rest of the run will take, or nothing while it is unknown or over."""
@@ -149,20 +105,12 @@ class Reporter:
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02}:{seconds:02}"
 
-    def say(self, text: str) -> None:
-        """Show one line."""
-        if self._bar is not None:
-            self._bar.console.print(Text(text))
-        elif self._enabled:
-            with contextlib.suppress(OSError):  # nobody reads it any more, which is no reason to end a run
-                print(text, file=sys.stderr, flush=True)
-
 
 class _Remaining(ProgressColumn):
-    def __init__(self, reporter: Reporter) -> None:
+    def __init__(self, progress: Progress) -> None:
         super().__init__()
-        self._reporter = reporter
+        self._progress = progress
 
     def render(self, task: Task) -> Text:
-        remaining = self._reporter.remaining(task.completed)
+        remaining = self._progress.remaining(task.completed)
         return Text(f"ETA {remaining}" if remaining else "")

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import threading
 import time
 import uuid
 import warnings
@@ -15,35 +14,34 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchlocal.guidance import Guidance
-from torchlocal.lifetime import STOPPING
+from torchlocal.lifetime import on_signals
 from torchlocal.network import DecoupledNetwork
 from torchlocal.parallel.network import ParallelNetwork
 from torchlocal.parallel.team import Elsewhere, Team
 from torchlocal.run import checkpoint
 from torchlocal.run.branches import Branch
 from torchlocal.run.build import (
-    Execution,
     build_network,
     build_optimizer,
     count_steps,
     learning_rate,
-    load_run_data,
     load_shared_data,
     resolve_execution,
     share_out,
     train_step,
 )
-from torchlocal.run.config import FitConfig, GuidanceConfig, build_guidance, config_to_dict
-from torchlocal.run.evaluation import evaluate, measure_split
+from torchlocal.run.callbacks import CSV, Callback, RunState, TensorBoard
+from torchlocal.run.config import FitConfig, build_guidance
+from torchlocal.run.evaluation import measure_split, plain
 from torchlocal.run.folder import Owned, Ownership, expand
-from torchlocal.run.progress import Reporter
+from torchlocal.run.own import Own
+from torchlocal.run.progress import Progress
 
 _PATIENCE = 3.0  # seconds
 _RESULT = (
@@ -52,22 +50,7 @@ _RESULT = (
 )  # fmt: skip
 _MOST_LOOKED_AT = 100_000  # steps
 
-__all__ = [
-    "Diverged",
-    "Execution",
-    "FitConfig",
-    "GuidanceConfig",
-    "Interrupted",
-    "build_network",
-    "build_optimizer",
-    "count_steps",
-    "evaluate",
-    "fit",
-    "learning_rate",
-    "load_run_data",
-    "resolve_execution",
-    "train_step",
-]
+__all__ = ["Diverged", "Interrupted", "fit", "train"]
 
 
 class Interrupted(Exception):
@@ -85,12 +68,20 @@ class Diverged(ValueError):
 def fit(
     config: FitConfig,
     *,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    data: Any = None,
+    criterion: Callable[[Tensor, Any], Tensor] | None = None,
+    prediction: Callable[[Any], Tensor] | None = None,
+    callbacks: Sequence[Callback] = (),
     resume: bool = False,
     progress: bool = True,
     timeout: float = 300.0,
-    branches: Sequence[Branch] = (),
 ) -> dict[str, Any]:
-    """Train a network and write everything about it into the folder config.out.
+    """Train a network and write everything about it into its run folder.
+
+    The network and the data are made by the names in the configuration, or handed in. A network that is handed in is
+    trained in place: afterwards it holds the weights that were best on the validation data, and is in evaluation mode.
+    So it does if the run had already ended.
 
     The first SIGINT (Ctrl-C), SIGTERM, SIGHUP or SIGUSR1 finishes the current step, saves and leaves; the second one
     acts at once.
@@ -101,34 +92,76 @@ def fit(
 
     Args:
         config: what to do.
-        resume: continue the run in config.out, bit for bit; without one there, start it.
+        model: a network of your own; or a function that makes one, called after the seed is set, so that its weights
+            are the seed's.
+        data: data of your own: `{"train": ..., "validation": ..., "test": ...}`, each a DataLoader or another iterable
+            of `(batch, target)` (without "test" the last evaluation is left out), or what
+            :func:`torchlocal.data.load_data` returns. A batch is a tensor, a tuple of arguments or a mapping of keyword
+            arguments of the network. Loaders decide how large batches are, and every batch that they give is trained
+            on. For each pass the global random generators, and that of the loader, are set by seed and epoch, and
+            `set_epoch` is called where there is one, so a run that is resumed inside of an epoch gets the batches that
+            would have come; if the first one is another (of a loader with a random state of its own), a warning says
+            so.
+        criterion: called with prediction and target, returns the loss; cross-entropy by default. The best epoch is
+            that of the highest accuracy, or where targets are no classes, of the lowest loss.
+        prediction: takes the prediction from what the network returns; by default that is the tensor itself, or its
+            `.logits`.
+        callbacks: are told how it goes, beside metrics.csv, TensorBoard and the progress.
+        resume: continue the run in that folder, bit for bit; without one there, start it.
         progress: show a progress bar on a terminal, or else one line per epoch.
         timeout: longest time in seconds that a rank waits for another one in a step.
-        branches: runs that are the same as this one up to a step; in the folders of those that have not begun, this
-            run leaves its state at that step, for them to be resumed from there.
 
     Returns:
-        What result.json holds: test accuracy and loss of the weights that were best on the validation split, the
-        accuracy by depth, and how the run went.
+        What result.json holds: test accuracy and loss of the weights that were best on the validation split, both by
+        depth, and how the run went.
 
     Raises:
-        ValueError: if a value cannot work, config.out holds another run, or another process writes there.
+        ValueError: if a value cannot work, the folder holds another run, or another process writes there.
         Diverged: if a loss or a parameter is no longer finite; the checkpoint before stays.
         Interrupted: after a signal.
         OSError: if something cannot be written; the checkpoint before stays.
     """
-    out = expand(config.out)
-    team = Team(config.replicas, timeout)
-    modes = {"resume": resume, "memory": config.memory, "recompute": config.recompute}
-    team.check_same(checkpoint.fixed_fields(config_to_dict(config)) | modes)
+    own = Own(model=model, data=data, criterion=criterion, prediction=prediction)
+    return train(config, own, callbacks=callbacks, resume=resume, progress=progress, timeout=timeout)
+
+
+def train(
+    config: FitConfig,
+    own: Own,
+    *,
+    callbacks: Sequence[Callback] = (),
+    resume: bool = False,
+    progress: bool = True,
+    timeout: float = 300.0,
+    branches: Sequence[Branch] = (),
+) -> dict[str, Any]:
+    """See :func:`fit`; for comparisons also `branches`.
+
+    Args:
+        config: what to do.
+        own: what is handed in.
+        callbacks: see :func:`fit`.
+        resume: see :func:`fit`.
+        progress: see :func:`fit`.
+        timeout: see :func:`fit`.
+        branches: runs that are the same as this one up to a step; in the folders of those that have not begun, this
+            run leaves its state at that step, for them to be resumed from there.
+    """
+    config = own.named(config)
+    out = expand(config.run.out)
+    team = Team(config.run.replicas, timeout)
+    modes = {"resume": resume, "memory": config.memory.limit, "recompute": config.memory.recompute}
+    team.check_same(checkpoint.fixed_fields(config.plain()) | modes)
     num_threads = torch.get_num_threads()
     with contextlib.ExitStack() as owned:
         result, saved = team.at_writer(partial(_enter, owned, out, config, resume))
         if result is not None:
+            if isinstance(own.model, nn.Module) and (out / "best.pt").exists():
+                checkpoint.load_backbone(own.model.eval(), checkpoint.load_checkpoint(out / "best.pt"), out / "best.pt")
             return cast(dict[str, Any], result)
-        torch.set_num_threads(config.num_threads or num_threads)
+        torch.set_num_threads(config.run.num_threads or num_threads)
         try:
-            return _Run(config, saved, progress and team.writes, team, branches).train()
+            return _Run(config, own, saved, progress, team, callbacks, branches).train()
         finally:
             torch.set_num_threads(num_threads)
 
@@ -136,23 +169,23 @@ def fit(
 def _enter(
     owned: contextlib.ExitStack, out: Path, config: FitConfig, resume: bool
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Become the owner of the run folder, unless its run has ended, and look what is there."""
+    """Take the run folder (not if its run has ended), and read what is there to resume from."""
     if resume and (out / "result.json").exists():  # only read, and perhaps where nothing can be written
         return _look(out, config, resume)
     # One that was killed may be about to end: its ranks, or the process that torchrun has replaced.
-    owned.enter_context(Ownership(out, config.out, patience=_PATIENCE if resume else 0.0))
+    owned.enter_context(Ownership(out, config.run.out, patience=_PATIENCE if resume else 0.0))
     return _look(out, config, resume)
 
 
 def _look(out: Path, config: FitConfig, resume: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The result and the checkpoint that are in the run folder, if the run may go on there."""
+    """The result of a run that has ended in the folder, or the checkpoint to resume from; (None, None) begins anew."""
     if resume:
         if (out / "result.json").exists():
             return _finished_result(out / "result.json", config), None
         if (out / "last.pt").exists():
             return None, checkpoint.load_checkpoint(out / "last.pt", resumable=True)
     elif _holds_run(out):
-        raise ValueError(f"out={config.out!r} already holds a run: resume it, or choose another folder")
+        raise ValueError(f"out={config.run.out!r} already holds a run: resume it, or choose another folder")
     return None, None
 
 
@@ -162,14 +195,15 @@ def _holds_run(out: Path) -> bool:
 
 @dataclass(kw_only=True)
 class _Position:
-    """How far a run is; with the rows of the metrics all there is to know beside tensors."""
+    """Where a run is and what it has counted; saved in every checkpoint, beside tensors and metrics."""
 
     step: int = 0
     num_guided: int = 0
     seconds: float = 0.0
     train_seconds: float = 0.0
     best_epoch: int = 0
-    best_accuracy: float = -1.0
+    best_score: float = -math.inf  # of the validation split: accuracy, or without one the negative loss
+    epoch_checksum: str = ""  # of the first batch of the current epoch, where data are the user's own
     # Of the current epoch: steps that gave a loss of every local module, guided steps, seconds.
     epoch_full: int = 0
     epoch_guided: int = 0
@@ -205,24 +239,33 @@ class _Run:
     """One training run: its parts, and where it is."""
 
     def __init__(
-        self, config: FitConfig, saved: dict[str, Any] | None, progress: bool, team: Team, branches: Sequence[Branch]
+        self,
+        config: FitConfig,
+        own: Own,
+        saved: dict[str, Any] | None,
+        progress: bool,
+        team: Team,
+        callbacks: Sequence[Callback],
+        branches: Sequence[Branch],
     ) -> None:
-        self.progress, self.team, self.branches = progress, team, branches
-        self.config, self.out = config, expand(config.out)
-        self.run = (
-            uuid.uuid4().hex if saved is None else saved.get("run")
-        )  # None: of a torchlocal that had no such name
+        self.team, self.branches, self.own = team, branches, own
+        self.config, self.out = config, expand(config.run.out)
+        self.progress = Progress() if progress and team.writes else None
+        self.tensorboard = TensorBoard() if config.run.tensorboard else None
+        told: list[Callback | None] = [CSV(), self.tensorboard, self.progress, *callbacks]
+        self.callbacks = [callback for callback in told if callback is not None and team.writes]
+        self.run = uuid.uuid4().hex if saved is None else saved["run"]
         self.clock = time.perf_counter()
         self.execution = resolve_execution(config)
         if saved is not None:
             self._check_config(saved)
-        self.data = load_shared_data(config, team)
+        self.data = load_shared_data(config, own, team)
         self.steps_per_epoch, self.num_steps = count_steps(config, len(self.data.train))
         self.num_epochs = -(-self.num_steps // self.steps_per_epoch)
-        self.network = build_network(config, self.data, self.execution)
+        self.network = build_network(config, self.data, self.execution, own)
         self.parallel = share_out(self.network, config, self.data, self.execution, team) if team.parallel else None
         self.net: DecoupledNetwork | ParallelNetwork = self.network if self.parallel is None else self.parallel
-        if config.compile:
+        if config.run.compile:
             self.net.compile()
         self.optimizer = build_optimizer(config, self.net)
         self.scaler = self.execution.make_scaler()
@@ -234,35 +277,62 @@ class _Run:
         self.stopped_by: signal.Signals | None = None
         # Not the seed of the weights, which has been used up to a point that depends on the auxiliary networks:
         # dropout is the same whatever they are.
-        torch.manual_seed(config.seed + 2**32 * (1 + team.replica))
+        torch.manual_seed(config.run.seed + 2**32 * (1 + team.replica))
         if saved is not None:
             self._restore(saved)
         self.logged = (self.position.step, self.position.epoch_full, self.loss_sums.tolist(), time.perf_counter())
 
     def train(self) -> dict[str, Any]:
         """Train from where the run is to its end."""
-        config, position = self.config, self.position
-        self._write_folder()
-        events = self.out / "tensorboard" if config.tensorboard and self.team.writes else None
-        with (
-            Reporter(self.num_steps, position.step, enabled=self.progress, events=events) as self.reporter,
-            _Signals(self._stop),
-        ):
-            for epoch in range(len(self.rows), self.num_epochs):  # an epoch is over once it has its row
-                self._train_epoch(epoch)
-                self._finish_epoch(epoch)
-            result = self._finish()
+        self.result: dict[str, Any] | None = None
+        with contextlib.ExitStack() as ending:
+            self.team.at_writer(partial(self._begin_telling, ending))
+            with on_signals(self._stop, once=True):
+                for epoch in range(len(self.rows), self.num_epochs):  # an epoch is over once it has its row
+                    self._train_epoch(epoch)
+                    self._finish_epoch(epoch)
+                self.result = self._finish()
         if self.parallel is not None:
             self.parallel.close()
-        return result
+        return self.result
+
+    def _begin_telling(self, ending: contextlib.ExitStack) -> None:
+        self._write_config(self.out, self.config)
+        for callback in self.callbacks:
+            ending.callback(self._end_telling, callback)
+            callback.on_start(self._told())
+
+    def _end_telling(self, callback: Callback) -> None:
+        callback.on_end(self._told(), self.result)
+
+    def _told(self) -> RunState:
+        """Where the run is, for callbacks."""
+        return RunState(
+            config=self.config,
+            out=self.out,
+            run=self.run,
+            step=self.position.step,
+            num_steps=self.num_steps,
+            epoch=min(self.position.step // self.steps_per_epoch + 1, self.num_epochs),
+            num_epochs=self.num_epochs,
+            rows=self.rows,
+        )
 
     def _train_epoch(self, epoch: int) -> None:
         config, position = self.config, self.position
         first = epoch * self.steps_per_epoch
-        start = (position.step - first) * config.accumulate
-        batches = iter(
-            self.data.train.batches(config.batch_size, epoch=epoch, train=True, seed=config.seed, start=start)
+        start = (position.step - first) * config.optimisation.accumulate
+        batches = self.data.train.batches(
+            config.optimisation.batch_size, epoch=epoch, train=True, seed=config.run.seed, start=start
         )
+        checksum = getattr(self.data.train, "checksum", "")
+        if start and checksum != position.epoch_checksum:
+            warnings.warn(
+                f"the batches of epoch {epoch + 1} come in another order than before the run was stopped, so it goes "
+                "on, but not bit for bit: let the order depend on the global random generators or on set_epoch alone",
+                stacklevel=2,
+            )
+        position.epoch_checksum = checksum
         self.net.train()
         self._read_clock(training=False)
         for step in range(position.step, min(first + self.steps_per_epoch, self.num_steps)):
@@ -275,17 +345,18 @@ class _Run:
             losses = train_step(
                 self.net,
                 self.optimizer,
-                islice(batches, config.accumulate),
+                islice(batches, config.optimisation.accumulate),
                 config=config,
                 execution=self.execution,
                 guided=guided,
                 scaler=self.scaler,
             )
             self._count(losses, guided)
-            self.reporter.advance(position.step, f"epoch {epoch + 1}/{self.num_epochs}")
-            if position.step % config.log_every == 0:
+            if self.progress is not None:
+                self.progress.advance(position.step, f"epoch {epoch + 1}/{self.num_epochs}")
+            if position.step % config.run.log_every == 0:
                 self._log()
-            if config.checkpoint_every and position.step % config.checkpoint_every == 0:
+            if config.run.checkpoint_every and position.step % config.run.checkpoint_every == 0:
                 self._save(training=True)
             self._leave(save=True, training=True)
 
@@ -315,14 +386,15 @@ class _Run:
                 position.epoch_full - full,
                 position.step - step,
             )
-            images = (position.step - step) * self.config.batch_size * self.config.accumulate
-            self.reporter.losses(
-                position.step,
-                losses,
-                guided_share=position.num_guided / position.step,
-                lr=self._learning_rate(position.step - 1),
-                speed=images / (now - clock),
-            )
+            images = (position.step - step) * self.config.optimisation.batch_size * self.config.optimisation.accumulate
+            values = {f"loss/module_{k}": loss for k, loss in enumerate(losses[:-1], start=1) if loss == loss} | {
+                "loss/global": losses[-1],
+                "lr": self._learning_rate(position.step - 1),
+                "guided_share": position.num_guided / position.step,
+                "images_per_second": images / (now - clock),
+            }
+            for callback in self.callbacks:
+                callback.on_step(self._told(), values)
         self.logged = (position.step, position.epoch_full, sums, now)
 
     def _finish_epoch(self, epoch: int) -> None:
@@ -333,7 +405,12 @@ class _Run:
         num_steps = position.step - epoch * self.steps_per_epoch
         losses = _means(self.logged[2], position.epoch_full, num_steps)
         measured = measure_split(
-            self.net, self.data.validation, config, self.execution, check=partial(self._leave, save=True)
+            self.net,
+            self.data.validation,
+            config,
+            self.execution,
+            criterion=self.own.criterion,
+            check=partial(self._leave, save=True),
         )
         if self.team.replicas > 1:  # BatchNorm statistics are each replica's own: what is best is for one to say
             measured = self.team.at_writer(partial(dict, measured))
@@ -347,7 +424,11 @@ class _Run:
             "guided_share": position.epoch_guided / num_steps,
             "lr": self._learning_rate(position.step - 1),
             "images_per_second": round(
-                num_steps * config.batch_size * config.accumulate / max(position.epoch_seconds, 1e-9), 1
+                num_steps
+                * config.optimisation.batch_size
+                * config.optimisation.accumulate
+                / max(position.epoch_seconds, 1e-9),
+                1,
             ),
             "validation_loss": measured["loss"],
             "validation_accuracy": measured["accuracy"],
@@ -356,43 +437,50 @@ class _Run:
         position.epoch_full, position.epoch_guided, position.epoch_seconds = 0, 0, 0.0
         self.loss_sums.zero_()
         self.logged = (position.step, 0, [0.0] * len(self.loss_sums), time.perf_counter())
-        if measured["accuracy"] > position.best_accuracy:
-            position.best_epoch, position.best_accuracy = epoch + 1, measured["accuracy"]
+        score = measured["accuracy"] if measured["accuracy"] == measured["accuracy"] else -measured["loss"]
+        if score > position.best_score or not position.best_epoch:
+            position.best_epoch, position.best_score = epoch + 1, score if score == score else -math.inf
             self._check_parameters()
-            self._write(checkpoint.save_checkpoint, self.out / "best.pt", self._identity())
+            self._write_checkpoint("best.pt", self._identity())
         # After best.pt: killed in between, the resumed run comes here again and writes best.pt again (`_restore`).
         self._save()
-        self._write(checkpoint.write_metrics, self.out / "metrics.csv", list(row), self.rows)
-        self.reporter.scalars(position.step, {f"validation/{name}": measured[name] for name in ("loss", "accuracy")})
-        self.reporter.epoch(self.num_epochs, row, losses)
+        for callback in self.callbacks:
+            callback.on_epoch(self._told(), row)
 
     def _finish(self) -> dict[str, Any]:
         """Evaluate the test split, this once, with the best weights."""
         config, position = self.config, self.position
         best = self.team.at_writer(partial(self._load_best, self.out / "best.pt"))
         checkpoint.load_network(self.network, best, self.out / "best.pt")
-        measured = measure_split(
-            self.net,
-            self.data.test,
-            config,
-            self.execution,
-            by_depth=True,
-            check=partial(self._leave, save=False),  # last.pt is complete, and the weights are not its own any more
-        )
+        measured: dict[str, Any] = {}
+        if self.data.test is not None:
+            measured = measure_split(
+                self.net,
+                self.data.test,
+                config,
+                self.execution,
+                criterion=self.own.criterion,
+                by_depth=True,
+                check=partial(self._leave, save=False),  # last.pt is complete, and the weights are not its own any more
+            )
+        best_row = self.rows[position.best_epoch - 1]
         self._read_clock(training=False)
-        images = position.step * config.batch_size * config.accumulate
+        images = position.step * config.optimisation.batch_size * config.optimisation.accumulate
         result = {
-            "config": config_to_dict(config),
+            "config": config.plain(),
             "data_checksum": self.data.checksum,
             "steps": position.step,
             "epochs": len(self.rows),
             "guided_steps": position.num_guided,
             "guided_share": position.num_guided / position.step,
             "best_epoch": position.best_epoch,
-            "validation_accuracy": position.best_accuracy,
-            "test_accuracy": measured["accuracy"],
-            "test_loss": measured["loss"],
-            "depth_accuracy": measured["depth_accuracy"],
+            "num_modules": self.net.num_modules,
+            "validation_accuracy": best_row["validation_accuracy"],
+            "validation_loss": best_row["validation_loss"],
+            "test_accuracy": measured.get("accuracy"),
+            "test_loss": measured.get("loss"),
+            "depth_accuracy": measured.get("depth_accuracy"),
+            "depth_loss": measured.get("depth_loss"),
             "seconds": round(position.seconds, 3),
             "images_per_second": round(images / max(position.train_seconds, 1e-9), 1),
             "num_parameters": {
@@ -402,15 +490,18 @@ class _Run:
             "device": str(self.execution.device),
             "precision": self.execution.precision,
         }
-        self._write(checkpoint.write_json, self.out / "result.json", result)
+        result = {name: plain(value) for name, value in result.items()}
+        if self.team.writes:
+            checkpoint.write_json(self.out / "result.json", result)
         return result
 
     def _identity(self) -> dict[str, Any]:
-        """What every checkpoint holds: the weights, and what they belong to."""
+        """What best.pt and last.pt both hold: weights, configuration, and what the data and the network are."""
         return {
             "run": self.run,
-            "config": config_to_dict(self.config),
+            "config": self.config.plain(),
             "precision": self.execution.precision,
+            "criterion": self.own.criterion_name,
             "data": {
                 "num_train": len(self.data.train),
                 "num_validation": len(self.data.validation),
@@ -426,34 +517,36 @@ class _Run:
 
     def _save(self, *, training: bool = False) -> None:
         """Write last.pt, unless what it would hold is not finite; `training`: the time until now went into steps."""
-        self._write(checkpoint.save_checkpoint, self.out / "last.pt", self._state(training))
+        self._write_checkpoint("last.pt", self._state(training))
         self._read_clock(training=False)
 
     def _begin(self, config: FitConfig) -> None:
-        """Begin another run with the state of this one; last.pt, which says that it began, comes last."""
-        out = expand(config.out)
+        """Write the state of this run into another one's folder, as its start; last.pt comes last, so it is whole."""
+        out = expand(config.run.out)
         state = self._state(training=True)  # every rank has a part of it
         if not self.team.writes:
             return
-        with contextlib.suppress(Owned), Ownership(out, config.out):  # what another process writes is left to it
+        with contextlib.suppress(Owned), Ownership(out, config.run.out):  # what another process writes is left to it
             if not _holds_run(out):
                 self._begin_in(out, config, state)
         self._read_clock(training=False)
 
     def _begin_in(self, out: Path, config: FitConfig, state: dict[str, Any]) -> None:
-        other = {"config": config_to_dict(config), "run": uuid.uuid4().hex}
+        other = {"config": config.plain(), "run": uuid.uuid4().hex}
         best = self._load_best(self.out / "best.pt") if self.position.best_epoch else None
         if best is not None and best["step"] > self.rows[-1]["step"]:
             return  # killed between best.pt and last.pt: the best until here is gone, and that run trains by itself
         self._write_config(out, config)
+        if self.rows:
+            checkpoint.write_metrics(out / "metrics.csv", list(self.rows[0]), self.rows)
         if best is not None:
             checkpoint.save_checkpoint(out / "best.pt", best | other)
-        if self.config.tensorboard and config.tensorboard:
-            self.reporter.copy_events(out / "tensorboard")
+        if self.tensorboard is not None and config.run.tensorboard:
+            self.tensorboard.copy_to(out / "tensorboard")
         checkpoint.save_checkpoint(out / "last.pt", state | other)
 
     def _state(self, training: bool) -> dict[str, Any]:
-        """All that a run needs to go on; refused if it is not finite."""
+        """What last.pt holds: all that a run needs to go on; refused if a loss or a weight is not finite."""
         self._check_losses()
         self._check_parameters()
         self._read_clock(training=training)
@@ -478,8 +571,8 @@ class _Run:
 
     def _check_config(self, saved: dict[str, Any]) -> None:
         # "auto" precision that turns out differently here is another precision.
-        current = config_to_dict(self.config) | {"precision": self.execution.precision}
-        old = saved["config"] | {"precision": saved["precision"]}
+        current = self.config.changed(precision=self.execution.precision).plain()
+        old = FitConfig.of(**saved["config"]).changed(precision=saved["precision"]).plain()
         checkpoint.check_same_config(self.out / "last.pt", old, current)
 
     def _restore(self, saved: dict[str, Any]) -> None:
@@ -490,6 +583,11 @@ class _Run:
                     f"{path} was trained on other data: {name} is {saved['data'][name]} there and {here} here; bring "
                     "the same data back, or choose another out"
                 )
+        if saved["criterion"] != identity["criterion"]:
+            raise ValueError(
+                f"{path} was trained on another loss: criterion is {saved['criterion']} there and "
+                f"{identity['criterion']} here; hand in the same, or choose another out"
+            )
         if saved["modules"] != identity["modules"]:
             raise ValueError(
                 f"{path} is of a network that is cut elsewhere: use the torchlocal that wrote it, or choose another out"
@@ -513,7 +611,7 @@ class _Run:
             # Refuse a damaged one now and not at the end.
             step = self.team.at_writer(lambda: self._load_best(self.out / "best.pt")["step"])
             if step > ends[-1]:  # killed between best.pt and last.pt: the epoch that comes again writes it
-                self.position.best_accuracy = -1.0
+                self.position.best_score = -math.inf
             elif step != best_end:
                 raise ValueError(
                     f"{self.out / 'best.pt'} is of step {step}, but the best was epoch {self.position.best_epoch}: put "
@@ -526,10 +624,13 @@ class _Run:
             raise ValueError(f"{path} is of another run than last.pt beside it: put the right one back, or train again")
         return best
 
-    def _write(self, write: Callable[..., None], *arguments: Any) -> None:
-        """Write a file of the run folder, on the rank that does so."""
-        if self.team.writes:
-            write(*arguments)
+    def _write_checkpoint(self, name: str, state: dict[str, Any]) -> None:
+        """Write a checkpoint, on the rank that does so."""
+        if not self.team.writes:
+            return
+        checkpoint.save_checkpoint(self.out / name, state)
+        for callback in self.callbacks:
+            callback.on_checkpoint(self._told(), self.out / name)
 
     def _optimizer_state(self) -> dict[str, Any] | None:
         if self.parallel is None:
@@ -539,17 +640,10 @@ class _Run:
     def _loss_sums(self) -> Tensor:
         return self.loss_sums if self.parallel is None else self.parallel.average_over_replicas(self.loss_sums)
 
-    def _write_folder(self) -> None:
-        self.team.at_writer(partial(self._write_config, self.out, self.config))
-
     def _write_config(self, out: Path, config: FitConfig) -> None:
         execution = self.execution
         chosen = f"{execution.device}, {execution.precision}{', channels_last' if execution.channels_last else ''}"
-        checkpoint.write_config(
-            out / "config.yaml", config_to_dict(config), [f"ran on {chosen}, torch {torch.__version__}"]
-        )
-        if self.rows:  # a run that was killed may have written a row that its last.pt does not know
-            checkpoint.write_metrics(out / "metrics.csv", list(self.rows[0]), self.rows)
+        checkpoint.write_config(out / "config.yaml", config.plain(), [f"ran on {chosen}, torch {torch.__version__}"])
 
     def _check_losses(self) -> list[float]:
         sums: list[float] = self._loss_sums().tolist()
@@ -569,7 +663,7 @@ class _Run:
         kept = f"{last} is the last good checkpoint" if last.exists() else "no checkpoint was written before"
         raise Diverged(
             f"{what} is NaN or infinite at step {self.position.step} (last seen finite at step {self.logged[0]}): "
-            f"lower lr={self.config.lr:g}, or give warmup_epochs or clip; {kept}"
+            f"lower lr={self.config.optimisation.lr:g}, or give warmup_epochs or clip; {kept}"
         )
 
     def _learning_rate(self, step: int) -> float:
@@ -593,13 +687,13 @@ class _Run:
         self.stopped_by = signum
         if self.parallel is not None:
             self.parallel.stop_requested = int(signum)
-        if self.progress:  # not by print, which this signal may have interrupted
+        if self.progress is not None:  # not by print, which this signal may have interrupted
             told = f"\n{signum.name}: finishing the step, then saving; once more to leave at once\n"
             with contextlib.suppress(OSError):
                 os.write(2, told.encode())
 
     def _leave(self, *, save: bool, training: bool = False) -> None:
-        """Leave if a signal asked for it; several ranks after the same step, which the first stage decides."""
+        """End the run if a signal asked for it; on several ranks the first stage decides after which step."""
         if self.parallel is not None:
             self.stopped_by = signal.Signals(self.parallel.stopping) if self.parallel.stopping else None
         if self.stopped_by is None:
@@ -617,35 +711,6 @@ class _Run:
         )
 
 
-class _Signals:
-    """Hands the first signal that asks to leave to a function; the second one acts as if nobody had listened."""
-
-    def __init__(self, handle: Callable[[signal.Signals], None]) -> None:
-        self._handle = handle
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return  # Python delivers signals to the main thread only
-        for signum in STOPPING:
-            if signal.getsignal(signum) is not signal.SIG_IGN:  # ignored on purpose, as under nohup
-                self._previous[signum] = signal.signal(signum, self._receive)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._restore()
-
-    def _receive(self, signum: int, frame: FrameType | None) -> None:
-        self._restore()
-        self._handle(signal.Signals(signum))
-
-    def _restore(self) -> None:
-        while self._previous:
-            signum, handler = self._previous.popitem()
-            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
-
-
 def _finished_result(path: Path, config: FitConfig) -> dict[str, Any]:
     try:
         result: dict[str, Any] = json.loads(path.read_text())
@@ -654,7 +719,7 @@ def _finished_result(path: Path, config: FitConfig) -> dict[str, Any]:
             raise ValueError
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: delete it, and resume to write it again") from error
-    checkpoint.check_same_config(path, saved, config_to_dict(config))
+    checkpoint.check_same_config(path, saved, config.plain())
     return result
 
 
