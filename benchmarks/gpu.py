@@ -1251,7 +1251,8 @@ class Contest:
         plan = found.get("guided local", {}).get("plan")
         if plan is not None:
             note = f"{plan.micro_batches} micro-batches, {plan.recomputed:.2f} of a forward recomputed"
-            self.add("guided local", net, lambda: net.guided_step(batch, target, memory=plan, **options), note)
+            guided = functools.partial(net.guided_step, batch, target, memory=plan, **options)
+            self.add("guided local", net, guided, note)
         else:
             run.report.row("failures", **self.labels, method="guided local", message=str(found.get("guided local")))
         if local is not None:
@@ -1263,12 +1264,8 @@ class Contest:
             note = f"{plan.micro_batches} micro-batches, {plan.recomputed:.2f} of a forward recomputed"
             if plan.peak_bytes > found["local"]["peak"]:
                 note += f"; smallest plan found, predicted {plan.peak_bytes / found['local']['peak']:.2f} × local"
-            self.add(
-                "end-to-end, exact, local peak",
-                single,
-                lambda: single.guided_step(batch, target, memory=plan, **options),
-                note,
-            )
+            exact = functools.partial(single.guided_step, batch, target, memory=plan, **options)
+            self.add("end-to-end, exact, local peak", single, exact, note)
         else:
             run.report.row("failures", **self.labels, method="exact rival", message=str(found.get("rival")))
         with noting(run.report, **self.labels, method="checkpoint"):

@@ -1,6 +1,11 @@
 """What is lost when runs are killed, checkpoints and data damaged, and command lines mistyped, at random.
 
-    python benchmarks/soak.py --kills 100 --checkpoints 100 --commands 100 --data 100 --out soak
+    python benchmarks/soak.py --kills 1000 --checkpoints 1000 --commands 1000 --data 1000 --out soak
+
+A command takes seconds to import torch and a fraction of one to do what is tried here. So this process imports all of
+it, and each command runs in a fork of it: a process of its own, which is killed, and writes, as any other; its network
+has narrower layers. The ranks of such a command are forks, too, of one that does what torchrun does. One trial in
+--fresh starts real processes, with `python -m torchlocal` and torchrun.
 
 Each trial is drawn from the seed and its number alone and leaves one line in OUT/log.jsonl, so a soak that was stopped
 goes on where it was, and one trial can be repeated (`--only kills/17`). A trial has failed if
@@ -20,29 +25,41 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import gzip
+import importlib
 import io
 import json
 import os
 import random
 import re
+import select
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import time
+import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 TINY = [
     "--model=mlp", "--modules=3", "--num-train=64", "--num-validation=32", "--batch-size=32", "--precision=fp32",
     "--device=cpu", "--num-threads=1", "--tensorboard=false", "--checkpoint-every=1", "--quiet",
 ]  # fmt: skip
+IMPORTED = (
+    "matplotlib.figure", "torch._dynamo", "torch.distributed", "torchlocal.budget", "torchlocal.compare.comparison",
+    "torchlocal.compare.report", "torchlocal.parallel.launch", "torchlocal.parallel.network", "torchlocal.run.export",
+)  # fmt: skip
 EPOCHS = "--epochs=12"  # of two steps, each saved: about as long as the imports
+LEAVE = 5.0  # seconds that ranks have to leave, before they are killed; torchrun's are 30
 TIMES = ("seconds", "train_seconds", "epoch_seconds", "images_per_second", "run", "out")
 
 
@@ -54,21 +71,160 @@ class Failed(Exception):
         self.lost = lost
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "torchlocal", *arguments]
+# --- commands: in a fork of this process, or fresh ---
+
+
+def warm_up() -> None:
+    """Import and compute what every command would, but nothing that starts a thread which stays."""
+    torch.set_num_threads(1)
+    for name in IMPORTED:
+        importlib.import_module(name)
+    import PIL.Image
+    import sklearn.datasets
+
+    from torchlocal import models
+    from torchlocal.cli import commands
+
+    PIL.Image.init()
+    digits = sklearn.datasets.load_digits()
+    sklearn.datasets.load_digits = lambda: digits
+    models._OWN["mlp"] = lambda classes, channels, size: nn.Sequential(
+        nn.Flatten(),
+        *(
+            nn.Sequential(nn.Linear(n, 24, bias=False), nn.BatchNorm1d(24), nn.ReLU(inplace=True))
+            for n in (channels * size[0] * size[1], 24, 24)
+        ),
+        nn.Linear(24, classes),
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        commands.main(["partition", "--model=mlp", "--modules=3", "--data=digits"])
+    gc.collect()
+    gc.freeze()
+
+
+class Fork:
+    """A command in a fork of this process, the first of a session of its own; as much of Popen as is used here."""
+
+    def __init__(self, arguments: list[str], cwd: Path, ranks: int) -> None:
+        self.returncode: int | None = None
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _end_with(lambda: _as_command(arguments, cwd, ranks))
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, patience: float) -> int:
+        if self.poll() is None:
+            handle = os.pidfd_open(self.pid)
+            try:
+                if not select.select([handle], [], [], patience)[0]:
+                    raise subprocess.TimeoutExpired("torchlocal", patience)
+            finally:
+                os.close(handle)
+        code = self.poll()
+        assert code is not None
+        return code
+
+
+def _end_with(code: Callable[[], int]) -> None:
+    """Leave a fork, whatever happens in it, with what this returns."""
+    found = 1
+    try:
+        found = code()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(found)
+
+
+def _as_command(arguments: list[str], cwd: Path, ranks: int) -> int:
+    os.setsid()
+    os.chdir(cwd)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        os.dup2(os.open(cwd / f".{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        setattr(sys, name, os.fdopen(os.dup(number), "w"))
+    os.environ.update(environment(cwd))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    warnings.simplefilter("ignore")
+    return _launch(arguments, ranks) if ranks > 1 else _main(arguments)
+
+
+def _main(arguments: list[str]) -> int:
+    from torchlocal.cli.commands import main
+
+    sys.argv = ["torchlocal", *arguments]
+    return main(arguments)
+
+
+def _launch(arguments: list[str], ranks: int) -> int:
+    """Fork the ranks, and do with them what torchrun does: when one is lost, the others have to leave."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {
+        "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "soak", "TORCHLOCAL_LAUNCHER": str(os.getpid()),
+    }  # fmt: skip
+    running = {}
+    for rank in range(ranks):
+        if (pid := os.fork()) == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            _end_with(lambda: _main(arguments))
+        running[pid] = rank
+    worst, end = 0, float("inf")
+    while running:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            running.pop(pid)
+            code = os.waitstatus_to_exitcode(status)
+            if code and not worst:
+                worst, end = abs(code), time.monotonic() + LEAVE
+                for other in running:
+                    os.kill(other, signal.SIGTERM)
+        elif time.monotonic() > end:  # it waits, in a call that no signal ends, for the one that is lost
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+            end = float("inf")
+        else:
+            time.sleep(0.01)
+    return worst
 
 
 def environment(home: Path) -> dict[str, str]:
     return {**os.environ, "HOME": str(home), "OMP_NUM_THREADS": "1", "COLUMNS": "100", "PYTHONWARNINGS": "ignore"}
 
 
-def run(arguments: list[str], patience: float, cwd: Path) -> subprocess.CompletedProcess[str]:
+def begin(arguments: list[str], cwd: Path, *, fresh: bool, ranks: int = 1) -> Fork | subprocess.Popen[bytes]:
+    if not fresh:
+        return Fork(arguments, cwd, ranks)
+    with (cwd / ".stdout").open("wb") as out, (cwd / ".stderr").open("wb") as err:
+        return subprocess.Popen(
+            [sys.executable, "-m", "torchlocal", *arguments],
+            env=environment(cwd), cwd=cwd, start_new_session=True, stdout=out, stderr=err,
+        )  # fmt: skip
+
+
+def run(
+    arguments: list[str], patience: float, cwd: Path, *, fresh: bool, ranks: int = 1
+) -> subprocess.CompletedProcess[str]:
+    process = begin(arguments, cwd, fresh=fresh, ranks=ranks)
     try:
-        return subprocess.run(
-            command(*arguments), env=environment(cwd), capture_output=True, text=True, timeout=patience, cwd=cwd
-        )
+        code = process.wait(patience)
     except subprocess.TimeoutExpired as error:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(patience)
         raise Failed(f"no end within {patience:g} s") from error
+    texts = [(cwd / f".{name}").read_text(errors="replace") for name in ("stdout", "stderr")]
+    return subprocess.CompletedProcess(arguments, code, *texts)
 
 
 def sentence(told: subprocess.CompletedProcess[str], codes: tuple[int, ...]) -> None:
@@ -101,28 +257,25 @@ KINDS = {
 }
 
 
-def kill(draw: random.Random, folder: Path, fixed: Path, patience: float) -> str:
+def kill(draw: random.Random, folder: Path, fixed: Path, patience: float, fresh: bool) -> str:
     kind = draw.choice(list(KINDS))
-    whole, out = fixed / kind.replace(" ", "-"), folder / "run"
+    ranks = 2 if kind in ("two ranks", "launcher") else 1
+    whole, out = fixed / f"{kind.replace(' ', '-')}{'-fresh' if fresh else ''}", folder / "run"
     arguments = [*KINDS[kind], "--data=digits"]
     if not (whole / "seconds").exists():
         shutil.rmtree(whole, ignore_errors=True)
         start = time.monotonic()
-        sentence(run([*arguments, f"--out={whole / 'run'}"], patience, folder), (0,))
+        sentence(run([*arguments, f"--out={whole / 'run'}"], patience, folder, fresh=fresh, ranks=ranks), (0,))
         (whole / "seconds").write_text(str(time.monotonic() - start))
     seconds = float((whole / "seconds").read_text())
     resume = [] if kind == "compare" else ["--resume"]
-    in_training, num_kills = 0, draw.randint(1, 3)
+    in_training, num_kills, torn = 0, draw.randint(1, 3), 0
     for _ in range(num_kills):
-        process = subprocess.Popen(
-            command(*arguments, *resume, f"--out={out}"),
-            env=environment(folder), cwd=folder, start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        time.sleep(draw.uniform(0.3, 1.0) * seconds)
+        process = begin([*arguments, *resume, f"--out={out}"], folder, fresh=fresh, ranks=ranks)
+        time.sleep(draw.uniform(0.3 if fresh else 0.05, 1.0) * seconds)
         in_training += process.poll() is None and any(out.rglob("config.yaml"))
-        ranks = [int(path.name) for path in Path("/proc").glob("[0-9]*") if _runs_in(path, out)]
-        victims = [process.pid] if kind != "two ranks" else [draw.choice(ranks or [process.pid])]
+        members = [pid for pid in _alive(process.pid, out) if pid != process.pid]
+        victims = [process.pid] if kind != "two ranks" else [draw.choice(members or [process.pid])]
         for pid in victims:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -132,11 +285,12 @@ def kill(draw: random.Random, folder: Path, fixed: Path, patience: float) -> str
             os.killpg(process.pid, signal.SIGKILL)
             raise Failed(f"{kind}: no end within {patience:g} s of a kill") from error
         end = time.monotonic() + patience
-        while any(_runs_in(path, out) for path in Path("/proc").glob("[0-9]*")):
+        while _alive(process.pid, out):
             if time.monotonic() > end:
                 raise Failed(f"{kind}: ranks go on after their launcher")
-            time.sleep(0.1)
-    sentence(run([*arguments, *resume, f"--out={out}"], patience, folder), (0,))
+            time.sleep(0.02)
+        torn += any(path.name.startswith(".") and path.suffix != ".lock" for path in out.rglob("*"))
+    sentence(run([*arguments, *resume, f"--out={out}"], patience, folder, fresh=fresh, ranks=ranks), (0,))
     results = sorted(path.relative_to(whole / "run") for path in (whole / "run").rglob("result.json"))
     for result in results:
         here, there = (json.loads((place / result).read_text()) for place in (out, whole / "run"))
@@ -149,14 +303,19 @@ def kill(draw: random.Random, folder: Path, fixed: Path, patience: float) -> str
     left = [str(path.relative_to(out)) for path in out.rglob(".*")]
     if left or not results:
         raise Failed(f"{kind}: {left} stay behind")
-    return f"{kind}: {num_kills} kills, {in_training} of them in training"
+    return f"{kind}: {num_kills} kills, {in_training} of them in training, {torn} while a file was being written"
 
 
-def _runs_in(process: Path, out: Path) -> bool:
-    try:
-        return str(out).encode() in (process / "cmdline").read_bytes() and int(process.name) != os.getpid()
-    except OSError:
-        return False
+def _alive(session: int, out: Path) -> list[int]:
+    """The processes of a command, of a session of its own; torchrun's ranks, each of another, name the folder."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, _, _, of = (place / "stat").read_text().rpartition(")")[2].split()[:4]
+            own = int(of) == session or str(out).encode() in (place / "cmdline").read_bytes()
+            if own and state not in "ZX" and int(place.name) != os.getpid():
+                found.append(int(place.name))
+    return found
 
 
 # --- damaged checkpoints ---
@@ -196,11 +355,14 @@ def damaged_part(draw: random.Random, path: Path) -> str:
     return f"{name}.{key}"
 
 
-def checkpoint(draw: random.Random, folder: Path, fixed: Path, patience: float) -> str:
-    whole = fixed / "stopped"
+def checkpoint(draw: random.Random, folder: Path, fixed: Path, patience: float, fresh: bool) -> str:
+    whole = fixed / ("stopped-fresh" if fresh else "stopped")
     if not (whole / "done").exists():
         shutil.rmtree(whole, ignore_errors=True)
-        sentence(run(["fit", *TINY, "--epochs=2", "--data=digits", f"--out={whole / 'run'}"], patience, folder), (0,))
+        sentence(
+            run(["fit", *TINY, "--epochs=2", "--data=digits", f"--out={whole / 'run'}"], patience, folder, fresh=fresh),
+            (0,),
+        )
         (whole / "done").touch()
     out = folder / "run"
     shutil.copytree(whole / "run", out)
@@ -213,7 +375,7 @@ def checkpoint(draw: random.Random, folder: Path, fixed: Path, patience: float) 
         kind, content = damage(draw, file.read_bytes())
         file.write_bytes(content)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    told = run(["fit", "--resume", str(out), "--quiet"], patience, folder)
+    told = run(["fit", "--resume", str(out), "--quiet"], patience, folder, fresh=fresh)
     sentence(told, (0, 2))
     after = {path.name: path.read_bytes() for path in out.iterdir()}
     if told.returncode == 2 and {n: c for n, c in before.items() if n.endswith(".pt")} != {
@@ -224,7 +386,7 @@ def checkpoint(draw: random.Random, folder: Path, fixed: Path, patience: float) 
         results = [json.loads((place / "result.json").read_text()) for place in (out, whole / "run")]
         if not same(*results):
             raise Failed(f"{file.name} ({kind}) was taken, to another result", lost=True)
-    sentence(run(["evaluate", str(out)], patience, folder), (0, 2))
+    sentence(run(["evaluate", str(out)], patience, folder, fresh=fresh), (0, 2))
     return f"{file.name} {kind}: {told.returncode}"
 
 
@@ -239,12 +401,12 @@ VALUES = [  # none names a place outside the trial's folder that could be writte
 RECIPES = ["{}", "lr: {}", "{}: 1", "guidance: {{{}: 1}}", "rule_options: {{a: {}}}", "compare: {}", "- {}", "{}\n{}"]
 
 
-def command_line(draw: random.Random, folder: Path, fixed: Path, patience: float) -> str:
+def command_line(draw: random.Random, folder: Path, fixed: Path, patience: float, fresh: bool) -> str:
     listing = fixed / "options.json"
     if not listing.exists():
         found = {}
         for name in ("fit", "compare", "partition", "plan", "evaluate", "export", "recipes"):
-            told = run([name, "--help"], patience, folder)
+            told = run([name, "--help"], patience, folder, fresh=fresh)
             found[name] = sorted(set(re.findall(r"--[a-z][a-z.-]*", told.stdout)) - {"--help"})
         listing.write_text(json.dumps(found))
     options = json.loads(listing.read_text())
@@ -267,7 +429,7 @@ def command_line(draw: random.Random, folder: Path, fixed: Path, patience: float
     if draw.random() < 0.3:
         (folder / "r.yaml").write_text(draw.choice(RECIPES).replace("{}", "{0}").format(draw.choice(VALUES)))
         arguments += ["--config", "r.yaml"]
-    told = run(arguments, patience, folder)
+    told = run(arguments, patience, folder, fresh=fresh)
     try:
         sentence(told, (0, 2))
     except Failed as error:
@@ -278,7 +440,7 @@ def command_line(draw: random.Random, folder: Path, fixed: Path, patience: float
 # --- damaged data ---
 
 
-def data(draw: random.Random, folder: Path, fixed: Path, patience: float) -> str:
+def data(draw: random.Random, folder: Path, fixed: Path, patience: float, fresh: bool) -> str:
     if draw.random() < 0.5:
         kind, name = "idx", "fashion-mnist"
         for split, count in (("train", 96), ("t10k", 16)):
@@ -307,7 +469,7 @@ def data(draw: random.Random, folder: Path, fixed: Path, patience: float) -> str
         kind += f", {path.name} {told}"
     size = ["--image-size=16", "--num-workers=0"] if name == "folder" else []
     arguments = ["fit", *TINY, "--epochs=1", f"--data={name}", f"--data-root={folder}", *size]
-    result = run([*arguments, f"--out={folder / 'run'}"], patience, folder)
+    result = run([*arguments, f"--out={folder / 'run'}"], patience, folder, fresh=fresh)
     try:
         sentence(result, (0, 2))
     except Failed as error:
@@ -315,7 +477,7 @@ def data(draw: random.Random, folder: Path, fixed: Path, patience: float) -> str
     return f"{kind}: {result.returncode}"
 
 
-TRIALS: dict[str, Callable[[random.Random, Path, Path, float], str]] = {
+TRIALS: dict[str, Callable[[random.Random, Path, Path, float, bool], str]] = {
     "kills": kill,
     "checkpoints": checkpoint,
     "commands": command_line,
@@ -331,6 +493,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("soak"), help="folder of the log")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds that a command may take")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no trial after so long")
+    parser.add_argument("--fresh", type=int, default=50, metavar="N", help="one trial in so many starts processes anew")
     parser.add_argument("--only", help="repeat one trial and keep its folder, such as kills/17")
     given = parser.parse_args()
     out, fixed = given.out.resolve(), given.out.resolve() / "fixed"
@@ -338,11 +501,13 @@ def main() -> int:
     log = out / "log.jsonl"
     lines = log.read_text().splitlines() if log.exists() else []
     done = {(entry["kind"], entry["number"]): entry for entry in map(json.loads, lines) if entry["seed"] == given.seed}
+    warm_up()
     begun = time.monotonic()
     for kind, trial in TRIALS.items():
-        for number in range(getattr(given, kind)):
+        only = [int(given.only.partition("/")[2])] if given.only and given.only.startswith(f"{kind}/") else []
+        for number in only if given.only else range(getattr(given, kind)):
             name = f"{kind}/{number}"
-            if given.only not in (None, name) or (given.only is None and (kind, number) in done):
+            if not given.only and (kind, number) in done:
                 continue
             if time.monotonic() - begun > given.seconds:
                 break
@@ -351,7 +516,8 @@ def main() -> int:
             folder.mkdir(parents=True)
             entry = {"kind": kind, "number": number, "seed": given.seed, "failed": False, "lost": False}
             try:
-                entry["told"] = trial(random.Random(f"{given.seed}/{name}"), folder, fixed, given.patience)
+                fresh = number % given.fresh == given.fresh - 1
+                entry["told"] = trial(random.Random(f"{given.seed}/{name}"), folder, fixed, given.patience, fresh)
             except Failed as error:
                 entry |= {"failed": True, "lost": error.lost, "told": str(error)}
             except Exception as error:  # what it left cannot even be read

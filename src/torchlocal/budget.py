@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_map_only
 from .checks import parse_size
 from .cut.batches import Batch, num_examples
 from .memory import LABELS, Prediction, predict
+from .memory.fakes import FakeStep
+from .memory.prediction import predict_on
 from .network import DecoupledNetwork, prepare
 
 if TYPE_CHECKING:
@@ -156,11 +158,15 @@ def plan(
     wanted = dict.fromkeys(num_units if k == "all" else k for k in modules if k != 1)
     made = [make(k, fake=True) for k in wanted if isinstance(k, str) or k <= num_units]
     nets = {net.num_modules: net for net in sorted(made, key=lambda net: net.num_modules) if net.num_modules > 1}
-    common: dict[str, Any] = {"optimizer": optimizer, "autocast": autocast}
+    fakes: dict[DecoupledNetwork, FakeStep] = {}
 
     def predicted(net: DecoupledNetwork, step: dict[str, Any], count: int = size) -> Prediction:
         batch, labels = (_resized(value, size, count) for value in (net.sample, target))
-        return predict(net, batch, labels, **common, **step)
+        if count != size:
+            return predict(net, batch, labels, optimizer=optimizer, autocast=autocast, **step)
+        if net not in fakes:
+            fakes[net] = FakeStep(net, batch, labels, optimizer=optimizer)
+        return predict_on(fakes[net], target=labels, autocast=autocast, **step)
 
     def recomputation(net: DecoupledNetwork, memory: str) -> str:
         chosen = net.guided_plan(net.sample, target, memory=memory, autocast=autocast)

@@ -88,6 +88,7 @@ class Step:
     backward_with: Callable[[Tensor], Any] | None = None
     scale: float = 1.0
     share: Tensor | float = 1.0  # of this part in the loss of the whole batch
+    weight: Tensor | None = None  # of this batch among those of other replicas, 1 on average
     parts: Parts | None = None
     optimizers: Sequence[SupportsStep] | None = None
     outputs: dict[Any, Any] | None = None  # of modules that another process runs
@@ -169,6 +170,8 @@ class Step:
         """A loss as it goes backward."""
         if isinstance(self.share, Tensor) or self.share != 1.0:
             loss = loss * self.share
+        if self.weight is not None:  # where nothing counts, the loss is 0 / 0
+            loss = torch.where(self.weight > 0, loss * self.weight, 0.0)
         return loss * self.scale if self.scale != 1.0 else loss
 
     def told(self, loss: Tensor) -> Tensor:

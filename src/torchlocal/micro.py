@@ -20,7 +20,7 @@ from .cut.batches import Batch, num_examples
 from .modules import LocalModules
 from .rules import Rule
 
-__all__ = ["NotCut", "Parts", "can_cut", "criterion_of_parts", "cut_batch"]
+__all__ = ["NotCut", "Parts", "can_cut", "criterion_of_parts", "cut_batch", "divisor"]
 
 Parts: TypeAlias = list[tuple[Any, Any, Any]]  # inputs, target, share in the loss of the whole
 
@@ -147,6 +147,21 @@ def _known_shares(criterion: Any, target: Any, labels: list[Any], examples: list
     return [_counted(options, part) / total for part in labels]
 
 
+def divisor(criterion: Any, target: Any) -> Tensor | None:
+    """What a criterion of torch's divides the loss of a batch by, 0-dim: 0 where it sums; None: it is another.
+
+    Batches that are trained on together, as replicas do, count in proportion to it.
+    """
+    function, options = _unwrapped(criterion)
+    if function is None or not isinstance(target, Tensor) or not target.ndim:
+        return None
+    if (reduction := options.get("reduction", "mean")) != "mean":
+        return target.new_zeros((), dtype=torch.float32) if reduction == "sum" else None
+    if function == "index" and not target.is_floating_point():
+        return _counted(options, target)
+    return target.new_full((), target.shape[0], dtype=torch.float32)
+
+
 def _counted(options: dict[str, Any], target: Tensor) -> Tensor:
     """The number of targets that are not ignored, or the sum of their class weights."""
     counted = target != options.get("ignore_index", -100)
@@ -182,8 +197,13 @@ def _is_mean(net: LocalModules, batch: Batch, target: Any, labels: list[Any], si
     size = sum(sizes)
     if not shape or shape[0] != size:
         return False
-    generator = torch.Generator().manual_seed(0)
-    prediction = torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise NotCut(
+            "micro_batches: whether this criterion's loss is the mean over examples is tried with each target, which a "
+            "CUDA graph cannot; give a loss of torch, or a memory mode without micro-batches, 'exact' or 'full'"
+        )
+    generator = torch.Generator(device).manual_seed(0)
+    prediction = torch.randn(shape, generator=generator, device=device).to(dtype)
     try:
         whole = net.criterion(prediction, target)
         parts = [net.criterion(p, y) for p, y in zip(prediction.split(sizes), labels, strict=True)]

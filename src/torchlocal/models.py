@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchlocal.checks import suggestion, whole
+from torchlocal.checks import whole
+from torchlocal.names import unknown_network
 
 __all__ = ["CifarResNet", "LocalVGG", "build_model", "mlp", "model_names"]
 
@@ -230,7 +231,7 @@ def build_model(
         make, description = _timm_builder(short, num_classes, in_channels, size), f"timm's {short}"
     else:
         elsewhere = [known for known in model_names("torchvision") if known.endswith(f":{short}")]
-        raise ValueError(_unknown(name, name, elsewhere or [*model_names(), *model_names("torchvision")]))
+        raise ValueError(unknown_network(name, elsewhere or [*model_names(), *model_names("torchvision")]))
     images = f"{in_channels} x {size[0]} x {size[1]} images"
     try:
         model = make()
@@ -275,7 +276,7 @@ def _torchvision_builder(
                 f"model 'torchvision:{name}' is not an image classifier (it detects, segments, or works on video or on "
                 f"quantised numbers): choose a classifier such as 'torchvision:resnet50'"
             )
-        raise ValueError(_unknown(f"torchvision:{name}", f"torchvision:{name}", model_names("torchvision")))
+        raise ValueError(unknown_network(f"torchvision:{name}", model_names("torchvision")))
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
         # With auxiliary classifiers they return several tensors while training; ours are attached by decouple.
@@ -323,7 +324,7 @@ def _timm_builder(name: str, num_classes: int, in_channels: int, size: tuple[int
     timm = _import_timm(f"timm:{name}")
     # A tag of pretrained weights may follow a dot; anything else, a hub address above all, is not a timm name.
     if not timm.is_model(name.partition(".")[0]):
-        raise ValueError(_unknown(f"timm:{name}", name, timm.list_models(), prefix="timm:"))
+        raise ValueError(unknown_network(f"timm:{name}", timm.list_models(), wanted=name, prefix="timm:"))
 
     def make() -> nn.Module:
         options = {"pretrained": False, "num_classes": num_classes, "in_chans": in_channels}
@@ -340,12 +341,3 @@ def _timm_builder(name: str, num_classes: int, in_channels: int, size: tuple[int
 def _first_sentence(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     return " ".join(text.splitlines()[0].split()).rstrip(".")
-
-
-def _unknown(name: str, wanted: str, candidates: list[str], prefix: str = "") -> str:
-    cutoff = 0.6 if len(candidates) > 1 else 0.0  # a single candidate is the same name with its library
-    hint = suggestion(wanted.lower(), candidates, most=3, cutoff=cutoff, prefix=prefix)
-    return (
-        f"model {name!r} is unknown{hint}: choose {', '.join(_OWN)}, or torchvision:NAME or timm:NAME with a name of "
-        f"that library"
-    )

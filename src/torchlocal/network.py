@@ -166,13 +166,14 @@ def prepare(
     anchor = next((p for p in backbone.parameters() if p.is_floating_point()), torch.empty(0))
     chain.sample = kept = tree_map_only(Tensor, _without_values, batch)
 
-    def assemble(num_modules: int, *, fake: bool = False) -> DecoupledNetwork:
-        auxiliary_bytes = _AuxiliaryBytes(found, units, rule, num_modules, chain)
+    auxiliary_bytes = _AuxiliaryBytes(found, units, rule, chain)
 
+    def assemble(num_modules: int, *, fake: bool = False) -> DecoupledNetwork:
         def price(first: int, last: int) -> float:
             if cost != "activation_bytes":
                 return sum(getattr(unit, cost) for unit in units[first:last])
-            return found.activation_bytes(first, last) + (auxiliary_bytes(last - 1) if last < len(units) else 0)
+            beside = auxiliary_bytes(last - 1, num_modules) if last < len(units) else 0
+            return found.activation_bytes(first, last) + beside
 
         groups = balance(len(units), num_modules, price)
         costs = tuple(float(price(group.start, group.stop)) for group in groups)
@@ -254,17 +255,19 @@ def _fewest(assemble: Callable[[int], DecoupledNetwork], most: int, device: torc
 class _AuxiliaryBytes:
     """Bytes that the auxiliary network after a unit keeps for backward, found on fake tensors when first asked for."""
 
-    def __init__(self, found: Units, units: Sequence[Unit], rule: Rule, num_modules: int, chain: Forward) -> None:
-        self._found, self._units, self._rule = found, units, rule
-        self._num_modules, self._chain = num_modules, chain
-        self._known: dict[int, int] = {}
+    def __init__(self, found: Units, units: Sequence[Unit], rule: Rule, chain: Forward) -> None:
+        self._found, self._units, self._rule, self._chain = found, units, rule, chain
+        self._known: dict[tuple[int, int | None], int] = {}  # by unit, and number of modules where that matters
 
-    def __call__(self, unit: int) -> int:
-        if unit not in self._known:
-            index = min(unit, self._num_modules - 2)
-            site = _site(index, self._num_modules, self._units, unit + 1, self._found, self._chain)
-            self._known[unit] = self._measure(site, self._found.boundary(unit))
-        return self._known[unit]
+    def __call__(self, unit: int, num_modules: int) -> int:
+        for key in ((unit, None), (unit, num_modules)):
+            if key in self._known:
+                return self._known[key]
+        index = min(unit, num_modules - 2)
+        site = _AskedSite(**vars(_site(index, num_modules, self._units, unit + 1, self._found, self._chain)))
+        size = self._measure(site, self._found.boundary(unit))
+        self._known[unit, num_modules if "place" in vars(site) else None] = size
+        return size
 
     def _measure(self, site: Site, features: Tensor) -> int:
         kept: dict[int, int] = {}
@@ -285,6 +288,15 @@ class _AuxiliaryBytes:
         for tensor in [features, *network.parameters(), *network.buffers()]:
             kept.pop(tensor.untyped_storage()._cdata, None)
         return sum(kept.values())
+
+
+class _AskedSite(Site):
+    """A site that notes, in an attribute ``place``, that it was asked where it is among the local modules."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("index", "num_modules"):
+            object.__setattr__(self, "place", True)
+        return super().__getattribute__(name)
 
 
 def _site(index: int, num_modules: int, units: Sequence[Unit], stop: int, found: Units, chain: Forward) -> Site:

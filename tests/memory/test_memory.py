@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchlocal as tl
-from torchlocal.memory import measure, predict
+from torchlocal.memory import measure, plans, predict, search
 from torchlocal.models import build_model
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -409,3 +409,15 @@ def test_a_plan_is_carried_out_in_a_copy_and_after_a_change() -> None:
     assert peak(copy.deepcopy(net)) == plan.peak_bytes  # whose units have not been traced
     net.backbone[1].register_forward_hook(lambda *_: None)  # the traces have to be made anew
     assert peak(net) == plan.peak_bytes
+
+
+def test_where_small_parts_are_dear_units_are_recomputed_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search for a GPU, on the CPU: its prices only."""
+    net = tl.decouple(build_model("resnet20", num_classes=10), 10, sample=(128, 3, 32, 32))
+    on_cpu = net.guided_plan(net.sample, memory="local")
+    assert on_cpu.micro_batches > 1
+    monkeypatch.setattr(search._GuidedSearch, "device_type", property(lambda _: "cuda", lambda *_: None), raising=False)
+    plans._FOUND.clear()
+    found = net.guided_plan(net.sample, memory="local")
+    assert found.micro_batches == 1 and found.recomputed > 0
+    assert found.bytes <= predict(net, step="local").peak_bytes

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -640,6 +641,51 @@ def _mesh(kind: str) -> Any:
     found = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
     net.close()
     return found, {name: sums[name] / 2 for name, _ in net.named_parameters() if name in sums}
+
+
+CRITERIA: dict[str, Any] = {
+    "ignored": partial(F.cross_entropy, ignore_index=1),
+    "weighted": partial(F.cross_entropy, weight=torch.arange(1.0, 11.0)),
+    "sum": partial(F.cross_entropy, reduction="sum"),
+}
+
+
+class Linear(tl.Rule):
+    """An auxiliary network without BatchNorm, which sees a replica's part of the batch only."""
+
+    def auxiliary(self, site: tl.Site) -> nn.Module:
+        return nn.Linear(site.channels, 10)
+
+
+@pytest.mark.parametrize("kind", ["local", "guided", "1f1b"])
+@pytest.mark.parametrize("criterion", list(CRITERIA))
+def test_replicas_count_by_what_the_criterion_divides_by(pool: Pool, tmp_path: Path, criterion: str, kind: str) -> None:
+    """As in the loss of the whole batch, of which a replica has more targets that count than the other; or all."""
+    for gradients, expected in pool.run(4, tmp_path, _uneven, criterion, kind):
+        for name in gradients:
+            torch.testing.assert_close(gradients[name], expected[name], msg=lambda told, name=name: f"{name}: {told}")
+
+
+def _uneven(name: str, kind: str) -> Any:
+    def make() -> tl.DecoupledNetwork:
+        torch.manual_seed(0)
+        layers = [nn.Sequential(nn.Flatten(), nn.Linear(192, 8)), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 10)]
+        return tl.decouple(layers, sample=(8, 3, 8, 8), rule=Linear(), criterion=CRITERIA[name])
+
+    alone, net = make(), parallel.distribute(make(), replicas=2, timeout=60)
+    ((x, y),) = batches(1, 16)
+    y[:8] = torch.tensor([1, 1, 1, 9, 9, 1, 1, 2])
+    if name == "ignored" and kind == "local":
+        y[:8] = 1  # nothing counts in the first half
+    given = [x.chunk(2)[net.replica], y.chunk(2)[net.replica]] if net.is_first else []
+    if kind == "1f1b":
+        net.guided_step(*given, micro_batches=2)
+    else:
+        (net.local_step if kind == "local" else net.guided_step)(*given)
+    (alone.local_step if kind == "local" else alone.guided_step)(x, y)
+    found = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    net.close()
+    return found, {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
 
 
 # --- refusals ---

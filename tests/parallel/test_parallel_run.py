@@ -20,6 +20,7 @@ from processes import Pool
 from torch import Tensor
 
 from torchlocal.cli import commands as cli
+from torchlocal.parallel import network
 from torchlocal.parallel.team import Elsewhere, RemoteSplit
 from torchlocal.run import build as assembly
 from torchlocal.run import trainer
@@ -60,15 +61,16 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def run(config: FitConfig, resume: bool, stop_after: int | None) -> dict[str, Any] | str:
-    """Train on this rank; the first one gets SIGTERM after some steps."""
+def run(config: FitConfig, resume: bool, stop_after: int | None, stopped: int = 0) -> dict[str, Any] | str:
+    """Train on this rank; the first one, or another, gets SIGTERM after some steps."""
+    network._LOOK_EVERY = 0.0
     real, steps = assembly.train_step, 0
 
     def train_step(*arguments: Any, **options: Any) -> list[Tensor]:
         nonlocal steps
         steps += 1
         losses = real(*arguments, **options)
-        if steps == stop_after and (not dist.is_initialized() or dist.get_rank() == 0):
+        if steps == stop_after and (not dist.is_initialized() or dist.get_rank() == stopped):
             os.kill(os.getpid(), signal.SIGTERM)
         return losses
 
@@ -132,6 +134,17 @@ def test_a_run_goes_on_with_another_number_of_ranks(
             assert "stopped by SIGTERM" in told[0]
             assert told[-1].startswith("Interrupted: stopped by SIGTERM after step ")
             assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] in (4, 5)
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_a_signal_that_only_the_last_rank_gets_stops_all(pool: Pool, tmp_path: Path, uninterrupted: Path) -> None:
+    config = small_config(tmp_path / "run")
+    for i, stop_after in enumerate((2, None)):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        told = pool.run(2, folder, run, config, bool(i), stop_after, 1)
+        if stop_after:
+            assert "stopped by SIGTERM" in told[0] and told[1].startswith("Interrupted: stopped by SIGTERM after step ")
     assert_same_run(tmp_path / "run", uninterrupted)
 
 

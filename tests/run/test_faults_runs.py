@@ -541,6 +541,11 @@ def test_a_command_line_that_cannot_work(
         ("net", {"backbone.0.weight": 3}, "lacks net.backbone.0.weight"),
         ("data", {}, "lacks data.num_train, data.num_validation, data.num_classes, data.shape"),
         ("modules", "x", "lacks modules"),
+        ("modules", [torch.zeros(2)], "lacks modules"),
+        ("net", None, "lacks net"),
+        ("net", 1.5, "lacks net"),
+        ("version", torch.zeros(2), "has checkpoint version tensor([0., 0.])"),
+        ("config", {"lr": torch.zeros(2)}, "lacks config"),
     ],
 )
 def test_a_checkpoint_without_its_parts(name: str, value: Any, message: str, tmp_path: Path, capsys: Any) -> None:
@@ -563,6 +568,14 @@ def test_a_checkpoint_without_its_parts(name: str, value: Any, message: str, tmp
     [
         ("position", lambda value: value | {"bogus": 1}),
         ("position", lambda value: value | {"best_epoch": 7}),
+        ("position", lambda value: {name: v for name, v in value.items() if name != "step"}),
+        ("position", lambda value: value | {"step": 10**30}),
+        ("position", lambda value: value | {"seconds": []}),
+        ("position", lambda value: value | {"seconds": float("nan")}),
+        ("position", lambda value: value | {"epoch_guided": "x"}),
+        ("position", lambda value: value | {"num_guided": torch.zeros(3)}),
+        ("position", lambda value: value | {"epoch_full": 3}),
+        ("rows", lambda value: ["x"]),
         ("rows", lambda value: [{}]),
         ("loss_sums", lambda value: value[:1].repeat(5)),
         ("random", lambda value: {}),
@@ -581,6 +594,14 @@ def test_a_checkpoint_with_other_parts(name: str, change: Any, tmp_path: Path, c
     assert told.startswith(f"{tmp_path}/last.pt does not hold what this torchlocal writes (")
     assert told.endswith("): use a copy, or the torchlocal that wrote it.")
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_a_configuration_that_is_none(tmp_path: Path, capsys: Any) -> None:
+    fit(small_config(tmp_path, epochs=1), progress=False)
+    state = torch.load(tmp_path / "best.pt", weights_only=True)
+    state["config"]["guidance"] = "x"
+    torch.save(state, tmp_path / "best.pt")
+    assert "guidance='x' must be `name: value` pairs" in refused(["evaluate", str(tmp_path)], capsys)
 
 
 def test_a_result_without_its_parts(tmp_path: Path, capsys: Any) -> None:

@@ -29,6 +29,7 @@ from torchlocal.cli.options import (
     with_dashes,
 )
 from torchlocal.lifetime import end_with_parent, on_signals, unbroken_streams
+from torchlocal.names import check_names
 from torchlocal.run.config import FitConfig, Option, declared, fit_options, sections
 from torchlocal.run.folder import expand
 
@@ -125,6 +126,7 @@ def _fit(argv: Sequence[str]) -> int:
     )
     values = _parse_run(parser, _at_folder(argv), _add_run_options(parser))
     config = _config(values)
+    _check_names(config)
     out = expand(config.run.out)
     begins = values["resume"] and not any((out / name).exists() for name in _OF_A_RUN)
     if begins:
@@ -169,6 +171,16 @@ def _fit(argv: Sequence[str]) -> int:
         f"Run folder: {config.run.out}"
     )
     return 0
+
+
+def _check_names(config: FitConfig) -> None:
+    if "torch" not in sys.modules:  # else what looks them up tells it as fast
+        check_names(
+            model=config.model.name,
+            data=config.data.name,
+            device=config.run.device,
+            optimizer=config.optimisation.optimizer,
+        )
 
 
 def _at_folder(argv: Sequence[str]) -> list[str]:
@@ -253,6 +265,7 @@ def _compare(argv: Sequence[str]) -> int:
     chosen: dict[str, Any] = {name: values[name] for name in own}
     chosen |= {name: tuple(value) for name, value in chosen.items() if isinstance(value, list)}
     config = CompareConfig(**chosen, fit=_config({name: values[name] for name in run}))
+    _check_names(config.fit)
 
     from torchlocal.compare.comparison import compare
     from torchlocal.compare.report import terminal_table
@@ -307,6 +320,7 @@ def _partition(argv: Sequence[str]) -> int:
     if shape is not None and (len(shape) != 3 or min(shape) < 1):
         raise ValueError(f"--shape {' '.join(map(str, shape))} must be channels, height and width, such as 3 32 32")
     config = _config(values)
+    _check_names(config)
     batch_size = config.optimisation.batch_size
     _check_sizes(num_classes, shape or [], batch_size)
 
@@ -361,6 +375,7 @@ def _plan(argv: Sequence[str]) -> int:
     options = _add_run_options(parser, _RULE)
     values = parser.parse(argv)
     config = _config({name: values[name] for name in ("model", *options)})
+    _check_names(config)
     name, batch_size, num_classes = config.model.name, values["batch_size"], values["num_classes"]
     parts = values["input"].lower().split("x")
     if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):

@@ -32,11 +32,13 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map_only, tree_unflatten
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..recompute import RandomState, Stages, held, started_from
 from .batches import Batch, call, device_of, key_of, tensors_of
 from .facts import Facts
 from .intercept import Original, around, eagerly
+from .kernels import Kernels
 from .observe import Key, fake_batch, fake_twins
 from .untouched import swapped, untouched
 
@@ -124,6 +126,8 @@ class Forward:
     ) -> None:
         self.backbone, self.facts, self.prediction = backbone, facts, prediction
         self.mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
+        self.kernels = Kernels(self.mode)
+        self.twins = WeakTensorKeyDictionary()  # without memory, of parameters and buffers
         self.fake = False  # everything is fake, since a step is being predicted
         self.watch: Callable[[Tensor], None] | None = None  # is told of the features at every cut
         self.sample: Batch = None  # a batch of the layout that the network was cut with
@@ -289,7 +293,7 @@ class Forward:
                 yield batch
             return
         state = RandomState.get(device_of(batch, self.backbone))
-        twins = fake_twins(self.backbone, self.mode, learn=False)
+        twins = fake_twins(self.backbone, self.mode, learn=False, known=self.twins)
         self.fake = True
         try:
             with eagerly(self.backbone), swapped(self.backbone, twins), torch.enable_grad():

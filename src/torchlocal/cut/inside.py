@@ -222,7 +222,9 @@ class Inside:
                 stack.enter_context(untouched(backbone))
                 x: Any = sample
             else:
-                stack.enter_context(swapped(backbone, fake_twins(backbone, forward.mode, learn=False)))
+                stack.enter_context(
+                    swapped(backbone, fake_twins(backbone, forward.mode, learn=False, known=forward.twins))
+                )
                 x = fake_batch(sample, forward.mode)
             stack.enter_context(torch.no_grad())
             stack.enter_context(torch.random.fork_rng(devices=[]))

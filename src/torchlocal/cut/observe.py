@@ -24,6 +24,7 @@ from torch._subclasses import (  # the documented home of fake tensors; there is
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map_only
 from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..recompute import RandomState
 from .batches import Batch, call, describe, device_of
@@ -178,24 +179,39 @@ def clock() -> int:
     return int(torch._C._autograd._get_sequence_nr())
 
 
-def fake_twins(model: nn.Module, mode: FakeTensorMode, *, learn: bool) -> dict[int, Tensor]:
+def fake_twins(
+    model: nn.Module, mode: FakeTensorMode, *, learn: bool, known: WeakTensorKeyDictionary | None = None
+) -> dict[int, Tensor]:
     """For every parameter and floating-point buffer, by ``id``, one without memory; other buffers are copied.
 
     Args:
         model: the network.
         mode: of the fake tensors.
         learn: have all floating-point parameters ask for gradients, frozen ones too.
+        known: those that were made before, which are used again where they still are alike, and to which others are
+            added.
     """
     twins: dict[int, Tensor] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         if id(tensor) in twins:
             continue
-        if isinstance(tensor, nn.Parameter):
-            wanted = tensor.is_floating_point() if learn else tensor.requires_grad
-            twins[id(tensor)] = nn.Parameter(_fake(tensor.detach(), mode), wanted)
+        parameter = isinstance(tensor, nn.Parameter)
+        wanted = parameter and (tensor.is_floating_point() if learn else tensor.requires_grad)
+        twin = known.get(tensor) if known is not None else None
+        if twin is not None and twin.requires_grad == wanted and _looks(twin) == _looks(tensor):
+            twin.grad = None
+        elif parameter:
+            twin = nn.Parameter(_fake(tensor.detach(), mode), wanted)
         else:
-            twins[id(tensor)] = _fake(tensor, mode) if tensor.is_floating_point() else tensor.clone()
+            twin = _fake(tensor, mode) if tensor.is_floating_point() else tensor.clone()
+        if known is not None and isinstance(twin, FakeTensor):  # numbers may be others by then
+            known[tensor] = twin
+        twins[id(tensor)] = twin
     return twins
+
+
+def _looks(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:

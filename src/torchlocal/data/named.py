@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchlocal.checks import suggestion, whole
+from torchlocal.checks import whole
 from torchlocal.data.folders import read_folders
 from torchlocal.data.sources import READERS
 from torchlocal.data.splits import FOLDER_STREAM, VALIDATION_STREAM, FolderSource, MemorySource, Split, make_generator
+from torchlocal.names import unknown_data
 
 __all__ = ["DataBundle", "Split", "data_names", "load_data"]
 
@@ -120,7 +121,7 @@ def load_data(
     """
     base, pairs = (name.removeprefix("pairs:"), True) if name.startswith("pairs:") else (name, False)
     if base not in data_names():
-        raise ValueError(_unknown_name(name, base, pairs))
+        raise ValueError(unknown_data(name))
     for argument, number, least in (
         ("num_train", num_train, 1),
         ("num_validation", num_validation, 1),
@@ -275,8 +276,3 @@ def _path(root: str | os.PathLike[str]) -> Path:
 
 def _too_many_images(num_train: int, size: int) -> str:
     return f"num_train={num_train} is more than the {size} training images there are: choose 1 to {size}"
-
-
-def _unknown_name(name: str, base: str, pairs: bool) -> str:
-    hint = suggestion(base.lower(), data_names(), most=2, cutoff=0.5, prefix="pairs:" if pairs else "")
-    return f"data {name!r} is unknown{hint}: choose {', '.join(data_names())}, or pairs:NAME with one of these"

@@ -14,7 +14,7 @@ from ..cut.forward import Pass
 from ..engine import Step
 from ..recompute import Plan, Recomputation, Stages, Tape, keeping_nothing
 from ..recompute.solver import Alternative, Solver, StageCost
-from .counter import FlopTotal, PeakCounter
+from .counter import PeakCounter
 from .fakes import FakeStep
 
 __all__ = ["Bench", "plans_of"]
@@ -33,6 +33,7 @@ class Bench:
         self.costs: dict[tuple[int, int], StageCost] = {}
         self._keys: list[tuple[Any, ...]] = []
         chain = self.net.chain
+        self._kernels = chain.kernels
         # Networks that are cut at the same points share what their units take.
         self._known = chain.measured(fake.batch, str(autocast))
         with fake.active():
@@ -65,7 +66,7 @@ class Bench:
         network, features = self.net.auxiliary[k], self.states[self.net.partition.groups[k].stop][0]
         key = "auxiliary", str(network), features.shape, features.stride(), features.dtype
         if key not in self._known:
-            with self.fake.active(), PeakCounter() as counter:
+            with self.fake.active(), PeakCounter(kernels=self._kernels) as counter:
                 self._step().follow(k, features)
             self.fake.clear()
             self._known[key] = counter.peak, _num_bytes(network.parameters())
@@ -115,7 +116,7 @@ class Bench:
     def module_peak(self, k: int, plan: Plan | None) -> tuple[int, int]:
         """Peak of the local step of module ``k`` by itself, beyond its input, and the bytes of gradients it leaves."""
         group = self.net.partition.groups[k]
-        with self.fake.active(), PeakCounter() as counter:
+        with self.fake.active(), PeakCounter(kernels=self._kernels) as counter:
             step = self._step()
             step.outputs = self._outputs
             plan = plan or Tape(group.start, group.stop)
@@ -137,7 +138,7 @@ class Bench:
             kept.extend(outputs if held else [])
             return _gradients(outputs)
 
-        with PeakCounter() as counter:
+        with PeakCounter(kernels=self._kernels) as counter:
             recomputation = Recomputation(stages, self.fake.device, context=self._context)
             recomputation.run(plan, list(state), then, differentiable=differentiable)
         self.fake.clear()
@@ -155,8 +156,7 @@ class Bench:
         origin: int | None = None,
     ) -> tuple[StageCost, list[Any]]:
         """Cost of some stages, and their output; what is in ``base`` is there anyway."""
-        flops = FlopTotal()
-        with PeakCounter() as counter, keeping_nothing(), self._context(), flops:
+        with PeakCounter(kernels=self._kernels, flops=True) as counter, keeping_nothing(), self._context():
             result = [_detached(v) for v in stages.run(first, last, list(state))]
         there = {v.untyped_storage()._cdata for v in base if isinstance(v, Tensor)}
         storages = [v.untyped_storage() for v in result if isinstance(v, Tensor)]
@@ -166,7 +166,7 @@ class Bench:
             tape=tape,
             forward=counter.peak,
             backward=backward,
-            flops=flops.total + counter.peak / 64,  # of two ways with equal FLOPs the one that moves less
+            flops=counter.flops + counter.peak / 64,  # of two ways with equal FLOPs the one that moves less
         )
         return cost, result
 
@@ -185,7 +185,7 @@ class Bench:
         there = {v.untyped_storage()._cdata for v in base if isinstance(v, Tensor)}
         recomputation = Recomputation(stages, self.fake.device, context=self._context)
         tape = 0
-        with PeakCounter() as counter:
+        with PeakCounter(kernels=self._kernels) as counter:
             # Between nodes the state is the stages' own, who may free it; a unit's input is kept by its first layer.
             own = [torch.empty_like(v) if origin is not None and _is_new(v, there) else v for v in state]
             before = counter.current

@@ -21,7 +21,7 @@ from ..modules import LocalModules
 from ..recompute import GuidedPlan, Plan, RandomState
 from ..rules import Batch as StepBatch
 from ..rules import Rule, Site
-from .counter import FlopTotal, PeakCounter
+from .counter import PeakCounter
 
 __all__ = ["FakeStep", "MakesOptimizer", "Prediction"]
 
@@ -40,12 +40,14 @@ class Prediction:
             gradients and activations of the auxiliary networks), "activations" (the rest, gradients of activations
             among it). Workspace inside kernels is not included.
         flops: floating-point operations of the step (matrix products and convolutions).
+        step_bytes: ``peak_bytes`` before the optimizer's update.
     """
 
     peak_bytes: int
     resident_bytes: int
     breakdown: dict[str, int]
     flops: int
+    step_bytes: int
 
     @property
     def total_bytes(self) -> int:
@@ -60,10 +62,19 @@ class FakeStep:
         net: the network.
         batch: see :func:`torchlocal.memory.predict`.
         target: see :func:`torchlocal.memory.predict`.
+        optimizer: see :func:`torchlocal.memory.predict`.
     """
 
-    def __init__(self, net: LocalModules, batch: Batch | Sequence[int] | None = None, target: Any = None) -> None:
-        self.net, self.mode = net, net.chain.mode
+    def __init__(
+        self,
+        net: LocalModules,
+        batch: Batch | Sequence[int] | None = None,
+        target: Any = None,
+        *,
+        optimizer: MakesOptimizer | None = None,
+    ) -> None:
+        self.net, self.mode, self._optimizer = net, net.chain.mode, optimizer
+        self._counted: dict[tuple[Any, ...], Prediction] = {}
         if not net.chain.facts.fake:
             raise ValueError(
                 f"memory: {type(net.backbone).__name__} does not run on tensors without values "
@@ -72,7 +83,7 @@ class FakeStep:
             )
         self.given = self._layout(net, batch)
         self.device = device_of(self.given, net.backbone)
-        self._twins = fake_twins(net, self.mode, learn=False)
+        self._twins = fake_twins(net, self.mode, learn=False, known=net.chain.twins)
         self._depth = 0
         self.batch = fake_batch(self.given, self.mode)
         with self.active():
@@ -120,9 +131,7 @@ class FakeStep:
         plans: dict[int, Plan],
         *,
         autocast: torch.dtype | None,
-        optimizer: MakesOptimizer | None = None,
         optimizers: object = None,
-        count_flops: bool = False,
     ) -> Prediction:
         """Take a local step, and count; ``plans``: by module, what is recomputed."""
         net = self.net
@@ -133,7 +142,7 @@ class FakeStep:
             run_local(net, self.batch, self.target, plans, autocast=autocast, optimizers=each)
             return 1.0
 
-        return self._count(step, optimizer, optimizers, count_flops=count_flops)
+        return self._count(("local", *plans.items(), autocast), step, optimizers)
 
     def guided(
         self,
@@ -141,9 +150,7 @@ class FakeStep:
         *,
         auxiliary: str,
         autocast: torch.dtype | None,
-        optimizer: MakesOptimizer | None = None,
         optimizers: object = None,
-        count_flops: bool = False,
     ) -> Prediction:
         """Take a guided step by a plan, and count."""
         net, follow = self.net, auxiliary == "follow"
@@ -156,9 +163,9 @@ class FakeStep:
             run_guided(net, fewer, parts, auxiliary=auxiliary, autocast=autocast, optimizers=each)
             return num_examples(self.batch) / num_examples(batch)
 
-        return self._count(step, optimizer, optimizers, count_flops=count_flops)
+        return self._count(("guided", plan.tree, plan.micro_batches, auxiliary, autocast), step, optimizers)
 
-    def plain(self, autocast: torch.dtype | None, *, optimizer: MakesOptimizer | None = None) -> Prediction:
+    def plain(self, autocast: torch.dtype | None) -> Prediction:
         """Take an ordinary step of the backbone, and count."""
 
         def step(each: list[Any] | None, counter: PeakCounter) -> float:
@@ -167,26 +174,37 @@ class FakeStep:
             loss.backward()
             return 1.0
 
-        return self._count(step, optimizer, None, count_flops=True)
+        return self._count(("plain", autocast), step, None)
 
     def _count(
-        self,
-        step: Callable[[list[Any] | None, PeakCounter], float],
-        optimizer: MakesOptimizer | None,
-        optimizers: object,
-        *,
-        count_flops: bool,
+        self, what: tuple[Any, ...], step: Callable[[list[Any] | None, PeakCounter], float], optimizers: object
     ) -> Prediction:
-        """Take a step on fake tensors; it is given the optimizers, and returns by how much its FLOPs are too few."""
-        net = self.net
+        """Take a step on fake tensors, once; it is given the optimizers, and returns by how much its FLOPs are too few.
+
+        Args:
+            what: tells the step from others.
+            step: takes it.
+            optimizers: see :func:`torchlocal.memory.predict`.
+        """
+        key = (*what, optimizers is None)
+        if key not in self._counted:
+            self._counted[key] = self._taken(step, optimizers)
+        return self._counted[key]
+
+    def _taken(self, step: Callable[[list[Any] | None, PeakCounter], float], optimizers: object) -> Prediction:
+        net, kernels = self.net, self.net.chain.kernels
         with self.active():
             self.clear()
             groups = [list(net.parameters())] if optimizers is None else net.module_parameters()
-            states = [_with_state(optimizer(group)) for group in groups] if optimizer is not None else []
+            states: list[torch.optim.Optimizer] = []
+            if self._optimizer is not None:
+                with PeakCounter(kernels=kernels):  # which makes it quick
+                    states = [_with_state(self._optimizer(group)) for group in groups]
             each: list[Any] | None = None if optimizers is None else states or [_Free(group) for group in groups]
-            counter, flops = PeakCounter(self._resident(states)), FlopTotal()
-            with counter, flops if count_flops else contextlib.nullcontext(), self._labels(counter):
+            counter = PeakCounter(self._resident(states), kernels=kernels, flops=True)
+            with counter, self._labels(counter):
                 parts = step(each, counter)
+                step_bytes = counter.peak
                 if optimizers is None and states:
                     with counter.labelling("optimizer"):
                         states[0].step()
@@ -195,7 +213,8 @@ class FakeStep:
             peak_bytes=counter.peak,
             resident_bytes=counter.resident,
             breakdown=counter.breakdown,
-            flops=round(flops.total * parts),
+            flops=round(counter.flops * parts),
+            step_bytes=step_bytes,
         )
 
     def clear(self) -> None:
@@ -247,7 +266,14 @@ class FakeStep:
     def _target(self, target: Any) -> Any:
         if target is not None:
             return fake_batch(target, self.mode)
-        with torch.no_grad():
+        known = self.net.chain.measured(self.given, "target")
+        if not known or known["criterion"] is not self.net.criterion:
+            known |= {"criterion": self.net.criterion, "target": self._guessed()}
+        return known["target"]
+
+    def _guessed(self) -> Any:
+        """A target that the criterion takes."""
+        with PeakCounter(kernels=self.net.chain.kernels), torch.no_grad():
             output = self.net.chain.call(self.batch)
             shapes = [output.shape[:1], output.shape[:-1], (output.shape[0], *output.shape[2:])]
             guesses = [torch.zeros(shape, dtype=torch.int64, device=output.device) for shape in dict.fromkeys(shapes)]

@@ -15,6 +15,7 @@ from ..cut.units import balance
 from ..micro import NotCut, Parts, cut_batch
 from ..modules import LocalModules
 from ..recompute import GuidedPlan, Plan, in_segments
+from .fakes import FakeStep
 from .search import find_guided_plan, find_local_plans
 
 __all__ = ["guided_plan", "local_plans", "plan_and_parts", "recompute_segments"]
@@ -56,8 +57,12 @@ def guided_plan(
     auxiliary: str = "follow",
     autocast: torch.dtype | None = None,
     optimizers: object = None,
+    fake: FakeStep | None = None,
 ) -> GuidedPlan:
-    """How a guided step of such a batch runs; found once for each layout of batch and options."""
+    """How a guided step of such a batch runs; found once for each layout of batch and options.
+
+    ``fake`` is the network and that batch without memory, where they are there.
+    """
     if memory is not None and recompute is not None:
         raise ValueError(f"recompute: memory={memory!r} chooses what is recomputed; leave recompute out")
     if isinstance(memory, GuidedPlan):
@@ -70,6 +75,7 @@ def guided_plan(
     plan: GuidedPlan = _found(
         net,
         find_guided_plan,
+        fake,
         batch,
         target,
         memory=memory,
@@ -117,11 +123,13 @@ def local_plans(
     if recompute != "largest":
         raise ValueError(f"recompute: must be None or 'largest' in a local step, not {recompute!r}")
     _without_carry(net, [range(0), range(0)])
-    plans: dict[int, Plan] = _found(net, find_local_plans, batch, target, autocast=autocast)
+    plans: dict[int, Plan] = _found(net, find_local_plans, None, batch, target, autocast=autocast)
     return plans
 
 
-def _found(net: LocalModules, find: Callable[..., Any], batch: Batch, target: Any, **options: Any) -> Any:
+def _found(
+    net: LocalModules, find: Callable[..., Any], fake: FakeStep | None, batch: Batch, target: Any, **options: Any
+) -> Any:
     """What a search finds, which is looked for once for each layout of batch and target, and options."""
     known = _FOUND.setdefault(net, OrderedDict())
     flags = tuple(module.training for module in net.modules())
@@ -138,7 +146,7 @@ def _found(net: LocalModules, find: Callable[..., Any], batch: Batch, target: An
         net.chain.inside.refresh(batch)
     # A thread of its own has none of the caller's modes: autocast, no_grad, a counter.
     with ThreadPoolExecutor(1) as executor:
-        known[key] = executor.submit(find, net, batch, target, **options).result()
+        known[key] = executor.submit(lambda: find(fake or FakeStep(net, batch, target), target, **options)).result()
     while len(known) > _MOST_PLANS:
         known.popitem(last=False)
     return known[key]

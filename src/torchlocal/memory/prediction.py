@@ -13,7 +13,7 @@ from ..recompute import GuidedPlan, Plan
 from .fakes import FakeStep, MakesOptimizer, Prediction
 from .plans import guided_plan, local_plans
 
-__all__ = ["predict"]
+__all__ = ["predict", "predict_on"]
 
 
 def predict(
@@ -55,13 +55,37 @@ def predict(
     """
     if step not in ("local", "guided", "plain"):
         raise ValueError(f"step: must be 'local', 'guided' or 'plain', not {step!r}")
-    fake = FakeStep(net, batch, target)
+    return predict_on(
+        FakeStep(net, batch, target, optimizer=optimizer),
+        step=step,
+        target=target,
+        auxiliary=auxiliary,
+        recompute=recompute,
+        memory=memory,
+        autocast=autocast,
+        optimizers=optimizers,
+    )
+
+
+def predict_on(
+    fake: FakeStep,
+    *,
+    step: str,
+    target: Any = None,
+    auxiliary: str = "follow",
+    recompute: str | int | dict[int, Plan] | None = None,
+    memory: str | int | GuidedPlan | None = None,
+    autocast: torch.dtype | None = None,
+    optimizers: object = None,
+) -> Prediction:
+    """:func:`predict` on a network without memory, which takes no step twice; ``target`` as it was given."""
+    net = fake.net
     # Plans are looked for with the batch as it is given, and remembered for the steps.
     if step == "plain":
-        return fake.plain(autocast, optimizer=optimizer)
+        return fake.plain(autocast)
     if step == "local":
         plans = local_plans(net, fake.given, target, recompute, autocast=autocast)  # type: ignore[arg-type]
-        return fake.local(plans, autocast=autocast, optimizer=optimizer, optimizers=optimizers, count_flops=True)
+        return fake.local(plans, autocast=autocast, optimizers=optimizers)
     plan = guided_plan(
         net,
         fake.given,
@@ -71,7 +95,6 @@ def predict(
         memory=memory,
         autocast=autocast,
         optimizers=optimizers,
+        fake=fake if optimizers is None else None,  # a search frees gradients as soon as optimizers would
     )
-    return fake.guided(
-        plan, auxiliary=auxiliary, autocast=autocast, optimizer=optimizer, optimizers=optimizers, count_flops=True
-    )
+    return fake.guided(plan, auxiliary=auxiliary, autocast=autocast, optimizers=optimizers)

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from ..cut.batches import Batch, describe, num_examples
+from ..cut.batches import describe, num_examples
 from ..micro import can_cut
-from ..modules import LocalModules
 from ..recompute import Again, GuidedPlan, Inner, Keep, Plan, Tape
 from ..recompute.solver import Solver, StageCost
 from .costs import Bench, plans_of
@@ -28,11 +27,13 @@ _MOST_TRIALS = 5
 # What micro-batches of n examples add to the time of a step, as a multiple of 1/n: kernels on few examples are less
 # efficient. A rough upper bound; measured (CPU, ResNet-32): nothing with 64 examples, 5 % with 32, 28 % with 16.
 _COST_OF_SMALL_PARTS = 4.0
+# The same on CUDA, where kernels want more work, and each part is launched anew. Measured on an H100 (docs/gpu.md), as
+# CUDA graphs: 8 parts of 128 images take 2.2 × a step of ResNet-32 in bf16, 8 parts of 16 take 1.7 × a step of ViT-S.
+_COST_OF_SMALL_PARTS_ON_CUDA = 100.0
 
 
 def find_guided_plan(
-    net: LocalModules,
-    batch: Batch,
+    fake: FakeStep,
     target: Any,
     memory: str | int,
     *,
@@ -44,18 +45,20 @@ def find_guided_plan(
 
     Where nothing fits, the plan with the smallest peak that was found, and a warning.
     """
-    search = _GuidedSearch(net, batch, target, auxiliary=auxiliary, autocast=autocast, optimizers=optimizers)
+    search = _GuidedSearch(fake, target, auxiliary=auxiliary, autocast=autocast, optimizers=optimizers)
     if memory == "exact":
         return search.smallest(micro_batches=False)
     budget = search.local_peak() if memory == "local" else int(memory)
-    # Looking inside of units takes long, and is dearer than micro-batches where these are possible.
-    plan = search.cheapest(budget, inside=False) or search.cheapest(budget, inside=True)
+    # Looking inside of units takes long, and on a CPU it is dearer than micro-batches, where these are possible.
+    plan = search.cheapest(budget, inside=False)
+    if plan is None or (plan.micro_batches > 1 and search.device_type == "cuda"):
+        plan = search.cheapest(budget, inside=True) or plan
     if plan is None:
         plan = search.smallest(micro_batches=True)
         if plan.bytes > budget:
             limit = "the peak of the local step" if memory == "local" else "the budget"
             warnings.warn(
-                f"memory={memory!r}: no guided step of {describe(batch)} was found within {limit}, "
+                f"memory={memory!r}: no guided step of {describe(fake.given)} was found within {limit}, "
                 f"{budget / 1e6:.1f} MB; the smallest found takes {plan.bytes / 1e6:.1f} MB and is used",
                 stacklevel=1,
             )
@@ -65,11 +68,12 @@ def find_guided_plan(
 class _GuidedSearch:
     """Plans for the guided steps of one network, batch and set of options."""
 
-    def __init__(self, net: LocalModules, batch: Batch, target: Any, *, auxiliary: str, **options: Any) -> None:
-        self._fake = FakeStep(net, batch, target)
-        given = target if target is not None else self._fake.target
-        self._cuttable = can_cut(net, batch, given, follow=auxiliary == "follow")
-        self._bench = bench = Bench(self._fake, options["autocast"])
+    def __init__(self, fake: FakeStep, target: Any, *, auxiliary: str, **options: Any) -> None:
+        self._fake, net = fake, fake.net
+        self.device_type = fake.device.type
+        given = target if target is not None else fake.target
+        self._cuttable = can_cut(net, fake.given, given, follow=auxiliary == "follow")
+        self._bench = bench = Bench(fake, options["autocast"])
         self._auxiliary, self._options = auxiliary, options
         self._forward = sum(cost.flops for cost in bench.costs.values())
         self._gradients = [bench.gradients(unit) for unit in range(len(bench.costs))]
@@ -78,7 +82,7 @@ class _GuidedSearch:
 
     def local_peak(self) -> int:
         """Peak of the local step of the same batch."""
-        return self._fake.local({}, **self._options).peak_bytes
+        return self._fake.local({}, **self._options).step_bytes
 
     def smallest(self, *, micro_batches: bool) -> GuidedPlan:
         """The cheapest plan with about the smallest peak."""
@@ -121,7 +125,8 @@ class _GuidedSearch:
 
     def _loss(self, parts: int) -> float:
         """Time that smaller kernels lose, relative to a step."""
-        return 0.0 if parts == 1 else _COST_OF_SMALL_PARTS * parts / num_examples(self._fake.batch)
+        cost = _COST_OF_SMALL_PARTS_ON_CUDA if self.device_type == "cuda" else _COST_OF_SMALL_PARTS
+        return 0.0 if parts == 1 else cost * parts / num_examples(self._fake.batch)
 
     def _parts(self) -> list[int]:
         """The numbers of micro-batches that are considered."""
@@ -166,7 +171,7 @@ class _GuidedSearch:
         tree, flops = solution
         plan = GuidedPlan(tree=tree, micro_batches=parts, recomputed=flops / self._forward)
         prediction = self._fake.guided(plan, auxiliary=self._auxiliary, **self._options)
-        return replace(plan, peak_bytes=prediction.peak_bytes)
+        return replace(plan, peak_bytes=prediction.step_bytes)
 
 
 def _scaled(cost: StageCost, parts: int, gradients: int) -> StageCost:
@@ -184,11 +189,9 @@ def _share(peak: int, parts: int, gradients: int) -> int:
     return peak if parts == 1 else -(-max(0, peak - gradients) // parts)
 
 
-def find_local_plans(
-    net: LocalModules, batch: Batch, target: Any, *, autocast: torch.dtype | None = None
-) -> dict[int, Plan]:
+def find_local_plans(fake: FakeStep, target: Any, *, autocast: torch.dtype | None = None) -> dict[int, Plan]:
     """For the modules that take most, plans by which the peak of a local step is the smallest."""
-    bench = Bench(FakeStep(net, batch, target), autocast)
+    net, bench = fake.net, Bench(fake, autocast)
     peaks: dict[tuple[Any, ...], tuple[int, int]] = {}
 
     def peak_of(k: int, plan: Plan | None) -> tuple[int, int]:

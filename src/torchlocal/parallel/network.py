@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -16,7 +17,7 @@ from ..cut.batches import key_of, num_examples, plain
 from ..cut.forward import Pass, filled
 from ..engine import Step, SupportsStep, apply, check_arguments, check_optimizers
 from ..memory.plans import local_plans, plan_and_parts
-from ..micro import cut_batch
+from ..micro import cut_batch, divisor
 from ..modules import LocalModules
 from ..recompute import GuidedPlan, Plan
 from ..rules import Batch
@@ -31,6 +32,7 @@ __all__ = ["ParallelNetwork"]
 
 _LOCAL, _GUIDED, _PIPED, _LOSSES, _OUTPUTS = 1, 2, 3, 4, 5  # kinds of messages
 _SCHEDULES = ("1f1b", "gpipe")
+_LOOK_EVERY = 0.5  # seconds
 
 
 class ParallelNetwork(Stage):
@@ -53,8 +55,8 @@ class ParallelNetwork(Stage):
         stage: column of this rank.
         stages: the local modules of every stage.
         modules: the local modules of this stage.
-        stop_requested: set to a number other than 0 on the first stage, for example by a signal handler, it travels
-            with the batches.
+        stop_requested: set to a number other than 0, for example by a signal handler, it travels with the batches from
+            the first stage on, which learns of it within half a second where another stage was asked.
         stopping: what it was when the last step began; the same on all ranks after the same step.
     """
 
@@ -71,6 +73,7 @@ class ParallelNetwork(Stage):
         super().__init__(net, stages, replicas, timeout)
         self.boundary_dtype = boundary_dtype
         self.stop_requested = self.stopping = 0
+        self._looked = 0.0  # when this stage last looked whether another was asked to stop
         self._rehearsals: dict[tuple[Any, ...], Rehearsal] = {}
         self._layouts: dict[Any, dict[Any, Any]] = {}
         self._schedules: dict[tuple[Any, ...], Schedule] = {}
@@ -115,7 +118,7 @@ class ParallelNetwork(Stage):
         """
         self._check(optimizers, backward, scale)
         options = (str(autocast), scale)
-        task = self._begin(_LOCAL, batch, target, options)
+        task = self._begin(_LOCAL, batch, target, options, weight=self._weight(target))
         if self.is_first:
             task.plan = local_plans(self.net, task.batch.input, target, recompute, autocast=autocast)
         rehearsal = self._rehearse(task.batch.input, task.batch.target, autocast)
@@ -192,7 +195,7 @@ class ParallelNetwork(Stage):
                 )
             return self._piped(batch, target, micro_batches, schedule, follow, autocast, scale, optimizers, options)
         parts: list[Any] = [(None, None, 1.0)]
-        plan = None
+        plan, weight = None, self._weight(target)
         if self.is_first:
             batch = self._fitting(batch)
             plan, parts = plan_and_parts(
@@ -211,7 +214,7 @@ class ParallelNetwork(Stage):
         i = 0
         while i < len(parts):
             inputs, labels, share = parts[i]
-            task = self._begin(_GUIDED, inputs, labels, options, share=share, new=i == 0)
+            task = self._begin(_GUIDED, inputs, labels, options, share=share, weight=weight, new=i == 0)
             if self.is_first:
                 task.plan = plan
             plan = task.plan
@@ -291,7 +294,7 @@ class ParallelNetwork(Stage):
                 raise ValueError(f"micro_batches: {size} examples cannot be cut into {count!r} equal parts")
             cut_batch(self.net, batch, target, count, follow=follow)  # refuses before anything is sent
         options = (*options, count, schedule)
-        task = self._begin(_PIPED, batch, target, options)
+        task = self._begin(_PIPED, batch, target, options, weight=self._weight(target))
         parts = cut_batch(self.net, task.batch.input, task.batch.target, count, follow=follow)
         part, labels, _ = parts[0]
         rehearsal = self._rehearse(part, labels, autocast, always=True)
@@ -300,6 +303,7 @@ class ParallelNetwork(Stage):
         steps = []
         for part, labels, share in parts:
             step = Step.begin(self.net, part, labels, autocast, None, scale)
+            step.weight = task.weight
             step.part_of(parts, share, follow=follow)
             step.outputs = None if self.is_first else rehearsal.outputs
             steps.append(step)
@@ -428,6 +432,20 @@ class ParallelNetwork(Stage):
             )
         check_optimizers(optimizers, len(self.modules), backward, scale)
 
+    def _weight(self, target: Any) -> Tensor | None:
+        """How much the first stage's batch counts in the mean over the replicas: as in the loss of all their batches.
+
+        What the criterion of the replicas' batches together divides by is the sum of what it divides each by. The loss
+        of one that is not known counts the same in every replica.
+        """
+        if self._replicas_group is None or (count := divisor(self.net.criterion, target)) is None:
+            return None
+        count = count.to(self.device)
+        total = count.clone()
+        with watched("the same stage of another replica", self._timeout):
+            dist.all_reduce(total, group=self._replicas_group)
+        return torch.where(total > 0, count / total, 1.0) * self.num_replicas
+
     def _fitting(self, batch: Inputs | None) -> Inputs:
         """The batch of a step, on the first stage."""
         if batch is None:
@@ -442,21 +460,25 @@ class ParallelNetwork(Stage):
         options: tuple[Any, ...],
         *,
         share: Any = 1.0,
+        weight: Tensor | None = None,
         new: bool = True,
     ) -> Task:
         """The next batch: on the first stage the one that is given, elsewhere the one that arrives."""
         criterion = self.net.criterion
         if self.is_first:
             batch = plain(batch) if kind == _OUTPUTS and batch is not None else self._fitting(batch)
+            self._hear_of_stop()
             self.stopping = self._largest_of_replicas(self.stop_requested)
         elif batch is not None:
             raise ValueError(
                 f"batch: rank {dist.get_rank()} is no first stage, leave the batch out; it comes from there"
             )
+        else:
+            self._tell_of_stop()
         if new:
             self._ties.share_values(kind)
         if self.is_first:
-            return Task(Batch(input=batch, target=target, criterion=criterion), share=share)
+            return Task(Batch(input=batch, target=target, criterion=criterion), share=share, weight=weight)
         assert self._from_previous is not None
         message: Message = self._from_previous.receive(kind)
         dtype, packed, labels, plan, given, places = message.extra
@@ -468,10 +490,30 @@ class ParallelNetwork(Stage):
         self.stopping = message.flag
         features, losses, *tensors = message.tensors
         batch = unpack(packed, tensors, self.device, self.net.chain.mode)
-        target, share = unpack(labels, tensors, self.device, self.net.chain.mode)
+        target, share, weight = unpack(labels, tensors, self.device, self.net.chain.mode)
         arrived = Batch(input=batch, target=target, criterion=criterion)
         beside = {place: tensors.pop(0) for place in places}
-        return Task(arrived, [cast(features, dtype)], list(losses.unbind()), plan, tensors, share, beside)
+        return Task(arrived, [cast(features, dtype)], list(losses.unbind()), plan, tensors, share, weight, beside)
+
+    def _tell_of_stop(self) -> None:
+        """Leave word for the first stage, since batches travel one way only."""
+        if self.stop_requested and not self.stopping:
+            self._store.set(self._stop_key, str(self.stop_requested))
+
+    def _hear_of_stop(self) -> None:
+        """Look for word of another stage, now and then: the store is another process."""
+        if len(self.stages) > 1 and not self.stop_requested and time.monotonic() > self._looked + _LOOK_EVERY:
+            if self._store.check([self._stop_key]):
+                self.stop_requested = int(self._store.get(self._stop_key))
+            self._looked = time.monotonic()
+
+    @property
+    def _store(self) -> dist.Store:
+        return dist.distributed_c10d._get_default_store()  # there is no public name
+
+    @property
+    def _stop_key(self) -> str:
+        return f"torchlocal/stop/{self._pipe_group.group_name}"
 
     def _hand_on(
         self,
@@ -488,7 +530,7 @@ class ParallelNetwork(Stage):
         block, dtype = self._as_sent(state.pop())
         wanted = None if self.net.rule.reads_input and kind != _OUTPUTS else self._read_later
         inputs, packed = pack(task.batch.input, self.device, wanted)
-        targets, labels = pack((task.batch.target, task.share), self.device)
+        targets, labels = pack((task.batch.target, task.share, task.weight), self.device)
         # What the last module returned beside the features; what depends on a stand-in is one, too.
         beside = {i: t for i, t in run.beside.items() if not isinstance(t, FakeTensor)} if run is not None else {}
         tensors = [block, stack(losses), *inputs, *targets, *beside.values(), *task.random]
@@ -573,6 +615,7 @@ class ParallelNetwork(Stage):
     ) -> Step:
         """A step that knows what comes before this stage; what the modules there draw is drawn."""
         step = Step.begin(self.net, task.batch.input, task.batch.target, autocast, backward, scale)
+        step.weight = task.weight
         if not self.is_first:
             step.outputs = self._beside(rehearsal.outputs, task)
             step.entering = rehearsal.skip(self.net, range(self.modules.start), self.device, follow=follow)

@@ -28,6 +28,7 @@ class Task:
         plan: how the step runs, from the first stage.
         random: the random state that the step began with.
         share: of this part of a batch in the loss of the whole.
+        weight: of the batch among those of other replicas, 1 on average; None: they count the same.
         beside: by place, what the last module before returned beside the features.
     """
 
@@ -37,6 +38,7 @@ class Task:
     plan: Any = None
     random: list[Tensor] = field(default_factory=list)
     share: Any = 1.0
+    weight: Tensor | None = None
     beside: dict[int, Tensor] = field(default_factory=dict)
 
 

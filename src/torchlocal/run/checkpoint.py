@@ -16,6 +16,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from torchlocal.checks import shorten
 from torchlocal.run.config import fit_options, short_names
 from torchlocal.run.folder import temporary_name
 
@@ -86,24 +87,37 @@ def load_checkpoint(path: Path, *, resumable: bool = False) -> dict[str, Any]:
         raise ValueError(
             f"{path} is damaged or not a checkpoint ({_first_line(error)}): delete it and train again, or use a copy"
         ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    state = {} if not isinstance(state, dict) else state
+    if not isinstance(state.get("format"), str) or state["format"] != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of torchlocal: give the last.pt or best.pt of a run folder")
-    if state.get("version") != VERSION:
+    version = state.get("version")
+    if not isinstance(version, int) or version != VERSION:
         raise ValueError(
-            f"{path} has checkpoint version {state.get('version')}, this torchlocal reads version {VERSION}: "
+            f"{path} has checkpoint version {shorten(str(version), 40)}, this torchlocal reads version {VERSION}: "
             "use the torchlocal that wrote it"
         )
     if resumable and "optimizer" not in state:
         raise ValueError(f"{path} holds weights only and cannot be resumed: resume from a last.pt")
     fields = _FIELDS | (_RESUMED_FIELDS if resumable else {})
     wrong = [name for name, kind in fields.items() if not isinstance(state.get(name), kind)]
-    wrong += [f"data.{name}" for name in _DATA_FIELDS if not wrong and name not in state["data"]]
-    wrong += [f"net.{name}" for name, value in state["net"].items() if not wrong and not isinstance(value, Tensor)]
+    if not wrong:
+        wrong = [name for name in ("config", "data", "modules") if not _is_plain(state[name])]
+        wrong += [f"data.{name}" for name in _DATA_FIELDS if name not in state["data"]]
+        wrong += [f"net.{name}" for name, value in state["net"].items() if not isinstance(value, Tensor)]
     if wrong:
         raise ValueError(
             f"{path} lacks {', '.join(wrong)}, as every checkpoint has it: use a copy, or the torchlocal that wrote it"
         )
     return state
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is made of what YAML has."""
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _is_plain(inner) for name, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 @contextlib.contextmanager

@@ -94,7 +94,8 @@ def load_run(
         FileNotFoundError: if there is none.
     """
     saved = checkpoint.load_checkpoint(path)
-    config = FitConfig.of(**saved["config"]).changed(device=device)
+    with checkpoint.reading(path):
+        config = FitConfig.of(**saved["config"]).changed(device=device)
     config = own.named(config if data_root is None else config.changed(data_root=data_root))
     execution = resolve_execution(config)
     data = own.load(config)

@@ -209,6 +209,31 @@ class _Position:
     epoch_guided: int = 0
     epoch_seconds: float = 0.0
 
+    @classmethod
+    def of(cls, saved: dict[str, Any], num_steps: int) -> "_Position":
+        """That of a checkpoint.
+
+        Raises:
+            ValueError: it is none that a run comes to.
+        """
+        found = cls(**saved["position"])
+        values, step = vars(found), found.step
+        absent = [name for name in values if name not in saved["position"]]
+        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values.values())
+        if absent or not numbers or not all(-1 <= value < float("inf") for value in values.values()):
+            raise ValueError(f"position is {saved['position']}")
+        begun = saved["rows"][-1]["step"] if saved["rows"] else 0
+        ranges = {
+            "step": (saved["step"], saved["step"]), "num_guided": (0, step), "best_epoch": (0, len(saved["rows"])),
+            "epoch_full": (0, step - begun), "epoch_guided": (0, min(step - begun, found.num_guided)),
+        }  # fmt: skip
+        for name, (least, most) in ranges.items():
+            if not isinstance(values[name], int) or not least <= values[name] <= most:
+                raise ValueError(f"position.{name} is {values[name]!r}")
+        if not begun <= step <= num_steps:
+            raise ValueError(f"position.step is {step} of {num_steps}")
+        return found
+
 
 class _Run:
     """One training run: its parts, and where it is."""
@@ -575,7 +600,8 @@ class _Run:
                 self.parallel.load_optimizer_state(self.optimizer, saved["optimizer"])
             if self.scaler is not None:
                 self.scaler.load_state_dict(saved["scaler"])
-            self.position, self.rows = _Position(**saved["position"]), saved["rows"]
+            self.rows = saved["rows"]
+            self.position = _Position.of(saved, self.num_steps)
             own = [saved, *saved.get("replicas", [])][self.team.replica]
             self.loss_sums.copy_(own["loss_sums"])
             _set_random_states(own["random"], self.execution.device)
