@@ -555,7 +555,9 @@ class FitConfig:
     def __post_init__(self) -> None:
         for name, kind in sections().items():
             if not isinstance(getattr(self, name), kind):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a {kind.__name__}, such as {kind.__name__}()")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must be `name: value` pairs, in Python a {kind.__name__}"
+                )
         if self.rule.auxiliary is not None or self.rule.options:  # a rule with its defaults has nothing to refuse
             build_rule(self)
 

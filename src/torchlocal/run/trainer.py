@@ -219,8 +219,10 @@ class _Position:
         found = cls(**saved["position"])
         values, step = vars(found), found.step
         absent = [name for name in values if name not in saved["position"]]
-        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values.values())
-        if absent or not numbers or not all(-1 <= value < float("inf") for value in values.values()):
+        counted = {name: value for name, value in values.items() if name not in ("best_score", "epoch_checksum")}
+        numbers = all(isinstance(value, int | float) for value in (*counted.values(), found.best_score))
+        sound = numbers and all(0 <= value < math.inf for value in counted.values()) and found.best_score < math.inf
+        if absent or not sound or not isinstance(found.epoch_checksum, str):
             raise ValueError(f"position is {saved['position']}")
         begun = saved["rows"][-1]["step"] if saved["rows"] else 0
         ranges = {
