@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchlocal as tl
+from torchlocal.memory import plans
 from torchlocal.run import build as assembly
 from torchlocal.run import checkpoint, trainer
 from torchlocal.run.build import Execution, build_optimizer, count_steps, learning_rate, resolve_execution, train_step
@@ -969,3 +970,23 @@ def test_diverged_module_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_configuration_survives_being_written(tmp_path: Path) -> None:
     config = small_config(tmp_path, schedule="step", milestones=[1, 1.5], cuts=["stem", "block1"], clip=1e-5)
     assert FitConfig.of(**config.plain()) == config
+
+
+def test_the_plan_of_guided_steps_is_found_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    real_search, real_step = plans.find_guided_plan, trainer.train_step
+
+    def search(*arguments: Any, **options: Any) -> Any:
+        order.append("search")
+        return real_search(*arguments, **options)
+
+    def step(*arguments: Any, **options: Any) -> Any:
+        order.append("guided" if options["guided"] else "local")
+        return real_step(*arguments, **options)
+
+    monkeypatch.setattr(plans, "find_guided_plan", search)
+    monkeypatch.setattr(trainer, "train_step", step)
+    fit(small_config(tmp_path, guidance=GuidanceConfig(name="phased", share=0.25), memory="local"), progress=False)
+    assert order[:2] == ["search", "local"] and "guided" in order and order.count("search") == 1

@@ -303,6 +303,12 @@ def train_step(
     return [loss / chosen.accumulate for loss in total] if chosen.accumulate > 1 else total
 
 
+def find_plan(network: DecoupledNetwork, batch: tuple[Any, Any], *, config: FitConfig, execution: Execution) -> None:
+    """Search for the plan of guided steps of such batches, so that a run begins with it, and not when it is guided."""
+    x, y = map(execution.place, batch)
+    network.guided_plan(x, y, autocast=execution.autocast, **guided_options(config))
+
+
 def _clip(net: DecoupledNetwork | ParallelNetwork, norm: float, guided: bool) -> None:
     """Clip the gradient of each loss by itself, so that no local module depends on another."""
     if guided and isinstance(net, ParallelNetwork):

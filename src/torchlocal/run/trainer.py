@@ -9,7 +9,7 @@ import signal
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -30,6 +30,7 @@ from torchlocal.run.build import (
     build_network,
     build_optimizer,
     count_steps,
+    find_plan,
     learning_rate,
     load_shared_data,
     resolve_execution,
@@ -272,7 +273,9 @@ class _Run:
         self.optimizer = build_optimizer(config, self.net)
         self.scaler = self.execution.make_scaler()
         self.guidance = build_guidance(config).bind(num_steps=self.num_steps, steps_per_epoch=self.steps_per_epoch)
-        if config.guidance.name != "never" and not _guides_any(self.guidance, self.num_steps):
+        self.plans = config.guidance.name != "never"  # whether guided steps have to be planned, before the first step
+        if self.plans and not _guides_any(self.guidance, self.num_steps):
+            self.plans = False
             warnings.warn(f"{self.guidance} guides none of the {self.num_steps} steps", stacklevel=3)
         self.position, self.rows = _Position(), list[dict[str, float]]()
         self.loss_sums = torch.zeros(self.net.num_modules, device=self.execution.device)
@@ -344,10 +347,15 @@ class _Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = self._learning_rate(step)
             guided = self.guidance(step)
+            parts: Iterable[tuple[Any, Any]] = islice(batches, config.optimisation.accumulate)
+            if self.plans:
+                self.plans, parts = False, list(parts)
+                if parts and parts[0][0] is not None:  # else another rank reads the batches, and plans
+                    find_plan(self.network, parts[0], config=config, execution=self.execution)
             losses = train_step(
                 self.net,
                 self.optimizer,
-                islice(batches, config.optimisation.accumulate),
+                parts,
                 config=config,
                 execution=self.execution,
                 guided=guided,
