@@ -322,6 +322,8 @@ def _alive(session: int, out: Path) -> list[int]:
 
 
 def damage(draw: random.Random, content: bytes) -> tuple[str, bytes]:
+    if not content:  # of one that was damaged before
+        return "noise", draw.randbytes(draw.randint(1, 1000))
     kind = draw.choice(["bit", "bytes", "zeros", "cut", "appended", "doubled", "empty", "noise"])
     at, length = draw.randrange(len(content)), draw.randint(1, max(1, len(content) // 4))
     if kind == "bit":
