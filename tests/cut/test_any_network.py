@@ -220,3 +220,16 @@ def test_guided_steps_are_exact_and_local_steps_train_every_module(name: str) ->
             assert all(p.grad is not None for p in net.parameters())
         model.load_state_dict(state)
         net.zero_grad()
+
+
+def test_torchs_transformer_layers_come_to_cut_points_inside_in_evaluation_too() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.Sequential(nn.Linear(8, 16), nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), nn.Flatten())
+    model.append(nn.Linear(16 * 5, 4))
+    x = torch.randn(6, 5, 8)
+    net = tl.decouple(model, "all", sample=x).eval()
+    outputs = net.depth_outputs(x)
+    assert len(outputs) == net.num_modules > 3 and torch.backends.mha.get_fastpath_enabled()
+    with torch.no_grad():
+        torch.testing.assert_close(outputs[-1], model(x))

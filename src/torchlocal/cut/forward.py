@@ -481,10 +481,14 @@ class Pass:
         ]
         modules += _uncompiled(self.forward.backbone, paths) if paths else []
         before, self.forward.batch = self.forward.batch, self.batch
+        # In evaluation torch's transformer layers may call none of their modules, and so come to no cut point inside.
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
         try:
             with around(modules) if modules else contextlib.nullcontext():
                 yield self
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
             self.forward.batch = before
 
     def close(self) -> None:
