@@ -697,3 +697,18 @@ def test_a_moved_comparison_is_not_begun_anew(tmp_path: Path, monkeypatch: Any, 
     )
     assert main(["compare", "--config=new/compare.yaml", "--out=new", "--quiet"]) == 0
     assert not Path("old").exists()
+
+
+def test_what_is_left_of_a_kill_at_the_very_end_is_removed(tmp_path: Path) -> None:
+    """The lock of a run that has its result, a temporary file of a figure."""
+    config = small_config(tmp_path / "run", epochs=1)
+    fit(config, progress=False)
+    for name in (".lock", f".last.pt.{'0' * 32}.tmp", ".mine"):
+        (tmp_path / "run" / name).write_text("")
+    fit(config, resume=True, progress=False)
+    assert [path.name for path in (tmp_path / "run").glob(".*")] == [".mine"]
+    figure = tmp_path / "figures" / f".accuracy.png.{'0' * 32}.tmp"
+    figure.parent.mkdir()
+    figure.write_text("")
+    with Ownership(tmp_path, "out", inside=["figures", "absent"]):
+        assert not figure.exists()

@@ -82,7 +82,7 @@ def compare(
         if named:
             raise ValueError(f"{named[0]}: the network was handed in, so model means nothing there: leave it out")
     config = replace(config, fit=own.named(config.fit))
-    with Ownership(out, config.out):
+    with Ownership(out, config.out, inside=["figures"]):
         return _compare(config, own, out, progress)
 
 

@@ -42,6 +42,7 @@ _FIELDS: dict[str, Any] = {
     "run": str,
     "config": dict,
     "precision": str,
+    "criterion": str,
     "data": dict,
     "modules": list,
     "step": int,

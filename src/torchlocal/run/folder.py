@@ -11,6 +11,7 @@ import time
 import uuid
 import warnings
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -61,6 +62,7 @@ class Ownership:
         folder: the folder.
         given: what the user calls it, for errors.
         patience: seconds to wait for another owner to leave.
+        inside: folders in it that only its owner writes to.
 
     Raises:
         Owned: by another process.
@@ -68,7 +70,7 @@ class Ownership:
         OSError: it cannot be written to.
     """
 
-    def __init__(self, folder: Path, given: str, *, patience: float = 0.0) -> None:
+    def __init__(self, folder: Path, given: str, *, patience: float = 0.0, inside: Sequence[str] = ()) -> None:
         self._folder, self._given = folder, given
         self._made: list[Path] = []
         self._file: int | None = None
@@ -85,7 +87,7 @@ class Ownership:
             self._remove_made()
             raise
         _held.add(self)
-        for path in folder.iterdir():
+        for path in (path for place in (".", *inside) for path in (folder / place).glob(".*")):
             if _TEMPORARY.fullmatch(path.name):
                 with contextlib.suppress(OSError):
                     path.unlink()

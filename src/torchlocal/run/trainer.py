@@ -172,6 +172,9 @@ def _enter(
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """Take the run folder (not if its run has ended), and read what is there to resume from."""
     if resume and (out / "result.json").exists():  # only read, and perhaps where nothing can be written
+        if any(out.glob(".*")):  # of one that was killed at its very end
+            with contextlib.suppress(ValueError, OSError):
+                Ownership(out, config.run.out).release()
         return _look(out, config, resume)
     # One that was killed may be about to end: its ranks, or the process that torchrun has replaced.
     owned.enter_context(Ownership(out, config.run.out, patience=_PATIENCE if resume else 0.0))
