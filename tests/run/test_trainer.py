@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +336,37 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path) -> None:
         with NoReading():
             losses = train_step(net, optimizer, batches[:1], config=config, execution=execution, guided=guided)
         assert len(losses) == 3 and not any(loss.requires_grad for loss in losses)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 0.2]), ignore_index=2),
+        nn.CrossEntropyLoss(reduction="sum"),
+        partial(F.cross_entropy, ignore_index=0),
+        F.cross_entropy,
+    ],
+)
+def test_accumulated_batches_count_by_what_the_criterion_divides_by(criterion: Any, guided: bool) -> None:
+    torch.manual_seed(0)
+    x, y = (
+        torch.randn(12, 6),
+        torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 1]),
+    )  # in the first part all may be ignored
+    found = []
+    for parts in (1, 3):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Sequential(nn.Linear(6, 5), nn.Tanh()), nn.Linear(5, 3))
+        net = tl.decouple(model, sample=x, rule=tl.GreedyRule("linear"), criterion=criterion)
+        config = FitConfig.of(accumulate=parts, batch_size=12 // parts, memory="full", precision="fp32")
+        batches = list(zip(x.chunk(parts), y.chunk(parts), strict=True))
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        execution = resolve_execution(config)
+        losses = train_step(net, optimizer, batches, config=config, execution=execution, guided=guided)
+        found.append([*losses, *net.parameters()])
+    for one, parted in zip(*found, strict=True):
+        torch.testing.assert_close(parted, one)
 
 
 # --- what a run writes ---

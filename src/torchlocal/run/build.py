@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from torchlocal.data import DataBundle, LoaderBundle
 from torchlocal.guidance import Guidance, cosine_factor
+from torchlocal.micro import divisor
 from torchlocal.network import DecoupledNetwork, decouple
 from torchlocal.parallel.network import ParallelNetwork
 from torchlocal.parallel.setup import distribute
@@ -272,7 +273,7 @@ def train_step(
         guided step with frozen auxiliary networks.
     """
     chosen = config.optimisation
-    options: dict[str, Any] = {"autocast": execution.autocast, "scale": 1 / chosen.accumulate}
+    options: dict[str, Any] = {"autocast": execution.autocast}
     if scaler is not None:
         options["backward"] = lambda loss: scaler.scale(loss).backward()
     if guided:
@@ -280,8 +281,9 @@ def train_step(
     step = net.guided_step if guided else net.local_step
     total: list[Tensor] = []
     try:
-        for x, y in batches:
-            losses = step(execution.place(x), execution.place(y), **options)
+        for x, y, share in _shared(net, batches, chosen.accumulate):
+            losses = step(execution.place(x), execution.place(y), scale=share, **options)
+            losses = [share * loss for loss in losses] if chosen.accumulate > 1 else losses
             total = [a + b for a, b in zip(total, losses, strict=True)] if total else losses
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
@@ -300,7 +302,32 @@ def train_step(
         scaler.step(optimizer)
         scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return [loss / chosen.accumulate for loss in total] if chosen.accumulate > 1 else total
+    return total
+
+
+def _shared(
+    net: DecoupledNetwork | ParallelNetwork, batches: Iterable[tuple[Any, Any]], count: int
+) -> Iterator[tuple[Any, Any, float]]:
+    """The batches of one optimizer step, each with its share in the loss of all: by what the criterion divides by.
+
+    That is known of torch's own criteria: targets that are not ignored, or the sum of class weights; under those that
+    sum, each counts in full; one in which nothing counts is left out. Under any other criterion all count the same.
+    """
+    if count == 1:
+        yield from ((x, y, 1.0) for x, y in batches)
+        return
+    parts = list(batches)
+    whole = net if isinstance(net, DecoupledNetwork) else net.net
+    found = [divisor(whole.criterion, y) for _, y in parts]
+    known = torch.stack([d for d in found if d is not None]).tolist() if None not in found else []
+    if len(set(known)) > 1 and isinstance(net, ParallelNetwork):
+        raise ValueError(
+            f"accumulate={count}: the criterion divides by other numbers in each of these batches, which ranks do not "
+            "tell each other; use accumulate=1 with larger batches, or one process"
+        )
+    equal = 1.0 if known and not any(known) else 1 / count
+    shares = [number / sum(known) for number in known] if any(known) else [equal] * len(parts)
+    yield from ((x, y, share) for (x, y), share in zip(parts, shares, strict=True) if share)
 
 
 def find_plan(network: DecoupledNetwork, batch: tuple[Any, Any], *, config: FitConfig, execution: Execution) -> None:
