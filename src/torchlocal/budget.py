@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .checks import parse_size
+from .checks import check_share, parse_size
 from .cut.batches import Batch, num_examples
 from .memory import LABELS, Prediction, predict
 from .memory.fakes import FakeStep
@@ -147,8 +147,7 @@ def plan(
     """
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
         raise ValueError(f"budget: must be a whole number of bytes of at least 1, or None, not {budget!r}")
-    if not isinstance(guided_share, int | float) or not 0 <= guided_share <= 1:
-        raise ValueError(f"guided_share: must be between 0 and 1, not {guided_share!r}")
+    check_share("guided_share", guided_share)
     for k in modules:
         if k not in ("all", "fewest") and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
             raise ValueError(f'modules: must hold whole numbers of at least 1, "all" or "fewest", not {k!r}')

@@ -8,7 +8,18 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["check_plain", "number", "one_of", "parse_size", "shorten", "suggestion", "text", "whole"]
+__all__ = [
+    "check_plain",
+    "check_share",
+    "check_whole",
+    "number",
+    "one_of",
+    "parse_size",
+    "shorten",
+    "suggestion",
+    "text",
+    "whole",
+]
 
 _LARGEST = 2**40  # of whole numbers; torch has 64 bits for what is made of several
 _SINGLE = 1e38  # which a float32 holds
@@ -59,6 +70,18 @@ def number(
         raise ValueError(f"{name}={value!r} must be {what}{', or None' if none else ''}")
     if single and value > _SINGLE:
         raise ValueError(f"{name}={value!r} is more than a float32 holds: make it smaller")
+
+
+def check_whole(name: str, value: object, least: int = 1) -> None:
+    """An argument in Python that is a whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: must be a whole number of at least {least}, not {value!r}")
+
+
+def check_share(name: str, value: object) -> None:
+    """An argument in Python that is a number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name}: must be a number from 0 to 1, not {value!r}")
 
 
 def one_of(name: str, value: Any, *choices: Any) -> None:

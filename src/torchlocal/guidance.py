@@ -10,6 +10,8 @@ import random
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from .checks import check_share, check_whole
+
 __all__ = [
     "GUIDANCES",
     "AlwaysGuidance",
@@ -120,9 +122,9 @@ class PeriodicGuidance(Guidance):
     unit: str = "steps"
 
     def __post_init__(self) -> None:
-        _whole("period", self.period, 1)
-        _whole("length", self.length, 1)
-        _whole("start", self.start, 0)
+        check_whole("period", self.period, 1)
+        check_whole("length", self.length, 1)
+        check_whole("start", self.start, 0)
         if self.length > self.period:
             raise ValueError(f"length: must be at most the period ({self.period}), not {self.length}")
         if self.unit not in ("steps", "epochs"):
@@ -162,8 +164,8 @@ class RandomGuidance(Guidance):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _probability("share", self.share)
-        _whole("seed", self.seed, 0)
+        check_share("share", self.share)
+        check_whole("seed", self.seed, 0)
 
     def __call__(self, step: int) -> bool:
         return random.Random(f"{self.seed}:{step}").random() < self.share
@@ -187,10 +189,10 @@ class AnnealedGuidance(Guidance):
     num_steps: int | None = None
 
     def __post_init__(self) -> None:
-        _probability("start_share", self.start_share)
-        _probability("end_share", self.end_share)
+        check_share("start_share", self.start_share)
+        check_share("end_share", self.end_share)
         if self.num_steps is not None:
-            _whole("num_steps", self.num_steps, 1)
+            check_whole("num_steps", self.num_steps, 1)
 
     def __call__(self, step: int) -> bool:
         return math.floor(self._guided_before(step + 1) + 1e-9) > math.floor(self._guided_before(step) + 1e-9)
@@ -235,10 +237,10 @@ class PhasedGuidance(Guidance):
     num_steps: int | None = None
 
     def __post_init__(self) -> None:
-        _probability("share", self.share)
-        _whole("periods", self.periods, 1)
+        check_share("share", self.share)
+        check_whole("periods", self.periods, 1)
         if self.num_steps is not None:
-            _whole("num_steps", self.num_steps, 1)
+            check_whole("num_steps", self.num_steps, 1)
             if self.periods > self.num_steps:
                 raise ValueError(f"periods: must be at most the number of steps ({self.num_steps}), not {self.periods}")
 
@@ -287,13 +289,3 @@ def make_guidance(name: str, **options: Any) -> Guidance:
             takes = ", ".join(known) or "no arguments"
             raise ValueError(f"guidance: {name!r} takes {takes}, but was given {option!r}")
     return GUIDANCES[name](**options)
-
-
-def _whole(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}: must be a whole number of at least {least}, not {value!r}")
-
-
-def _probability(name: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise ValueError(f"{name}: must be between 0 and 1, not {value!r}")

@@ -375,8 +375,8 @@ def test_plan_recommends_one_that_fits() -> None:
         (lambda net, x, y: predict(net, (4, 3)), "batch: must be a batch"),
         (lambda net, x, y: predict(net, target=torch.zeros(3, dtype=torch.int64)), "target: it has 3 rows"),
         (lambda net, x, y: tl.plan(net.backbone, x, budget=0), "budget: must be a whole number of bytes"),
-        (lambda net, x, y: tl.plan(net.backbone, x, guided_share=2), "guided_share: must be between 0 and 1"),
-        (lambda net, x, y: tl.plan(net.backbone, x, guided_share="a"), "guided_share: must be between 0 and 1"),
+        (lambda net, x, y: tl.plan(net.backbone, x, guided_share=2), "guided_share: must be a number from 0 to 1"),
+        (lambda net, x, y: tl.plan(net.backbone, x, guided_share="a"), "guided_share: must be a number from 0 to 1"),
         (lambda net, x, y: tl.plan(net.backbone, x, modules=(0,)), "modules: must "),
         (lambda net, x, y: tl.plan(net.backbone, x, modules=(None,)), "modules: must hold whole numbers of at least 1"),
         (

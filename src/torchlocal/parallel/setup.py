@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..checks import check_whole
 from ..cut.batches import Batch
 from ..cut.units import balance
 from ..modules import LocalModules
@@ -113,8 +114,7 @@ def distribute(
         raise ValueError(
             f"replicas: {world} ranks cannot be {replicas!r} rows of equal length; give a divisor of {world}"
         )
-    if isinstance(in_flight, bool) or not isinstance(in_flight, int) or in_flight < 1:
-        raise ValueError(f"in_flight: must be a whole number of at least 1, not {in_flight!r}")
+    check_whole("in_flight", in_flight)
     if not timeout > 0:
         raise ValueError(f"timeout: must be a number of seconds above 0, not {timeout!r}")
     num_stages = world // replicas

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_share, check_whole
 from ..cut.copies import UnitCopy
 from .base import Rule, Site
 from .greedy import linear
@@ -60,10 +61,8 @@ class AugLocalRule(Rule):
     """
 
     def __init__(self, depth: int = 2, *, pyramid: float = 0.5) -> None:
-        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
-            raise ValueError(f"depth: must be a whole number of at least 1, not {depth!r}")
-        if isinstance(pyramid, bool) or not isinstance(pyramid, int | float) or not 0 <= pyramid <= 1:
-            raise ValueError(f"pyramid: must be a number from 0 to 1, not {pyramid!r}")
+        check_whole("depth", depth)
+        check_share("pyramid", pyramid)
         self._depth, self._pyramid = depth, float(pyramid)
 
     def __repr__(self) -> str:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_whole
 from .base import Batch, Rule, Site
 from .greedy import GreedyRule, linear
 from .layers import normalised, silent
@@ -281,9 +282,8 @@ class InfoProRule(Rule):
             raise ValueError(f"published: must be a data set and a network, not {published!r}")
         if not _is_number(temperature) or temperature <= 0:
             raise ValueError(f"temperature: must be a number above 0, not {temperature!r}")
-        for name, value in (("projection", projection), ("decoder_width", decoder_width)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: must be a whole number of at least 1, not {value!r}")
+        check_whole("projection", projection)
+        check_whole("decoder_width", decoder_width)
         if (mean is None) != (std is None) or not all(_are_numbers(v) for v in (mean, std) if v is not None):
             raise ValueError(f"mean, std: give both as one number per channel, or neither, not {mean!r} and {std!r}")
         self.compares_examples = task == "contrast"  # type: ignore[misc]

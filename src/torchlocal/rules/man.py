@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_share
 from .base import Batch, Rule, Site
 from .names import make_rule
 
@@ -78,8 +79,7 @@ class ManRule(Rule):
     def __init__(
         self, base: str | Rule = "dgl", *, momentum: float = 0.995, base_options: dict[str, Any] | None = None
     ) -> None:
-        if isinstance(momentum, bool) or not isinstance(momentum, int | float) or not 0 <= momentum <= 1:
-            raise ValueError(f"momentum: must be a number from 0 to 1, not {momentum!r}")
+        check_share("momentum", momentum)
         if isinstance(base, Rule):
             if base_options:
                 raise ValueError("base_options: they go with the name of a rule, and base is a rule already")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_share, check_whole
 from .base import Batch, Rule, Site
 from .greedy import linear
 from .layers import SpatialStd, ToMap, layers_for, normalised, pool_to, silent
@@ -135,11 +136,9 @@ class PredSimRule(Rule):
     ) -> None:
         if loss not in _LOSSES:
             raise ValueError(f"loss: must be one of {', '.join(_LOSSES)}, not {loss!r}")
-        if not isinstance(beta, int | float) or not 0 <= beta <= 1:
-            raise ValueError(f"beta: must be a number from 0 to 1, not {beta!r}")
-        for name, value in (("features", features), ("bits", bits)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: must be a whole number of at least 1, not {value!r}")
+        check_share("beta", beta)
+        check_whole("features", features)
+        check_whole("bits", bits)
         if not isinstance(backpropagation_free, bool):
             raise ValueError(f"backpropagation_free: must be True or False, not {backpropagation_free!r}")
         self._loss, self._beta, self._features = loss, float(beta), features
