@@ -175,7 +175,7 @@ class Channel:
                 raise arrived
             message, works, layouts = arrived
             for work in works:
-                work.wait(self._limit)
+                self._await(work)
         self._room.release()
         if message.kind != kind:
             raise RuntimeError(
@@ -200,7 +200,21 @@ class Channel:
         return dist.isend(block, self._destination, group=group, tag=tag), block
 
     def _finish_oldest(self) -> None:
-        for work, _ in self._on_their_way.popleft():
+        for work, block in self._on_their_way.popleft():
+            if block.device.type == "cpu":
+                work.wait(self._limit)
+            else:
+                self._await(work)
+
+    def _await(self, work: Any) -> None:
+        """Have what follows come after it: on the CPU by waiting here, on a device by having its stream wait.
+
+        With a limit NCCL would have this thread wait for the device, and nothing would overlap; of a peer that is gone
+        its own watchdog tells, after the timeout of the group.
+        """
+        if self._device.type == "cuda":
+            work.wait()
+        else:
             work.wait(self._limit)
 
     def _listen(self) -> None:

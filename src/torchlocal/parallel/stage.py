@@ -46,6 +46,11 @@ class Stage:
             group: Any = dist.new_group(self.row(row), backend="gloo", timeout=limit)
             if row == self.replica:
                 self._control = group
+        for stage in range(len(self.stages) if replicas > 1 else 0):
+            ranks = [row * len(self.stages) + stage for row in range(replicas)]
+            group = dist.new_group(ranks, backend="gloo", timeout=limit)
+            if stage == self.stage:
+                self._column = group
 
     def row(self, replica: int) -> list[int]:
         """The ranks of a replica."""
@@ -240,9 +245,9 @@ class Stage:
         """The largest of what the ranks that hold the same modules have."""
         if self._replicas_group is None:
             return value
-        held = torch.tensor(value, device=self.device)
+        held = torch.tensor(value)  # on the CPU: reading it from a device would wait for all that is under way there
         with watched("the same stage of another replica", self._timeout):
-            dist.all_reduce(held, dist.ReduceOp.MAX, group=self._replicas_group)
+            dist.all_reduce(held, dist.ReduceOp.MAX, group=self._column)
         return int(held)
 
     def _average(self, modules: Sequence[int]) -> None:
