@@ -585,7 +585,7 @@ def sentence(error: pytest.ExceptionInfo[BaseException]) -> str:
         ({"checkpoint_every": 0}, r"^checkpoint_every=0 must"),
         ({"num_threads": 0}, r"^num_threads=0 must"),
         ({"data": ""}, r"^data='' must be a string that is not empty$"),
-        ({"guidance": "periodic"}, r"^guidance='periodic' must be a GuidanceConfig"),
+        ({"guidance": "periodic"}, r"^guidance='periodic' must be `name: value` pairs, in Python a Gui"),
         ({"decay": 0}, r"^decay=0 must be a number above 0 and at most 1, or None$"),
         ({"decay": 1.5}, r"^decay=1.5 must be a number above 0 and at most 1"),
         (

@@ -1,5 +1,6 @@
 """The parts of a run: its device, data, network, optimizer and learning rate, and one training step."""
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Iterable, Iterator
@@ -280,18 +281,11 @@ def train_step(
         options |= guided_options(config)
     step = net.guided_step if guided else net.local_step
     total: list[Tensor] = []
-    try:
+    with _enough_for_batch_norm(chosen.batch_size):
         for x, y, share in _shared(net, batches, chosen.accumulate):
             losses = step(execution.place(x), execution.place(y), scale=share, **options)
             losses = [share * loss for loss in losses] if chosen.accumulate > 1 else losses
             total = [a + b for a, b in zip(total, losses, strict=True)] if total else losses
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise ValueError(
-            f"batch_size={chosen.batch_size} is too small for the BatchNorm layers, which need more than one value per "
-            "channel: make it larger, or use accumulate with larger batches"
-        ) from error
     if chosen.clip is not None:
         if scaler is not None:
             scaler.unscale_(optimizer)
@@ -333,7 +327,21 @@ def _shared(
 def find_plan(network: DecoupledNetwork, batch: tuple[Any, Any], *, config: FitConfig, execution: Execution) -> None:
     """Search for the plan of guided steps of such batches, so that a run begins with it, and not when it is guided."""
     x, y = map(execution.place, batch)
-    network.guided_plan(x, y, autocast=execution.autocast, **guided_options(config))
+    with _enough_for_batch_norm(config.optimisation.batch_size):
+        network.guided_plan(x, y, autocast=execution.autocast, **guided_options(config))
+
+
+@contextlib.contextmanager
+def _enough_for_batch_norm(batch_size: int) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"batch_size={batch_size} is too small for the BatchNorm layers, which need more than one value per "
+            "channel: make it larger, or use accumulate with larger batches"
+        ) from error
 
 
 def _clip(net: DecoupledNetwork | ParallelNetwork, norm: float, guided: bool) -> None:
