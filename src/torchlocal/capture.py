@@ -49,8 +49,8 @@ def capture(
         the next call. Gradients are left in ``.grad``; they replace what is there, so nothing accumulates.
 
     Raises:
-        ValueError: the network is not on a CUDA device, ``optimizers`` is given, or a step that recomputes draws random
-            numbers, which a graph cannot draw again.
+        ValueError: the network is not on a CUDA device, or assigns buffers; ``optimizers`` is given; or a step that
+            recomputes draws random numbers, which a graph cannot draw again.
     """
     net = getattr(step, "__self__", None)
     if not isinstance(net, LocalModules):
@@ -58,6 +58,12 @@ def capture(
     device = device_of(batch, net.backbone)
     if device.type != "cuda":
         raise ValueError(f"capture: a CUDA graph needs a CUDA device, and the network is on {device.type!r}")
+    assigned = [name for _, name, is_buffer in net.chain.facts.changes if is_buffer]
+    if assigned:
+        raise ValueError(
+            f"capture: the forward assigns its buffer {assigned[0]!r} instead of writing into it, which a CUDA graph "
+            "would do once only; change it in place, or take the step itself"
+        )
     if options.get("optimizers") is not None:
         raise ValueError("capture: optimizers cannot be given, since they would step while it is recorded; step after")
     return CapturedStep(net, step, batch, target, device, share, options)
