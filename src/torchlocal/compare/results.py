@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass
 
@@ -121,7 +122,7 @@ class Comparison:
         rows = []
         for result in self.results:
             reference, baseline = by_name.get(result.reference), by_name.get(baselines[result.method])
-            gap = reference.accuracy - baseline.accuracy if reference and baseline else 0.0
+            gap = _gap(reference, baseline) if reference and baseline else None
             rows.append(
                 Row(
                     method=result.method,
@@ -130,7 +131,7 @@ class Comparison:
                     accuracy_mean=result.accuracy,
                     accuracy_std=result.accuracy_std,
                     n=len(result.accuracies),
-                    gap_closed=(result.accuracy - baseline.accuracy) / gap if baseline and gap > 0 else None,
+                    gap_closed=(result.accuracy - baseline.accuracy) / gap if baseline and gap else None,
                     peak_bytes=result.peak_bytes,
                     peak_ratio=_ratio(result.peak_bytes, reference.peak_bytes if reference else None),
                     step_ms=None if result.step_seconds is None else 1000 * result.step_seconds,
@@ -156,7 +157,7 @@ class Comparison:
             "evaluated once, at the end.",
             "Gap closed is the share of the accuracy that local training loses against end-to-end training and the "
             "method wins back: 0 % is local, or the baseline that the method names, 100 % is end-to-end; “-” where no "
-            "such gap was measured.",
+            "such gap was measured: with a single seed, or a gap no larger than the spread of the two over seeds.",
             "K is the number of local modules, guided the share of steps that train on the global loss through the "
             "whole network; × is relative to end-to-end.",
         ]
@@ -168,6 +169,14 @@ class Comparison:
         if any(result.step_seconds is not None for result in self.results):
             notes.append(TIME_NOTE.format(rounds=self.rounds))
         return notes
+
+
+def _gap(reference: MethodResult, baseline: MethodResult) -> float | None:
+    """What a baseline loses; None where that is of a single seed, or within the spread of the two over seeds."""
+    if reference.accuracy_std is None or baseline.accuracy_std is None:
+        return None
+    gap = reference.accuracy - baseline.accuracy
+    return gap if gap > math.hypot(reference.accuracy_std, baseline.accuracy_std) else None
 
 
 def _ratio(value: float | None, reference: float | None) -> float | None:
