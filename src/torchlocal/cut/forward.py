@@ -547,6 +547,7 @@ class Pass:
             result = self._result.pop()
         finally:
             self._busy = True
+            self._boundary = None  # it knows the step, which knows this pass: nothing shall wait for the collector
             self._unshield()
             self._result.clear()
             self._features.clear()

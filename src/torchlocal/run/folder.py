@@ -25,6 +25,7 @@ __all__ = ["Owned", "Ownership", "expand", "temporary_name"]
 
 _LOCK = ".lock"
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+_MOST_TRIES = 100  # to make a folder that others remove at the same time
 _WAIT = 0.05  # seconds between two attempts
 _held: weakref.WeakSet[Ownership] = weakref.WeakSet()
 
@@ -120,13 +121,17 @@ class Ownership:
         return True
 
     def _make(self) -> None:
-        missing = [path for path in (self._folder, *self._folder.parents) if not path.exists()]
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(
-                f"out={self._given!r} cannot be made a folder ({error.strerror}): choose another"
-            ) from error
+        for left in reversed(range(_MOST_TRIES)):
+            missing = [path for path in (self._folder, *self._folder.parents) if not path.exists()]
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                break
+            except OSError as error:
+                # An owner who leaves takes empty folders along, one after another, also while these are made.
+                if not left or not isinstance(error, FileNotFoundError):
+                    raise ValueError(
+                        f"out={self._given!r} cannot be made a folder ({error.strerror}): choose another"
+                    ) from error
         self._made = missing or self._made
 
     def _remove_made(self) -> None:
