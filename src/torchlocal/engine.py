@@ -26,7 +26,16 @@ from .modules import LocalModules
 from .recompute import GuidedPlan, Inner, Plan, RandomState, Recomputation, Stages, Tape, leaves, without_autocast
 from .rules import Batch
 
-__all__ = ["Step", "SupportsStep", "apply", "check_arguments", "check_optimizers", "run_guided", "run_local"]
+__all__ = [
+    "Step",
+    "SupportsStep",
+    "apply",
+    "check_arguments",
+    "check_optimizers",
+    "follows",
+    "run_guided",
+    "run_local",
+]
 
 
 class SupportsStep(Protocol):
@@ -67,7 +76,7 @@ def run_guided(
     optimizers: Sequence[SupportsStep] | None = None,
 ) -> list[Tensor]:
     """A guided step of all modules by a plan, one part of the batch after another; returns the losses."""
-    follow, total = auxiliary == "follow", list[Tensor]()
+    follow, total = follows(auxiliary), list[Tensor]()
     for i, (part, labels, share) in enumerate(parts):
         step = Step.begin(net, part, labels, autocast, backward, scale)
         step.part_of(parts, share, follow=follow)
@@ -460,6 +469,13 @@ def check_arguments(
         )
     check_optimizers(optimizers, net.num_modules if count is None else count, backward, scale)
     return batch
+
+
+def follows(auxiliary: str) -> bool:
+    """Whether the auxiliary networks learn in a guided step; refuses what is no word for it."""
+    if auxiliary not in ("follow", "frozen"):
+        raise ValueError(f"auxiliary: must be 'follow' or 'frozen', not {auxiliary!r}")
+    return auxiliary == "follow"
 
 
 def check_optimizers(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .cut.batches import Batch
-from .engine import SupportsStep, check_arguments, run_guided, run_local
+from .engine import SupportsStep, check_arguments, follows, run_guided, run_local
 from .memory.plans import local_plans, plan_and_parts
 from .modules import LocalModules
 from .recompute import GuidedPlan, Plan
@@ -109,8 +109,7 @@ def guided_step(
             go together, or the number of optimizers is not K.
     """
     batch = check_arguments(net, batch, optimizers, backward, scale)
-    if auxiliary not in ("follow", "frozen"):
-        raise ValueError(f"auxiliary: must be 'follow' or 'frozen', not {auxiliary!r}")
+    follows(auxiliary)  # refuses another word
     plan, parts = plan_and_parts(
         net,
         batch,

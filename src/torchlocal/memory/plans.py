@@ -142,8 +142,7 @@ def _found(
     if key in known:
         known.move_to_end(key)
         return known[key]
-    if not net.chain.fake:
-        net.chain.inside.refresh(batch)
+    net.chain.look_inside(batch)
     # A thread of its own has none of the caller's modes: autocast, no_grad, a counter.
     with ThreadPoolExecutor(1) as executor:
         known[key] = executor.submit(lambda: find(fake or FakeStep(net, batch, target), target, **options)).result()

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 
 from ..cut.batches import Batch
+from ..engine import follows
 from ..modules import LocalModules
 from ..recompute import GuidedPlan, Plan
 from .fakes import FakeStep, MakesOptimizer, Prediction
 from .plans import guided_plan, local_plans
 
 __all__ = ["predict", "predict_on"]
+
+_OPTIONS = ("recompute", "memory", "optimizers")  # of some steps only
 
 
 def predict(
@@ -80,6 +83,12 @@ def predict_on(
 ) -> Prediction:
     """:func:`predict` on a network without memory, which takes no step twice; ``target`` as it was given."""
     net = fake.net
+    takes = {"plain": (), "local": ("recompute", "optimizers")}.get(step, ("auxiliary", *_OPTIONS))
+    given = {"recompute": recompute, "memory": memory, "optimizers": optimizers}
+    meant = [name for name in _OPTIONS if given[name] is not None and name not in takes]
+    if (not follows(auxiliary) and "auxiliary" not in takes) or meant:
+        name = meant[0] if meant else "auxiliary"
+        raise ValueError(f"{name}: means nothing to step={step!r}; leave it out")
     # Plans are looked for with the batch as it is given, and remembered for the steps.
     if step == "plain":
         return fake.plain(autocast)

@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensor
 from ..cut.batches import Batch as Inputs
 from ..cut.batches import key_of, num_examples, plain
 from ..cut.forward import Pass, filled
-from ..engine import Step, SupportsStep, apply, check_arguments, check_optimizers
+from ..engine import Step, SupportsStep, apply, check_arguments, check_optimizers, follows
 from ..memory.plans import local_plans, plan_and_parts
 from ..micro import cut_batch, divisor
 from ..modules import LocalModules
@@ -182,9 +182,7 @@ class ParallelNetwork(Stage):
             The losses known to this rank, on the last stage what :func:`torchlocal.guided_step` returns.
         """
         self._check(optimizers, backward, scale)
-        if auxiliary not in ("follow", "frozen"):
-            raise ValueError(f"auxiliary: must be 'follow' or 'frozen', not {auxiliary!r}")
-        follow = auxiliary == "follow"
+        follow = follows(auxiliary)
         options = (auxiliary, str(autocast), scale)
         if micro_batches is not None:
             if schedule not in _SCHEDULES:
