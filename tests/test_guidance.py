@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -79,6 +80,7 @@ def test_every_schedule_has_a_share_a_repr_and_a_state() -> None:
         ({"name": "annealed", "end_share": -0.1}, "end_share: must be a number from 0 to 1, not -0.1"),
         ({"name": "annealed", "num_steps": 0}, "num_steps: must be a whole number of at least 1"),
         ({"name": "phased", "share": 2}, "share: must be a number from 0 to 1, not 2"),
+        ({"name": "phased", "spread": 2}, "spread: must be a number from 0 to 1, not 2"),
         ({"name": "phased", "periods": 0}, "periods: must be a whole number of at least 1, not 0"),
         ({"name": "never", "period": 3}, "'never' takes no arguments, but was given 'period'"),
     ],
@@ -107,6 +109,11 @@ def test_phased_guides_the_end_of_each_part_of_training() -> None:
     assert guided(tl.PhasedGuidance(share=0.0, num_steps=9), 12) == []
     assert guided(tl.PhasedGuidance(share=1.0, periods=3, num_steps=9), 12) == list(range(12))
     assert guided(tl.PhasedGuidance(share=0.2, periods=5, num_steps=10), 10) == [1, 3, 5, 7, 9]  # at least one
+    half = tl.PhasedGuidance(share=0.4, spread=0.5, num_steps=20)
+    assert guided(half, 20) == [3, 7, 11, 15, *range(16, 20)]
+    assert guided(replace(half, periods=2), 20) == [3, 7, 8, 9, 13, 17, 18, 19]
+    assert guided(replace(half, spread=1.0), 25) == [2, 4, 7, 9, 12, 14, 17, 19, 22, 24]  # later steps, too
+    assert guided(tl.PhasedGuidance(share=1.0, spread=0.5, num_steps=5), 7) == list(range(7))
     with pytest.raises(ValueError, match="needs the length of training"):
         tl.PhasedGuidance()(3)
     with pytest.raises(ValueError, match=r"periods: must be at most the number of steps \(2\), not 3"):
@@ -121,6 +128,8 @@ def test_the_learning_rate_falls_in_guided_phases() -> None:
     assert [guidance.cosine(step, 16, warmup=2) for step in range(8)] == pytest.approx([0.5, 1, *[1] * 4, *fall])
     assert [guidance.cosine(step, 16, warmup=7) for step in (5, 6, 7)] == pytest.approx([6 / 7, 1, 1])
     assert tl.PhasedGuidance(share=0.25, periods=2).cosine(7, 16) == guidance.cosine(7, 16)
+    for spread in (0.5, 1.0):  # wherever the guided steps lie
+        assert replace(guidance, spread=spread).cosine(7, 16) == guidance.cosine(7, 16)
     # Where all steps are guided, or none, it is that of plain training.
     whole = [(1 + math.cos(math.pi * i / 16)) / 2 for i in range(16)]
     for share in (0.0, 1.0):

@@ -226,6 +226,8 @@ class PhasedGuidance(Guidance):
     Args:
         share: guided share of every period, 0 to 1.
         periods: number of periods.
+        spread: share of the guided steps, 0 to 1, that lie evenly among the local ones before the phase; with 1
+            there is no phase. The steps over which the learning rate falls stay the same.
         num_steps: length of training; left out, :meth:`bind` has to say it. Later steps belong to the last phase.
 
     Raises:
@@ -234,31 +236,45 @@ class PhasedGuidance(Guidance):
 
     share: float = 0.2
     periods: int = 1
+    spread: float = 0.0
     num_steps: int | None = None
 
     def __post_init__(self) -> None:
         check_share("share", self.share)
         check_whole("periods", self.periods, 1)
+        check_share("spread", self.spread)
         if self.num_steps is not None:
             check_whole("num_steps", self.num_steps, 1)
             if self.periods > self.num_steps:
                 raise ValueError(f"periods: must be at most the number of steps ({self.num_steps}), not {self.periods}")
 
     def __call__(self, step: int) -> bool:
-        return step in self._phase(step)
+        period = self._period(step)
+        guided = self._guided(period)
+        spread = min(round(self.spread * guided), guided)
+        before = len(period) - (guided - spread)  # the steps in front of the phase
+        i = step - period.start
+        return (i + 1) * spread // before > i * spread // before if i < before or guided == spread else True
 
-    def _phase(self, step: int, num_steps: int | None = None) -> range:
-        """The guided phase of the period around a step; a share above 0 guides at least one step."""
+    def _period(self, step: int, num_steps: int | None = None) -> range:
+        """The steps of the period around a step."""
         num_steps = self.num_steps or num_steps
         if num_steps is None:
             raise ValueError("num_steps: a phased schedule needs the length of training; give it or call bind()")
         k = min(step * self.periods // num_steps, self.periods - 1)
         start, stop = (-(-i * num_steps // self.periods) for i in (k, k + 1))
-        end = max(stop, step + 1)
-        return range(stop - max(1, round(self.share * (stop - start))) if self.share else end, end)
+        return range(start, stop)
+
+    def _guided(self, period: range) -> int:
+        """The number of guided steps of a period; a share above 0 guides at least one."""
+        return max(1, round(self.share * len(period))) if self.share else 0
 
     def decay(self, step: int, num_steps: int) -> range:
-        return self._phase(step, num_steps) or super().decay(step, num_steps)
+        period = self._period(step, num_steps)
+        guided = self._guided(period)
+        if not guided:
+            return super().decay(step, num_steps)
+        return range(period.stop - guided, max(period.stop, step + 1))
 
     def bind(self, *, num_steps: int, steps_per_epoch: int) -> Guidance:
         return self if self.num_steps is not None else replace(self, num_steps=num_steps)
