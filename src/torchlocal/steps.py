@@ -73,6 +73,7 @@ def guided_step(
     auxiliary: str = "follow",
     recompute: str | int | None = None,
     memory: str | int | GuidedPlan | None = None,
+    micro_batches: int | None = None,
     autocast: torch.dtype | None = None,
     backward: Callable[[Tensor], Any] | None = None,
     scale: float = 1.0,
@@ -94,7 +95,9 @@ def guided_step(
             the cheapest way whose predicted peak is not above the local step's, the batch cut into micro-batches where
             it takes that and the gradient of the whole batch comes out (BatchNorm then sees the parts); ``"exact"``:
             the smallest peak without micro-batches, that is bit for bit the plain guided step; ``"full"``: nothing is
-            recomputed.
+            recomputed; or a number of bytes that the step may take.
+        micro_batches: the most that ``memory="local"``, or a number of bytes, may cut the batch into; with 1 it stays
+            in one piece, and the results are those of the plain guided step, bit for bit.
         autocast: run forward passes in this dtype.
         backward: called with each loss instead of ``loss.backward()``.
         scale: factor on every loss before backward.
@@ -117,6 +120,7 @@ def guided_step(
         auxiliary=auxiliary,
         recompute=recompute,
         memory=memory,
+        micro_batches=micro_batches,
         autocast=autocast,
         optimizers=optimizers,
     )

@@ -257,6 +257,30 @@ def test_a_guided_step_takes_no_more_than_a_local_step(name: str, modules: Any, 
         assert predict(net, step="guided", memory=budget).peak_bytes <= budget <= 0.27 * checkpointed
 
 
+def test_a_budget_is_kept_with_the_batch_in_one_piece() -> None:
+    """The cheapest way without micro-batches: less than the least recomputation, and bit for bit the plain step."""
+    x, y = torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
+    net = tl.decouple(build_model("resnet20", num_classes=10), 1, sample=x)
+    plain, least = (predict(net, step="guided", memory=memory).step_bytes for memory in ("full", "exact"))
+    budget = least + (plain - least) // 4
+    parted = net.guided_plan(x, y, memory=budget)
+    whole = net.guided_plan(x, y, memory=budget, micro_batches=1)
+    assert parted.micro_batches > 1 == whole.micro_batches and parted.recomputed < whole.recomputed
+    assert 0 < whole.recomputed < net.guided_plan(x, y, memory="exact").recomputed
+    assert predict(net, step="guided", memory=budget, micro_batches=1).step_bytes <= budget
+    assert net.guided_plan(x, y, memory=2 * least // 3, micro_batches=2).micro_batches == 2
+    net.guided_step(x, y)
+    plain_gradients = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    net.zero_grad()
+    net.guided_step(x, y, memory=budget, micro_batches=1)
+    assert all(map(torch.equal, plain_gradients, (p.grad for p in net.parameters() if p.grad is not None)))
+    for memory in (None, "exact", "full", whole):
+        with pytest.raises(ValueError, match=r"^micro_batches: 2 bounds what a search"):
+            net.guided_step(x, y, memory=memory, micro_batches=2)
+    with pytest.raises(ValueError, match=r"^micro_batches: must be a whole number of at least 1, not 0"):
+        net.guided_step(x, y, memory=budget, micro_batches=0)
+
+
 def test_where_nothing_fits_the_smallest_plan_is_used_with_a_warning() -> None:
     x, _ = make_batch()
     net = tl.decouple(make_network(), 4, sample=x)

@@ -648,6 +648,18 @@ def test_memory_of_guided_steps() -> None:
     assert guided_memory(FitConfig.of(guidance=always, memory="exact")) == {"memory": "exact"}
     assert guided_memory(FitConfig.of(memory="2KiB")) == {"memory": 2048}
     assert guided_memory(FitConfig.of(recompute="modules")) == {"recompute": "modules"}
+    whole = {"memory": 2048, "micro_batches": 1}
+    assert guided_memory(FitConfig.of(memory="2KiB", micro_batches=1)) == whole
+    assert guided_memory(FitConfig.of(guidance=always, micro_batches=1)) == {"memory": "local", "micro_batches": 1}
+    # Whole batches give the same results, however much is recomputed; parts do not.
+    alike = [{}, {"memory": "exact"}, {"memory": 2048, "micro_batches": 1}, {"recompute": 3}]
+    fields = [checkpoint.fixed_fields(FitConfig.of(guidance=always, **each).plain()) for each in alike]
+    assert all(each == fields[0] for each in fields)
+    parted = [checkpoint.fixed_fields(FitConfig.of(memory=2048, micro_batches=parts).plain()) for parts in (None, 2)]
+    assert parted[0] != parted[1]
+    for wrong in ({"recompute": 3}, {"memory": "exact"}):
+        with pytest.raises(ValueError, match=r"^micro_batches=2 means nothing to (recompute=3|memory='exact')"):
+            FitConfig.of(micro_batches=2, **wrong)
 
 
 @pytest.mark.parametrize(

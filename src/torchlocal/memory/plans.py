@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from ..checks import check_whole
 from ..cut.batches import Batch, fits_into, key_of, size_of
 from ..cut.units import balance
 from ..micro import NotCut, Parts, cut_batch
@@ -54,6 +55,7 @@ def guided_plan(
     *,
     recompute: str | int | None = None,
     memory: str | int | GuidedPlan | None = None,
+    micro_batches: int | None = None,
     auxiliary: str = "follow",
     autocast: torch.dtype | None = None,
     optimizers: object = None,
@@ -65,6 +67,13 @@ def guided_plan(
     """
     if memory is not None and recompute is not None:
         raise ValueError(f"recompute: memory={memory!r} chooses what is recomputed; leave recompute out")
+    if micro_batches is not None:
+        check_whole("micro_batches", micro_batches, 1)
+        if isinstance(memory, GuidedPlan) or memory in (None, "full", "exact"):
+            raise ValueError(
+                f"micro_batches: {micro_batches} bounds what a search for memory='local' or a number of bytes may cut "
+                "the batch into; leave it out, or give such a memory"
+            )
     if isinstance(memory, GuidedPlan):
         return memory
     if memory is None or memory == "full":
@@ -79,6 +88,7 @@ def guided_plan(
         batch,
         target,
         memory=memory,
+        micro_batches=micro_batches,
         auxiliary=auxiliary,
         autocast=autocast,
         optimizers=optimizers is not None or None,
@@ -105,7 +115,7 @@ def plan_and_parts(net: LocalModules, batch: Batch, target: Any, **options: Any)
         if not isinstance(options["memory"], str | int):
             raise
     # The plan was found for a batch that could be cut, and this one's target cannot.
-    plan = guided_plan(net, batch, target, **{**options, "memory": "exact"})
+    plan = guided_plan(net, batch, target, **{**options, "memory": "exact", "micro_batches": None})
     return plan, [(batch, target, 1.0)]
 
 

@@ -16,7 +16,7 @@ from .plans import guided_plan, local_plans
 
 __all__ = ["predict", "predict_on"]
 
-_OPTIONS = ("recompute", "memory", "optimizers")  # of some steps only
+_OPTIONS = ("recompute", "memory", "micro_batches", "optimizers")  # of some steps only
 
 
 def predict(
@@ -29,6 +29,7 @@ def predict(
     auxiliary: str = "follow",
     recompute: str | int | dict[int, Plan] | None = None,
     memory: str | int | GuidedPlan | None = None,
+    micro_batches: int | None = None,
     autocast: torch.dtype | None = None,
     optimizers: object = None,
 ) -> Prediction:
@@ -48,6 +49,7 @@ def predict(
         auxiliary: the guided step's option.
         recompute: the step's option.
         memory: the guided step's option.
+        micro_batches: the guided step's option.
         autocast: the step's option.
         optimizers: not None: each local module has an optimizer of its own, made by ``optimizer``, which is stepped as
             soon as its gradients are there; without that one the gradients are freed as they would be then.
@@ -65,6 +67,7 @@ def predict(
         auxiliary=auxiliary,
         recompute=recompute,
         memory=memory,
+        micro_batches=micro_batches,
         autocast=autocast,
         optimizers=optimizers,
     )
@@ -78,13 +81,14 @@ def predict_on(
     auxiliary: str = "follow",
     recompute: str | int | dict[int, Plan] | None = None,
     memory: str | int | GuidedPlan | None = None,
+    micro_batches: int | None = None,
     autocast: torch.dtype | None = None,
     optimizers: object = None,
 ) -> Prediction:
     """:func:`predict` on a network without memory, which takes no step twice; ``target`` as it was given."""
     net = fake.net
     takes = {"plain": (), "local": ("recompute", "optimizers")}.get(step, ("auxiliary", *_OPTIONS))
-    given = {"recompute": recompute, "memory": memory, "optimizers": optimizers}
+    given = {"recompute": recompute, "memory": memory, "micro_batches": micro_batches, "optimizers": optimizers}
     meant = [name for name in _OPTIONS if given[name] is not None and name not in takes]
     if (not follows(auxiliary) and "auxiliary" not in takes) or meant:
         name = meant[0] if meant else "auxiliary"
@@ -102,6 +106,7 @@ def predict_on(
         auxiliary=auxiliary,
         recompute=recompute,  # type: ignore[arg-type]
         memory=memory,
+        micro_batches=micro_batches,
         autocast=autocast,
         optimizers=optimizers,
         fake=fake if optimizers is None else None,  # a search frees gradients as soon as optimizers would

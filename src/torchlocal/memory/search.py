@@ -37,6 +37,7 @@ def find_guided_plan(
     target: Any,
     memory: str | int,
     *,
+    micro_batches: int | None = None,
     auxiliary: str = "follow",
     autocast: torch.dtype | None = None,
     optimizers: object = None,
@@ -45,16 +46,17 @@ def find_guided_plan(
 
     Where nothing fits, the plan with the smallest peak that was found, and a warning.
     """
-    search = _GuidedSearch(fake, target, auxiliary=auxiliary, autocast=autocast, optimizers=optimizers)
+    most = 1 if memory == "exact" else micro_batches or _MOST_PARTS
+    search = _GuidedSearch(fake, target, most, auxiliary=auxiliary, autocast=autocast, optimizers=optimizers)
     if memory == "exact":
-        return search.smallest(micro_batches=False)
+        return search.smallest()
     budget = search.local_peak() if memory == "local" else int(memory)
     # Looking inside of units takes long, and on a CPU it is dearer than micro-batches, where these are possible.
     plan = search.cheapest(budget, inside=False)
     if plan is None or (plan.micro_batches > 1 and search.device_type == "cuda"):
         plan = search.cheapest(budget, inside=True) or plan
     if plan is None:
-        plan = search.smallest(micro_batches=True)
+        plan = search.smallest()
         if plan.bytes > budget:
             limit = "the peak of the local step" if memory == "local" else "the budget"
             warnings.warn(
@@ -68,11 +70,11 @@ def find_guided_plan(
 class _GuidedSearch:
     """Plans for the guided steps of one network, batch and set of options."""
 
-    def __init__(self, fake: FakeStep, target: Any, *, auxiliary: str, **options: Any) -> None:
-        self._fake, net = fake, fake.net
+    def __init__(self, fake: FakeStep, target: Any, most_parts: int, *, auxiliary: str, **options: Any) -> None:
+        self._fake, net, self._most_parts = fake, fake.net, most_parts
         self.device_type = fake.device.type
         given = target if target is not None else fake.target
-        self._cuttable = can_cut(net, fake.given, given, follow=auxiliary == "follow")
+        self._cuttable = most_parts > 1 and can_cut(net, fake.given, given, follow=auxiliary == "follow")
         self._bench = bench = Bench(fake, options["autocast"])
         self._auxiliary, self._options = auxiliary, options
         self._forward = sum(cost.flops for cost in bench.costs.values())
@@ -84,13 +86,13 @@ class _GuidedSearch:
         """Peak of the local step of the same batch."""
         return self._fake.local({}, **self._options).step_bytes
 
-    def smallest(self, *, micro_batches: bool) -> GuidedPlan:
+    def smallest(self) -> GuidedPlan:
         """The cheapest plan with about the smallest peak."""
         costs = self._bench.costs.values()
         largest = 2.0 * max(cost.backward for cost in costs) + max(cost.output for cost in costs)
         least: dict[int, float] = {}
         while not least:
-            for parts in self._parts() if micro_batches else [1]:
+            for parts in self._parts():
                 if curve := self._solver(parts, largest / parts, inside=True).curve():
                     least[parts] = self._resident(parts) + curve[0][0]
             largest *= 2  # for what is there beside the units
@@ -131,7 +133,7 @@ class _GuidedSearch:
     def _parts(self) -> list[int]:
         """The numbers of micro-batches that are considered."""
         count = num_examples(self._fake.batch)
-        powers = (2**i for i in range(1, _MOST_PARTS.bit_length()))
+        powers = (2**i for i in range(1, self._most_parts.bit_length()))
         return [1, *(parts for parts in powers if self._cuttable and count // parts >= _LEAST_PART)]
 
     def _resident(self, parts: int) -> int:

@@ -171,7 +171,8 @@ class ParallelNetwork(Stage):
             auxiliary: as there.
             recompute: as there.
             memory: as there.
-            micro_batches: number of equal parts that the batch is cut into; nothing is recomputed then.
+            micro_batches: number of equal parts that the batch is cut into; nothing is recomputed then. With ``memory``
+                it is as there, and nothing overlaps.
             schedule: order of the parts: ``"1f1b"`` or ``"gpipe"``.
             autocast: as there.
             backward: as there; not with ``micro_batches``.
@@ -184,13 +185,11 @@ class ParallelNetwork(Stage):
         self._check(optimizers, backward, scale)
         follow = follows(auxiliary)
         options = (auxiliary, str(autocast), scale)
-        if micro_batches is not None:
+        if micro_batches is not None and memory in (None, "full"):
             if schedule not in _SCHEDULES:
                 raise ValueError(f"schedule: must be one of {', '.join(_SCHEDULES)}, not {schedule!r}")
-            if backward is not None or recompute is not None or memory not in (None, "full"):
-                raise ValueError(
-                    "micro_batches: backward, recompute and memory cannot be given with it; leave them out"
-                )
+            if backward is not None or recompute is not None:
+                raise ValueError("micro_batches: backward and recompute cannot be given with it; leave them out")
             return self._piped(batch, target, micro_batches, schedule, follow, autocast, scale, optimizers, options)
         parts: list[Any] = [(None, None, 1.0)]
         plan, weight = None, self._weight(target)
@@ -203,6 +202,7 @@ class ParallelNetwork(Stage):
                 auxiliary=auxiliary,
                 recompute=recompute,
                 memory=memory,
+                micro_batches=micro_batches,
                 autocast=autocast,
                 optimizers=optimizers,
             )

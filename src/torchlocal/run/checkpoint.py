@@ -175,13 +175,15 @@ def fixed_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     free = {name for name, one in fit_options().items() if one.free}
     fields = {name: value for name, value in short_names(config).items() if name not in free}
-    recompute, memory = fields.pop("recompute", None), fields.get("memory")
+    recompute, memory, parts = fields.pop("recompute", None), fields.get("memory"), fields.pop("micro_batches", None)
     never, always = (fields.get("guidance.name") == name for name in ("never", "always"))
-    whole = never or recompute is not None or memory in ("exact", "full") or (memory is None and always)
+    whole = never or recompute is not None or memory in ("exact", "full") or (memory is None and always) or parts == 1
     if fields.get("compile"):
-        fields["recompute"] = recompute
+        fields |= {"recompute": recompute, "micro_batches": parts}
     elif whole:
         fields["memory"] = "no micro-batches"
+    elif parts is not None:
+        fields["micro_batches"] = parts
     return fields
 
 

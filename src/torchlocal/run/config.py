@@ -366,11 +366,23 @@ class MemoryConfig(Section):
         "Instead of memory: guided steps keep only the inputs of segments: modules, or a number of segments.",
         _recompute,
     )
+    micro_batches: int | None = option(
+        None,
+        "The most micro-batches that memory local, or a size, may cut a batch into; with 1 it stays whole.",
+        _COUNT_OR_NONE,
+        guided=True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.limit is not None and self.recompute is not None:
             raise ValueError(f"memory={self.limit!r} and recompute={self.recompute!r}: give one of them, not both")
+        if self.micro_batches is not None and (self.recompute is not None or self.limit in ("exact", "full")):
+            given = "recompute" if self.limit is None else "memory"
+            raise ValueError(
+                f"micro_batches={self.micro_batches} means nothing to {given}={self.recompute or self.limit!r}, which "
+                "leaves batches whole: leave it out, or give memory=local or a size"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -661,12 +673,17 @@ def guided_options(config: FitConfig) -> dict[str, Any]:
 
 
 def guided_memory(config: FitConfig) -> dict[str, int | str | None]:
-    """The options `memory` and `recompute` of the guided steps of a run."""
+    """The options `memory`, `micro_batches` and `recompute` of the guided steps of a run."""
     if config.memory.recompute is not None:
         return {"recompute": config.memory.recompute}
-    if config.memory.limit is None:
-        return {"memory": "full" if config.guidance.name == "always" else "local"}
-    return {"memory": _memory(config.memory.limit)}
+    if config.memory.limit is None and config.guidance.name == "always" and config.memory.micro_batches is None:
+        return {"memory": "full"}
+    found: dict[str, int | str | None] = {
+        "memory": "local" if config.memory.limit is None else _memory(config.memory.limit)
+    }
+    if config.memory.micro_batches is not None and found["memory"] not in ("exact", "full"):
+        found["micro_batches"] = config.memory.micro_batches
+    return found
 
 
 def build_rule(config: FitConfig) -> Rule:
