@@ -251,6 +251,13 @@ _NETWORKS: dict[Any, DecoupledNetwork] = {}  # recipes that differ in their leng
 
 
 @pytest.mark.filterwarnings("ignore:memory='local'. no guided step")  # of a batch of four
+@pytest.mark.parametrize("command", ["fit", "compare"])
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_command_takes_a_recipe(name: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a whole: what it refuses is not the recipe's."""
+    assert "epochs=0 must be" in refused([command, "--config", name, "--epochs", "0"], capsys)
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_trains(name: str) -> None:
     own = {one.name: one for one in declared(CompareConfig)}

@@ -93,7 +93,10 @@ def _parse_run(
     parser: Parser, argv: Sequence[str], options: Mapping[str, Option], *, section: str | None = None
 ) -> dict[str, Any]:
     """Parse options that may come from recipes; those of other commands in a recipe are left out."""
-    ignored = {key for one in fit_options().values() if one.name not in options for key in (one.name, one.path)}
+    known = {one.path for one in options.values()}
+    others = [one for one in fit_options().values() if one.path not in known]
+    # A command's own option may bear the short name of a run's, as that of a folder does.
+    ignored = {one.path for one in others} | {one.name for one in others if one.name not in options}
     return parser.parse(argv, lambda name: recipe_options(name, section=section, known=options, ignored=ignored))
 
 
