@@ -23,8 +23,10 @@ from torchlocal.compare import comparison
 from torchlocal.compare.comparison import METHODS, CompareConfig, method_configs
 from torchlocal.compare.costs import StepCosts
 from torchlocal.compare.figures import draw_figures
+from torchlocal.compare.methods import RIVALS
 from torchlocal.compare.report import format_bytes, format_count, markdown_table, write_report
 from torchlocal.compare.results import Comparison, MethodResult, Row
+from torchlocal.compare.verdict import verdict
 from torchlocal.run import trainer
 from torchlocal.run.branches import find_branches
 from torchlocal.run.build import learning_rate, train_step
@@ -32,6 +34,7 @@ from torchlocal.run.config import FitConfig, GuidanceConfig
 from torchlocal.run.trainer import Interrupted
 
 SEEDS = (0, 1)
+FOUR = ("end-to-end", "checkpointing", "local", "pgl")
 TIMED = ("step_ms", "step_ratio")
 
 
@@ -75,7 +78,13 @@ def small_config(out: Path, **changes: Any) -> CompareConfig:
     options = {
         name: changes.pop(name) for name in ("methods", "seeds", "variants", "timing_rounds", "grid") if name in changes
     }
-    values: dict[str, Any] = {"out": str(out), "seeds": SEEDS, "timing_rounds": 2, "fit": fit.changed(**changes)}
+    values: dict[str, Any] = {
+        "out": str(out),
+        "methods": FOUR,
+        "seeds": SEEDS,
+        "timing_rounds": 2,
+        "fit": fit.changed(**changes),
+    }
     return CompareConfig(**(values | options))
 
 
@@ -91,7 +100,7 @@ def read_results(out: Path) -> dict[str, list[dict[str, Any]]]:
         method: [json.loads((out / method / f"seed{seed}" / "result.json").read_text()) for seed in SEEDS]
         for method in ("end-to-end", "local", "pgl")
     }
-    return {method: results[method.replace("checkpointing", "end-to-end")] for method in METHODS}
+    return {method: results[method.replace("checkpointing", "end-to-end")] for method in FOUR}
 
 
 def read_rows(out: Path) -> list[dict[str, str]]:
@@ -111,6 +120,24 @@ def run_files(out: Path) -> dict[Path, int]:
     """When every file of the runs, and of the costs, was last written."""
     paths = [*out.glob("*/seed*/*"), out / "costs.json"]
     return {path: path.stat().st_mtime_ns for path in paths if path.is_file()}
+
+
+class Units:
+    """Circumstances by hand: units of every network, or of each; a third more time than end-to-end."""
+
+    def __init__(self, units: int | dict[str, int]) -> None:
+        self.units = units
+
+    def num_units(self, model: str) -> int:
+        return self.units if isinstance(self.units, int) else self.units[model]
+
+    def bytes_of_a_step(self, pgl: FitConfig, end_to_end: FitConfig) -> int:
+        assert (pgl.cut.modules, end_to_end.guidance.name) == (3, "always")
+        return 12_345
+
+    def steps_in_time(self, pgl: FitConfig, end_to_end: FitConfig) -> int:
+        assert (pgl.cut.modules, end_to_end.guidance.name) == (3, "always")
+        return 32
 
 
 # --- numbers ---
@@ -163,7 +190,7 @@ def test_flops_are_those_of_the_layers(done: tuple[Path, Comparison]) -> None:
 def test_csv_holds_what_the_runs_give(done: tuple[Path, Comparison]) -> None:
     out, _ = done
     rows, expected = read_rows(out), expected_rows(out)
-    assert [row["method"] for row in rows] == list(METHODS)
+    assert [row["method"] for row in rows] == list(FOUR)
     for row in rows:
         for name, value in expected[row["method"]].items():
             if value is None:
@@ -185,7 +212,7 @@ def test_csv_holds_what_the_runs_give(done: tuple[Path, Comparison]) -> None:
 def test_markdown_holds_the_same_rounded(done: tuple[Path, Comparison]) -> None:
     out, _ = done
     lines = (out / "report.md").read_text().splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("| Method"))
+    start = next(i for i, line in enumerate(lines) if line.startswith("| 1 Method"))
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start + 2 : start + 6]]
     for row, (method, values) in zip(cells, expected_rows(out).items(), strict=True):
         gap, milliseconds = values["gap_closed"], values["step_ms"]
@@ -290,6 +317,43 @@ def test_a_gap_within_the_spread_is_none() -> None:
         assert (rows[2].gap_closed is not None) == told
 
 
+def told(method: str, *accuracies: float, steps: int = 10, **changes: Any) -> MethodResult:
+    return method_result(method, *accuracies, steps=steps, **changes)
+
+
+def test_the_verdict_by_hand() -> None:
+    """Who wins at equal memory and in equal time, by how much, and whether the seeds can tell."""
+    mebi, rivals = 2**20, ("end-to-end", "recomputed", "micro-batches", "equal-time")
+    pgl = told("pgl", 0.75, 0.77, rivals=rivals, peak_bytes=10 * mebi, step_seconds=0.12)
+    rows = (
+        told("end-to-end", 0.79, 0.81, peak_bytes=40 * mebi, step_seconds=0.1),
+        told("recomputed", 0.79, 0.81, peak_bytes=10 * mebi, step_seconds=0.18),
+        told("micro-batches", 0.75, 0.75, peak_bytes=9 * mebi, step_seconds=0.11),
+        told("equal-time", 0.76, 0.78, steps=12),
+        told("local", 0.70, 0.72),
+        pgl,
+    )
+    assert verdict(Comparison(title="t", results=rows)) == [
+        "What guidance gives: pgl 76.0 ± 1.4 %, local 71.0 ± 1.4 %. Pgl wins by 5.0 points, more than the spread of 2 "
+        "seeds.",
+        "At equal memory (10.0 MiB, 0.25 × end-to-end): pgl 76.0 ± 1.4 % in 1.20 × the time of end-to-end; end-to-end "
+        "bit for bit 80.0 ± 1.4 % in 1.80 ×; end-to-end in micro-batches 75.0 ± 0.0 % in 1.10 ×. End-to-end bit for "
+        "bit wins by 4.0 points, more than the spread of 2 seeds.",
+        "In equal time: pgl 76.0 ± 1.4 % in 10 steps; end-to-end 77.0 ± 1.4 % in 12. Nobody wins that 2 seeds could "
+        "tell: end-to-end is ahead by 1.0 points, within the spread.",
+    ]
+    # Of one seed nothing can be told; what does not get down to PGL's memory is no rival, nor what was not trained.
+    large = told("recomputed", 0.9, peak_bytes=15 * mebi)
+    small = told("micro-batches", 0.7, peak_bytes=10 * mebi)
+    single = told("pgl", 0.75, rivals=rivals, peak_bytes=10 * mebi)
+    assert verdict(Comparison(title="t", results=(large, small, single))) == [
+        "At equal memory (10.0 MiB): pgl 75.0 %; end-to-end in micro-batches 70.0 %; end-to-end bit for bit takes at "
+        "least 1.50 × that. Of a single seed, pgl is ahead by 5.0 points, which one seed cannot tell from chance.",
+    ]
+    assert verdict(Comparison(title="t", results=(large, single)))[0].endswith("takes at least 1.50 × that.")
+    assert verdict(Comparison(title="t", results=(rows[0], pgl))) == []
+
+
 def test_what_others_are_measured_from_closes_nothing() -> None:
     results = (
         method_result("end-to-end", 0.9, 0.9),
@@ -369,7 +433,7 @@ def test_a_variant_of_another_schedule_leaves_the_options_of_the_common_one(tmp_
             "often": {"method": "pgl", "guidance": {"share": 0.5}},
         },
     )
-    found = {name: subject.config for name, subject in method_configs(config, lambda model: 4).items()}
+    found = {name: subject.config for name, subject in method_configs(config, Units(4)).items()}
     assert found["tail"].guidance == GuidanceConfig(period=4, auxiliary="frozen")
     assert found["often"].guidance == GuidanceConfig(share=0.5, auxiliary="frozen")
     assert found["end-to-end"].rule.options == {}  # of a rule that it does not use
@@ -399,7 +463,7 @@ def test_html_needs_no_network_and_holds_the_figures(done: tuple[Path, Compariso
     assert not re.search(r"@import|url\s*\(", page)
     assert not {"script", "link", "iframe", "object"} & set(parsed.tags)
     prefix = "data:image/svg+xml;base64,"
-    assert len(parsed.links) == 3 and all(link.startswith(prefix) for link in parsed.links)
+    assert len(parsed.links) == 5 and all(link.startswith(prefix) for link in parsed.links)
     for link in parsed.links:
         drawing = base64.b64decode(link.removeprefix(prefix)).decode()
         assert "</svg>" in drawing
@@ -412,7 +476,7 @@ def test_html_needs_no_network_and_holds_the_figures(done: tuple[Path, Compariso
 def test_figures_are_pictures(done: tuple[Path, Comparison]) -> None:
     out, _ = done
     paths = sorted((out / "figures").iterdir())
-    assert [path.name for path in paths] == ["accuracy.png", "depth.png", "memory.png"]
+    assert [path.name for path in paths] == ["accuracy.png", "depth.png", "loss.png", "memory.png", "time.png"]
     for path in paths:
         content = path.read_bytes()
         assert content[:8] == b"\x89PNG\r\n\x1a\n"
@@ -423,9 +487,10 @@ def test_figures_are_pictures(done: tuple[Path, Comparison]) -> None:
 @pytest.mark.parametrize("variants", [(), ("pgl-every-10-steps-frozen", "pgl-every-20-steps-frozen")])
 def test_no_legend_is_cut_off(variants: tuple[str, ...]) -> None:
     curves: dict[str, Any] = {"validation": ((0.1, 0.2),), "depth_accuracies": ((0.1, 0.2),), "peak_bytes": 2**20}
+    curves |= {"losses": ((0.5, 0.4),), "epoch_steps": (3, 6), "step_seconds": 0.1}
     results = tuple(method_result(method, 0.5, **curves) for method in (*METHODS, *variants))
     figures = draw_figures(Comparison(title="t", results=results))
-    assert list(figures) == ["accuracy", "memory", "depth"]
+    assert list(figures) == ["accuracy", "time", "loss", "memory", "depth"]
     for figure in figures.values():
         figure.canvas.draw()
         legend, whole = figure.legends[0].get_window_extent(), figure.bbox
@@ -669,14 +734,65 @@ def test_compare_yaml_repeats_the_comparison(done: tuple[Path, Comparison]) -> N
 
 
 def test_methods_differ_in_their_guidance_only(tmp_path: Path) -> None:
-    config = small_config(tmp_path, memory="exact")
-    configs = {name: subject.config for name, subject in method_configs(config, lambda model: 9).items()}
+    config = small_config(tmp_path, memory="exact", methods=tuple(METHODS))
+    configs = {name: subject.config for name, subject in method_configs(config, Units(9)).items()}
     common = config.fit
     assert configs["pgl"] == common
     assert configs["local"] == common.changed(memory=None, guidance=GuidanceConfig(name="never"))
     end_to_end = common.changed(modules=1, memory=None, guidance=GuidanceConfig(name="always"))
     assert configs["end-to-end"] == end_to_end
     assert configs["checkpointing"] == end_to_end.changed(recompute=3)  # the root of 9 units
+    assert configs["recomputed"] == end_to_end.changed(memory=12_345, micro_batches=1)
+    assert configs["micro-batches"] == end_to_end.changed(memory=12_345)
+    assert configs["equal-time"] == end_to_end.changed(steps=32)
+    assert configs["periodic"] == common  # whose guidance is spread already
+    thirds = config.fit.changed(guidance=GuidanceConfig(share=0.3, auxiliary="frozen"), memory=None)
+    found = method_configs(replace(config, fit=thirds), Units(9))["periodic"].config
+    spread = GuidanceConfig(name="periodic", period=10, length=3, auxiliary="frozen")
+    assert found == thirds.changed(guidance=spread, decay=0.3)
+
+
+def test_rivals_get_what_pgl_takes(tmp_path: Path) -> None:
+    """Its memory and its time, as measured; decided once, so that a comparison that goes on trains what it began."""
+    config = small_config(tmp_path, methods=(*RIVALS, "pgl"), seeds=(0,), modules=2, epochs=1, memory="full")
+    comparison = compare(config, progress=False)
+    rows = {row.method: row for row in comparison.rows()}
+    found = json.loads((tmp_path / "rivals.json").read_text())
+    (decided,) = found.values()
+    budget, pgl = decided["bytes"], rows["pgl"].peak_bytes
+    assert pgl is not None
+    runs = {method: yaml.safe_load((tmp_path / method / "seed0" / "config.yaml").read_text()) for method in rows}
+    assert {method: run["memory"]["limit"] for method, run in runs.items()} == {
+        "recomputed": budget,
+        "micro-batches": budget,
+        "equal-time": None,
+        "pgl": "full",
+    }
+    assert runs["recomputed"]["memory"]["micro_batches"] == 1
+    assert runs["equal-time"]["optimisation"]["steps"] == decided["steps"]
+    parameters = 4 * rows["pgl"].parameters_backbone
+    # The state of SGD with momentum is as large as the parameters; BatchNorm's buffers are besides.
+    assert pgl - budget == pytest.approx(2 * parameters, rel=0.2)
+    for method in ("recomputed", "micro-batches"):
+        peak = rows[method].peak_bytes
+        assert peak is not None and peak <= 1.02 * pgl
+    assert [result.steps for result in comparison.results] == [8, 8, decided["steps"], 8]
+    assert "In equal time: pgl" in (tmp_path / "report.md").read_text()
+    # On a machine on which it comes out otherwise, what was begun goes on.
+    decided["steps"] += 1
+    with pytest.raises(ValueError, match=r"equal-time.*steps \(\d+ there, \d+ now\)"):
+        (tmp_path / "rivals.json").write_text(json.dumps(found))
+        compare(config, progress=False)
+
+
+def test_equal_time_needs_times(tmp_path: Path) -> None:
+    fit = small_config(tmp_path).fit
+    assert "equal-time" in CompareConfig(fit=fit).methods
+    assert "equal-time" not in CompareConfig(fit=fit, timing_rounds=0).methods
+    variants = {"longer": {"method": "equal-time"}}
+    for methods, given in ((("equal-time",), {}), (("longer",), {"variants": variants})):
+        with pytest.raises(ValueError, match=f"methods: '{methods[0]}' needs the time of steps"):
+            CompareConfig(fit=fit, methods=methods, timing_rounds=0, **given)
 
 
 def test_every_method_has_the_learning_rate_of_phased_guidance(tmp_path: Path) -> None:
@@ -684,7 +800,7 @@ def test_every_method_has_the_learning_rate_of_phased_guidance(tmp_path: Path) -
         config = small_config(tmp_path, **changes)
         return {
             name: [learning_rate(subject.config, i, steps_per_epoch=10, num_steps=50) for i in range(50)]
-            for name, subject in method_configs(config, lambda model: 9).items()
+            for name, subject in method_configs(config, Units(9)).items()
         }
 
     phased = rates(guidance=GuidanceConfig(name="phased", share=0.3))
@@ -721,7 +837,7 @@ def test_a_variant_names_its_baseline(tmp_path: Path) -> None:
         "guided two": {"method": "pgl", "modules": 2, "baseline": "two"},
     }
     config = small_config(tmp_path, methods=("guided two", "pgl"), variants=variants)
-    subjects = method_configs(config, lambda model: 9)
+    subjects = method_configs(config, Units(9))
     assert {name: subject.baseline for name, subject in subjects.items()} == {"guided two": "two", "pgl": "local"}
     assert subjects["guided two"].config == subjects["pgl"].config.changed(modules=2)
 
@@ -732,7 +848,7 @@ def test_end_to_end_may_recompute_otherwise(tmp_path: Path) -> None:
         "two": {"method": "checkpointing", "recompute": 2},
     }
     config = small_config(tmp_path, methods=("exact", "two", "checkpointing"), variants=variants)
-    found = {name: subject.config for name, subject in method_configs(config, lambda model: 16).items()}
+    found = {name: subject.config for name, subject in method_configs(config, Units(16)).items()}
     assert {name: (c.memory.limit, c.memory.recompute) for name, c in found.items()} == {
         "exact": ("exact", None),
         "two": (None, 2),
@@ -743,7 +859,7 @@ def test_end_to_end_may_recompute_otherwise(tmp_path: Path) -> None:
 def test_segments_and_title_are_those_of_every_network(tmp_path: Path) -> None:
     units = {"resnet20": 9, "resnet110": 49}
     config = small_config(tmp_path, methods=("checkpointing",), grid={"model": list(units)})
-    found = method_configs(config, units.__getitem__)
+    found = method_configs(config, Units(units))
     assert [subject.config.memory.recompute for subject in found.values()] == [3, 7]
 
 
@@ -773,7 +889,7 @@ def test_a_grid_varies_what_matters(tmp_path: Path) -> None:
         num_train=128,
         epochs=1,
     )
-    subjects = method_configs(config, lambda model: 9)
+    subjects = method_configs(config, Units(9))
     combinations = [(2, 2), (2, 4), (3, 2), (3, 4)]
     guided = [f"pgl,modules={modules},period={period}" for modules, period in combinations]
     assert list(subjects) == ["end-to-end", "local,modules=2", "local,modules=3", *guided]

@@ -272,6 +272,7 @@ def _compare(argv: Sequence[str]) -> int:
 
     from torchlocal.compare.comparison import compare
     from torchlocal.compare.report import terminal_table
+    from torchlocal.compare.verdict import verdict
 
     out = expand(config.out)
     if not (out / "compare.yaml").exists():
@@ -279,6 +280,8 @@ def _compare(argv: Sequence[str]) -> int:
     path = out / "compare.yaml"
     with _continue_with(lambda: f"`torchlocal compare --config {_quoted(path)}`" if path.is_file() else None):
         comparison = compare(config, progress=not values["quiet"])
+    for sentence in verdict(comparison):
+        _console().print(sentence, style="bold")
     _console().print(terminal_table(comparison))
     print(f"Report: {out / 'report.html'}")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import io
 import json
 import platform
@@ -10,9 +11,9 @@ import re
 import statistics
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ import yaml
 from torch import Tensor, nn
 
 from torchlocal import __version__ as torchlocal_version
+from torchlocal.compare.circumstances import Measured
 from torchlocal.compare.costs import StepCosts, measure_costs
 from torchlocal.compare.methods import METHODS, CompareConfig, Subject, method_configs
 from torchlocal.compare.report import write_report
 from torchlocal.compare.results import Comparison, MethodResult
 from torchlocal.data import DataBundle, LoaderBundle
-from torchlocal.network import decouple
 from torchlocal.run.branches import Branch, find_branches, first_alike
 from torchlocal.run.build import build_network, build_optimizer, count_steps, resolve_execution
 from torchlocal.run.checkpoint import check_same_config, write_config, write_file, write_json
@@ -90,7 +91,10 @@ def _compare(config: CompareConfig, own: Own, out: Path, progress: bool) -> Comp
     data = own.load(config.fit)
     if data.test is None:
         raise ValueError('data: a comparison reports test accuracies: give "test" as well')
-    subjects = method_configs(config, cache(partial(_count_units, config.fit, data, own)))
+    measured = Measured(
+        out / "rivals.json", config.fit, data, own, rounds=config.timing_rounds, say=partial(_say, progress)
+    )
+    subjects = method_configs(config, measured)
     configs = {method: subject.config for method, subject in subjects.items()}
     firsts = first_alike(configs, out)
     runs = {
@@ -141,8 +145,11 @@ def _compare(config: CompareConfig, own: Own, out: Path, progress: bool) -> Comp
             _method_result(method, subjects[method], found, out / firsts[method], costs.get(method))
             for method, found in results.items()
         ),
-        facts=tuple(_facts(config, data, trained, diverged, alike, begun).items()),
-        configuration=yaml.safe_dump(_plain(config, public=True), sort_keys=False),
+        facts=(
+            *_facts(config, data, trained, diverged, alike, begun).items(),
+            ("Trained until", _last_day(runs.values())),
+        ),
+        configuration=yaml.safe_dump(_differing(config), sort_keys=False),
         command=_command(own),
         rounds=config.timing_rounds,
         device=resolve_execution(config.fit).device.type,
@@ -174,12 +181,6 @@ def _command(own: Own) -> str:
     if own == Own():
         return "torchlocal compare --config compare.yaml --out NEW_FOLDER"
     return "torchlocal.compare.compare(config, ...), handing in the same objects,"
-
-
-def _count_units(config: FitConfig, data: DataBundle, own: Own, name: str) -> int:
-    with torch.random.fork_rng(devices=[]):
-        model = own.make_model(config.changed(model=name), data)
-        return len(decouple(model, 1, sample=data.sample(2), prediction=own.make_prediction()).partition.units)
 
 
 def _check_run_folder(config: FitConfig, checksum: str) -> None:
@@ -248,6 +249,20 @@ def _plain(config: CompareConfig, *, public: bool = False) -> dict[str, Any]:
     return {**run, "compare": section}
 
 
+def _differing(config: CompareConfig) -> dict[str, Any]:
+    """What differs from the defaults, where the data lie on this machine left out."""
+    told, defaults = _plain(config, public=True), _plain(CompareConfig())
+    chosen = {}
+    for section, options in told.items():
+        # What lies in guidance depends on the schedule, whose name is told with it.
+        kept = {key: value for key, value in options.items() if value != defaults[section].get(key, _ABSENT)}
+        chosen[section] = {"name": options["name"], **kept} if section == "guidance" and kept else kept
+    return {section: options for section, options in chosen.items() if options}
+
+
+_ABSENT = object()
+
+
 def _costs(
     path: Path, configs: Mapping[str, FitConfig], data: DataBundle, own: Own, config: CompareConfig, progress: bool
 ) -> dict[str, StepCosts]:
@@ -269,9 +284,34 @@ def _costs(
     except (OSError, ValueError, KeyError, TypeError):  # absent, damaged or of another version: measure anew
         pass
     _say(progress, f"measuring memory and time of the steps ({config.timing_rounds} rounds)")
-    costs = measure_costs(configs, data, own, rounds=config.timing_rounds)
+    firsts: dict[str, str] = {}
+    kinds = {method: firsts.setdefault(_kind_of_step(fit_config), method) for method, fit_config in configs.items()}
+    found = measure_costs({first: configs[first] for first in firsts.values()}, data, own, rounds=config.timing_rounds)
+    costs = {method: found[first] for method, first in kinds.items()}
     write_json(path, {"key": key, "costs": {method: asdict(cost) for method, cost in costs.items()}})
     return costs
+
+
+def _kind_of_step(config: FitConfig) -> str:
+    """The same for methods that take the same steps, but other numbers of them."""
+    if config.guidance.name in ("never", "always"):
+        config = config.changed(epochs=1, steps=None, decay=None, warmup_epochs=0)
+    return json.dumps(config.changed(out="runs/fit", seed=0).plain())
+
+
+def _last_day(runs: Iterable[FitConfig]) -> str:
+    """The day on which the last of the runs ended."""
+    ends = [path.stat().st_mtime for run in runs if (path := Path(run.run.out) / "result.json").exists()]
+    return datetime.date.fromtimestamp(max(ends)).isoformat() if ends else "-"
+
+
+def _processor() -> str:
+    """What the processor calls itself."""
+    try:
+        names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except (OSError, ValueError):
+        names = []
+    return names[0].strip() if names else f"{platform.processor() or 'CPU'} ({platform.machine()})"
 
 
 def _versions() -> str:
@@ -283,12 +323,15 @@ def _method_result(
 ) -> MethodResult:
     results = list(by_seed.values())
     parameters = results[0]["num_parameters"]
+    curves = [_curves(folder / f"seed{seed}" / "metrics.csv") for seed in by_seed]
     return MethodResult(
         method=method,
         num_modules=results[0]["num_modules"],
         guided_share=statistics.fmean(result["guided_share"] for result in results),
         accuracies=tuple(result["test_accuracy"] for result in results),
-        validation=tuple(_validation_curve(folder / f"seed{seed}" / "metrics.csv") for seed in by_seed),
+        validation=tuple(curve["validation_accuracy"] for curve in curves),
+        losses=tuple(curve["train_loss"] for curve in curves),
+        epoch_steps=tuple(map(int, curves[0]["step"])),
         depth_accuracies=tuple(tuple(result["depth_accuracy"]) for result in results),
         peak_bytes=None if cost is None else cost.total_peak_bytes,
         step_seconds=None if cost is None else cost.mean_seconds,
@@ -297,6 +340,8 @@ def _method_result(
         num_auxiliary_parameters=parameters["auxiliary"],
         reference=subject.reference,
         baseline=subject.baseline,
+        rivals=subject.rivals,
+        steps=results[0]["steps"],
     )
 
 
@@ -313,13 +358,15 @@ def _runs_table(results: Mapping[str, Mapping[int, Mapping[str, Any]]], costs: M
     return buffer.getvalue()
 
 
-def _validation_curve(path: Path) -> tuple[float, ...]:
-    """Validation accuracy after every epoch; without the file the report simply lacks the curve."""
+def _curves(path: Path) -> dict[str, tuple[float, ...]]:
+    """What was measured in every epoch; without the file the report simply lacks the curves."""
+    names = ("step", "train_loss", "validation_accuracy")
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            return tuple(float(row["validation_accuracy"]) for row in csv.DictReader(file))
+            rows = list(csv.DictReader(file))
+            return {name: tuple(float(row[name]) for row in rows) for name in names}
     except (OSError, ValueError, KeyError):
-        return ()
+        return dict.fromkeys(names, ())
 
 
 def _options_text(options: Mapping[str, Any]) -> str:
@@ -345,6 +392,8 @@ def _facts(
             f"test images of {' x '.join(map(str, data.shape))}, {data.num_classes} classes"
         )
     length = f"{first['epochs']} epochs, {first['steps']} steps of {chosen.batch_size * chosen.accumulate} images"
+    if "equal-time" in results:
+        length += f" (equal-time: {next(iter(results['equal-time'].values()))['steps']})"
     seconds = sum(result["seconds"] for found in results.values() for result in found.values())
     shared = ", first steps in common counted for each" if begun else ""
     rule = _several(config, "rule") if "rule" in config.grid else repr(build_rule(fit_config))
@@ -352,7 +401,9 @@ def _facts(
     varied += [f"{name} ({_options_text(config.variants[name])})" for name in config.methods if name in config.variants]
     device = first["device"]
     if device == "cpu":
-        device += f" ({fit_config.run.num_threads or torch.get_num_threads()} threads, {platform.machine()})"
+        device = f"{_processor()}, {fit_config.run.num_threads or torch.get_num_threads()} threads"
+    elif device.startswith("cuda"):
+        device = torch.cuda.get_device_name(device)
     return {
         "Data": told,
         "Network": f"{_several(config, 'model')}, {_modules_text(config)}, local rule {rule}",

@@ -118,7 +118,9 @@ class _Subject:
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def measure_costs(configs: Mapping[str, FitConfig], data: DataBundle, own: Own, *, rounds: int) -> dict[str, StepCosts]:
+def measure_costs(
+    configs: Mapping[str, FitConfig], data: DataBundle, own: Own, *, rounds: int, flops: bool = True
+) -> dict[str, StepCosts]:
     """Measure a full optimizer step (forward, backward, update) of several methods on the same batches.
 
     Args:
@@ -126,7 +128,8 @@ def measure_costs(configs: Mapping[str, FitConfig], data: DataBundle, own: Own, 
         data: Where the batches come from.
         own: What was handed in.
         rounds: How often every kind of step of every method is timed. In each round all take turns, starting with
-            another one each time, so that what else the machine does meets all alike.
+            another one each time, so that what else the machine does meets all alike. With 0 no time is told.
+        flops: Whether to count them.
 
     Returns:
         The costs by method.
@@ -162,8 +165,8 @@ def measure_costs(configs: Mapping[str, FitConfig], data: DataBundle, own: Own, 
             guided_share=subject.guided_share,
             resident_bytes=subject.resident_bytes(),
             peak_bytes=peaks[name],
-            seconds={kind: statistics.median(times[name, kind]) for kind in subject.kinds},
-            flops={kind: subject.flops(kind) for kind in subject.kinds},
+            seconds={kind: statistics.median(times[name, kind]) for kind in subject.kinds if rounds},
+            flops={kind: subject.flops(kind) for kind in subject.kinds if flops},
         )
         for name, subject in subjects.items()
     }

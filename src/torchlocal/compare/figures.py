@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["FIGURES", "draw_figures"]
 
 MEBIBYTE = 2**20
+_SIZE = (5.0, 3.9)  # inches: as wide as a telephone, so that text is legible there
 # Okabe and Ito's palette: told apart by colour-blind readers as well; the markers tell the methods apart in grey.
 _COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 _MARKERS = ("s", "D", "o", "^", "v", "P", "X", "*")
@@ -40,20 +41,28 @@ def _means(series: Sequence[Sequence[float]]) -> list[float]:
     return [statistics.fmean(values) for values in zip(*series, strict=False)]
 
 
-def _draw_accuracy(figure: Figure, comparison: Comparison) -> bool:
-    axes = _axes(figure, xlabel="Epoch", ylabel="Validation accuracy (%)")
+def _draw_curves(
+    axes: Axes,
+    comparison: Comparison,
+    curves: Callable[[MethodResult], Sequence[Sequence[float]]],
+    position: Callable[[MethodResult, int], float],
+    *,
+    same: Sequence[str],
+) -> bool:
+    """A line for every method, the mean over seeds, and a thin one for every seed; those in ``same`` are dashed."""
     drawn = False
     for index, result in enumerate(comparison.results):
-        if not any(result.validation):
+        series = curves(result)
+        if not any(series):
             continue
         colour, marker = _style(index)
-        mean = [100 * value for value in _means(result.validation)]
-        epochs = range(1, len(mean) + 1)
-        if len(result.validation) > 1:
-            for seed in result.validation:
-                axes.plot(range(1, len(seed) + 1), [100 * value for value in seed], color=colour, alpha=0.25, lw=0.9)
+        mean = _means(series)
+        positions = [position(result, epoch) for epoch in range(1, max(map(len, series)) + 1)]
+        if len(series) > 1:
+            for seed in series:
+                axes.plot(positions[: len(seed)], seed, color=colour, alpha=0.25, lw=0.9)
         axes.plot(
-            epochs,
+            positions[: len(mean)],
             mean,
             color=colour,
             marker=marker,
@@ -61,12 +70,39 @@ def _draw_accuracy(figure: Figure, comparison: Comparison) -> bool:
             markevery=max(1, len(mean) // 10),
             lw=1.8,
             label=result.method,
-            # End-to-end and checkpointing compute the same function: dashes let the line below show.
-            linestyle="--" if result.method == "checkpointing" else "-",
+            linestyle="--" if result.method in same else "-",  # lets the line below show
         )
         drawn = True
-    _integer_axis(axes)
     return drawn
+
+
+_SAME = ("checkpointing", "recomputed")  # as end-to-end, but for memory and time
+
+
+def _draw_accuracy(figure: Figure, comparison: Comparison) -> bool:
+    axes = _axes(figure, xlabel="Epoch", ylabel="Validation accuracy (%)")
+    _integer_axis(axes)
+    return _draw_curves(axes, comparison, _accuracies, lambda result, epoch: epoch, same=_SAME)
+
+
+def _draw_loss(figure: Figure, comparison: Comparison) -> bool:
+    axes = _axes(figure, xlabel="Epoch", ylabel="Training loss")
+    _integer_axis(axes)
+    return _draw_curves(axes, comparison, lambda result: result.losses, lambda result, epoch: epoch, same=_SAME)
+
+
+def _draw_time(figure: Figure, comparison: Comparison) -> bool:
+    axes = _axes(figure, xlabel="Training time (s)", ylabel="Validation accuracy (%)")
+    timed = [result for result in comparison.results if result.step_seconds and result.epoch_steps]
+
+    def seconds(result: MethodResult, epoch: int) -> float:
+        return (result.step_seconds or 0.0) * result.epoch_steps[epoch - 1]
+
+    return _draw_curves(axes, replace(comparison, results=tuple(timed)), _accuracies, seconds, same=())
+
+
+def _accuracies(result: MethodResult) -> list[list[float]]:
+    return [[100 * value for value in seed] for seed in result.validation]
 
 
 def _groups(comparison: Comparison) -> dict[str, list[MethodResult]]:
@@ -125,11 +161,7 @@ def _spread(results: Sequence[MethodResult]) -> list[float] | None:
 
 
 def _draw_depth(figure: Figure, comparison: Comparison) -> bool:
-    axes = _axes(
-        figure,
-        xlabel="Local module, in order of depth (the last is the backbone itself)",
-        ylabel="Test accuracy (%)",
-    )
+    axes = _axes(figure, xlabel="Local module (the last is the backbone itself)", ylabel="Test accuracy (%)")
     drawn = False
     for index, result in enumerate(comparison.results):
         depth = [100 * value for value in _means(result.depth_accuracies)]
@@ -182,6 +214,18 @@ FIGURES: dict[str, tuple[Callable[[Figure, Comparison], bool], str, str]] = {
         "Validation accuracy over epochs",
         "Validation accuracy over epochs: mean over seeds as a thick line, single seeds as thin ones.",
     ),
+    "time": (
+        _draw_time,
+        "Validation accuracy over training time",
+        "Validation accuracy over training time: number of steps times the measured time per step, without validation "
+        "and the loading of data. Mean over seeds as a thick line, single seeds as thin ones.",
+    ),
+    "loss": (
+        _draw_loss,
+        "Training loss over epochs",
+        "Training loss over epochs, of local and guided methods that of the last module: mean over seeds as a thick "
+        "line, single seeds as thin ones.",
+    ),
     "memory": (
         _draw_memory,
         "Test accuracy against peak memory",
@@ -210,14 +254,14 @@ def draw_figures(comparison: Comparison) -> dict[str, Figure]:
 
     figures = {}
     for name, (draw, title, _) in FIGURES.items():
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        figure = Figure(figsize=_SIZE, layout="constrained")
         FigureCanvasAgg(figure)  # no pyplot: nothing global is touched and no display is needed
         if draw(figure, comparison):
             axes = figure.axes[0]
             axes.set_title(title, loc="left", fontsize="medium")
             labels = axes.get_legend_handles_labels()[1]
-            # The figure is about 80 characters wide, and a handle with its gaps takes 6 of them.
-            num_columns = max(1, min(4, len(labels), 80 // (max(map(len, labels)) + 6)))
+            # The figure is about 62 characters wide, and a handle with its gaps takes 6 of them.
+            num_columns = max(1, min(4, len(labels), 62 // (max(map(len, labels)) + 6)))
             figure.legend(loc="outside lower center", ncols=num_columns, frameon=False)  # where it can hide nothing
             figures[name] = figure
     return figures

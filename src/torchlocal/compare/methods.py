@@ -7,11 +7,13 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from torchlocal.checks import whole
 from torchlocal.run.config import (
+    MOST_STEPS,
     CutConfig,
     FitConfig,
     GuidanceConfig,
@@ -25,7 +27,20 @@ from torchlocal.run.config import (
     short_names,
 )
 
-__all__ = ["METHODS", "CompareConfig", "Subject", "method_configs"]
+__all__ = ["METHODS", "RIVALS", "Circumstances", "CompareConfig", "Subject", "method_configs"]
+
+
+class Circumstances(Protocol):
+    """What the configurations of some methods depend on, beside the common one."""
+
+    def num_units(self, model: str) -> int:
+        """Number of units of a backbone."""
+
+    def bytes_of_a_step(self, pgl: FitConfig, end_to_end: FitConfig) -> int:
+        """Bytes that a step of end-to-end training may take to need no more than PGL in all."""
+
+    def steps_in_time(self, pgl: FitConfig, end_to_end: FitConfig) -> int:
+        """Number of steps that end-to-end training takes in the time of PGL's whole training."""
 
 
 def _same_rate(config: FitConfig) -> FitConfig:
@@ -36,7 +51,7 @@ def _same_rate(config: FitConfig) -> FitConfig:
     return config.changed(decay=build_guidance(config).share or None)
 
 
-def _end_to_end(config: FitConfig, num_units: int) -> FitConfig:
+def _end_to_end(config: FitConfig, found: Circumstances) -> FitConfig:
     # What says nothing about one module is the same in every comparison.
     always = GuidanceConfig(name="always")
     return replace(
@@ -44,17 +59,49 @@ def _end_to_end(config: FitConfig, num_units: int) -> FitConfig:
     )
 
 
-def _checkpointing(config: FitConfig, num_units: int) -> FitConfig:
+def _checkpointing(config: FitConfig, found: Circumstances) -> FitConfig:
     # About sqrt(n) segments keep the fewest activations alive (Chen et al., "Training Deep Nets with Sublinear Memory
     # Cost", 2016, section 4.3).
-    return _end_to_end(config, num_units).changed(recompute=max(1, round(math.sqrt(num_units))))
+    segments = max(1, round(math.sqrt(found.num_units(config.model.name))))
+    return _end_to_end(config, found).changed(recompute=segments)
 
 
-def _local(config: FitConfig, num_units: int) -> FitConfig:
+def _at_equal_memory(config: FitConfig, found: Circumstances, micro_batches: int | None) -> FitConfig:
+    whole = _end_to_end(config, found)
+    return whole.changed(memory=found.bytes_of_a_step(_pgl(config, found), whole), micro_batches=micro_batches)
+
+
+def _micro_batches(config: FitConfig, found: Circumstances) -> FitConfig:
+    return _at_equal_memory(config, found, None)
+
+
+def _recomputed(config: FitConfig, found: Circumstances) -> FitConfig:
+    return _at_equal_memory(config, found, 1)
+
+
+def _equal_time(config: FitConfig, found: Circumstances) -> FitConfig:
+    whole = _end_to_end(config, found)
+    return whole.changed(steps=found.steps_in_time(_pgl(config, found), whole))
+
+
+def _local(config: FitConfig, found: Circumstances) -> FitConfig:
     return replace(_same_rate(config), memory=MemoryConfig(), guidance=GuidanceConfig(name="never"))
 
 
-def _pgl(config: FitConfig, num_units: int) -> FitConfig:
+def _periodic(config: FitConfig, found: Circumstances) -> FitConfig:
+    pgl = _pgl(config, found)
+    if pgl.guidance.name == "periodic":
+        return pgl
+    share = Fraction(build_guidance(pgl).share).limit_denominator(100)
+    return replace(
+        _same_rate(pgl),
+        guidance=GuidanceConfig(
+            name="periodic", period=share.denominator, length=share.numerator, auxiliary=pgl.guidance.auxiliary
+        ),
+    )
+
+
+def _pgl(config: FitConfig, found: Circumstances) -> FitConfig:
     if config.guidance.name in ("never", "always"):
         raise ValueError(
             f"guidance.name={config.guidance.name!r} leaves method pgl nothing to do: give another schedule"
@@ -62,13 +109,20 @@ def _pgl(config: FitConfig, num_units: int) -> FitConfig:
     return config
 
 
-# A method turns the common configuration into its own; the second argument is the number of units of the backbone.
-METHODS: dict[str, Callable[[FitConfig, int], FitConfig]] = {
+# A method turns the common configuration into its own.
+METHODS: dict[str, Callable[[FitConfig, Circumstances], FitConfig]] = {
     "end-to-end": _end_to_end,
     "checkpointing": _checkpointing,
+    "recomputed": _recomputed,
+    "micro-batches": _micro_batches,
+    "equal-time": _equal_time,
     "local": _local,
+    "periodic": _periodic,
     "pgl": _pgl,
 }
+# What a sceptic would train instead of PGL: end-to-end in its memory, bit for bit or in parts, and in its time.
+RIVALS = ("recomputed", "micro-batches", "equal-time")
+_DEFAULT = ("end-to-end", *RIVALS, "local", "periodic", "pgl")
 
 
 def _elements(name: str, value: Any) -> None:
@@ -109,8 +163,10 @@ class CompareConfig:
         "runs/compare", "Folder of the comparison: report, and one run per method and seed in METHOD/seedN.", folder
     )
     methods: tuple[str, ...] = option(
-        tuple(METHODS),
-        "Methods to compare, in the order of the table: end-to-end, checkpointing, local, pgl, or a variant.",
+        _DEFAULT,
+        "Methods to compare, in the order of the table: end-to-end; checkpointing (in uniform segments); at pgl's "
+        "memory end-to-end recomputed (bit for bit the same) or in micro-batches, and for equal-time; local; periodic "
+        "(as many guided steps as pgl, spread evenly); pgl; or a variant.",
         _elements,
     )
     seeds: tuple[int, ...] = option((0,), "Seeds; every method is trained once with each.", _seeds)
@@ -123,7 +179,7 @@ class CompareConfig:
     timing_rounds: int = option(
         10,
         "Rounds in which the steps of all methods take turns for time per step; 0 measures no costs: neither time nor "
-        "memory nor FLOPs.",
+        "memory nor FLOPs. Then equal-time cannot be trained, and is left out unless it is asked for.",
         partial(whole, most=1_000_000),
     )
     grid: Mapping[str, Sequence[Any]] = option(
@@ -136,6 +192,8 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if not self.timing_rounds and self.methods == _DEFAULT:
+            object.__setattr__(self, "methods", tuple(method for method in _DEFAULT if method != "equal-time"))
         known = [*METHODS, *self.variants]
         for method in self.methods:
             if method not in known:
@@ -152,16 +210,36 @@ class CompareConfig:
                 raise ValueError(
                     f"variants: {name}: baseline {options['baseline']!r} must be one of {', '.join(others)}"
                 )
-        method_configs(self, lambda model: 4)  # refuses what cannot work now, not after hours
+        for method in self.methods:
+            if "equal-time" in (method, self.variants.get(method, {}).get("method")) and not self.timing_rounds:
+                raise ValueError(f"methods: {method!r} needs the time of steps: give timing_rounds above 0")
+        method_configs(self, _Unknown())  # refuses what cannot work now, not after hours
+
+
+class _Unknown:
+    """Circumstances before anything is there."""
+
+    def num_units(self, model: str) -> int:
+        return 4
+
+    def bytes_of_a_step(self, pgl: FitConfig, end_to_end: FitConfig) -> int:
+        return 2**40
+
+    def steps_in_time(self, pgl: FitConfig, end_to_end: FitConfig) -> int:
+        return end_to_end.optimisation.steps or MOST_STEPS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """One row of a comparison: what is trained, and the names of the rows that it is measured against."""
+    """One row of a comparison: what is trained, and the names of the rows that it is measured against.
+
+    ``rivals`` are those of PGL: what a sceptic would train instead, and end-to-end training.
+    """
 
     config: FitConfig
     reference: str
     baseline: str
+    rivals: tuple[str, ...] = ()
 
 
 def _changed(config: FitConfig, changes: Mapping[str, Any], told: str) -> FitConfig:
@@ -180,22 +258,25 @@ def _changed(config: FitConfig, changes: Mapping[str, Any], told: str) -> FitCon
         raise ValueError(f"{told}: {error}") from error
 
 
+_RECOMPUTING = ("memory", "recompute", "micro_batches")
+
+
 def _points(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
 def _method_config(
-    config: CompareConfig, method: str, point: Mapping[str, Any], num_units: Callable[[str], int]
+    config: CompareConfig, method: str, point: Mapping[str, Any], circumstances: Circumstances
 ) -> FitConfig:
     common = _changed(config.fit, point, "grid")
     if method in METHODS:
-        return METHODS[method](common, num_units(common.model.name))
+        return METHODS[method](common, circumstances)
     changes = {key: value for key, value in config.variants[method].items() if key not in ("method", "baseline")}
     changed, base = _changed(common, changes, f"variants: {method}"), config.variants[method]["method"]
-    made = METHODS[base](changed, num_units(changed.model.name))
+    made = METHODS[base](changed, circumstances)
     if made.guidance.name == "always":  # how much it recomputes is what a variant of these may change
         given = short_names(changes, defaults=False)
-        made = made.changed(**{key: changed.value(key) for key in ("memory", "recompute") if key in given})
+        made = made.changed(**{key: changed.value(key) for key in _RECOMPUTING if key in given})
     for key in changes:
         named = [
             one.name for one in fit_options().values() if key in (one.name, one.path) or one.path.startswith(f"{key}.")
@@ -205,28 +286,29 @@ def _method_config(
     return made
 
 
-def method_configs(config: CompareConfig, num_units: Callable[[str], int]) -> dict[str, Subject]:
+def method_configs(config: CompareConfig, circumstances: Circumstances) -> dict[str, Subject]:
     """What is trained, by the name of its row, still without `out` and `seed`.
 
     A row's name is its method's, followed by the options of the grid that make a difference to it.
 
     Args:
         config: What to compare.
-        num_units: Number of units of a backbone by name, from which checkpointing takes its number of segments.
+        circumstances: What some methods depend on.
     """
     points = _points(config.grid)
     names: dict[str, list[str]] = {}
     found: dict[str, list[FitConfig]] = {}
     baselines = {m: str(config.variants.get(m, {}).get("baseline", "local")) for m in config.methods}
     for method in dict.fromkeys([*config.methods, "end-to-end", *baselines.values()]):
-        found[method] = [_method_config(config, method, point, num_units) for point in points]
+        found[method] = [_method_config(config, method, point, circumstances) for point in points]
         matters = [key for key in config.grid if _matters(key, points, found[method])]
         names[method] = [",".join([method, *(_label(key, point[key]) for key in matters)]) for point in points]
     subjects: dict[str, Subject] = {}
     for method in config.methods:
         for index, name in enumerate(names[method]):
             peers = {"reference": names["end-to-end"][index], "baseline": names[baselines[method]][index]}
-            subjects.setdefault(name, Subject(config=found[method][index], **peers))
+            rivals = [names[rival][index] for rival in ("end-to-end", *RIVALS) if method == "pgl" and rival in names]
+            subjects.setdefault(name, Subject(config=found[method][index], rivals=tuple(rivals), **peers))
     return subjects
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from torchlocal.compare.figures import FIGURES, draw_figures
 from torchlocal.compare.results import Comparison, Row
+from torchlocal.compare.verdict import verdict
 from torchlocal.run.checkpoint import write_file
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def _optional(value: float | None, text: Callable[[float], str]) -> str:
     return "-" if value is None else text(value)
 
 
-# Header, cell, and whether the column is aligned to the right.
+# Header, cell, and whether the column is aligned to the right. The notes tell of columns by their numbers.
 _COLUMNS: tuple[tuple[str, Callable[[Row], str], bool], ...] = (
     ("Method", lambda row: row.method, False),
     ("K", lambda row: str(row.modules), True),
@@ -57,10 +58,10 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str], bool], ...] = (
     ("Test accuracy, % (n)", _format_accuracy, True),
     ("Gap closed", lambda row: _optional(row.gap_closed, lambda value: f"{100 * value:.0f} %"), True),
     ("Peak memory", lambda row: _optional(row.peak_bytes, format_bytes), True),
-    ("× e2e", lambda row: _optional(row.peak_ratio, lambda value: f"{value:.2f}"), True),
+    ("Memory ×", lambda row: _optional(row.peak_ratio, lambda value: f"{value:.2f}"), True),
     ("Time/step", lambda row: _optional(row.step_ms, lambda value: f"{value:.{0 if value >= 100 else 1}f} ms"), True),
-    ("× e2e", lambda row: _optional(row.step_ratio, lambda value: f"{value:.2f}"), True),
-    ("FLOPs × e2e", lambda row: _optional(row.flops_ratio, lambda value: f"{value:.2f}"), True),
+    ("Time ×", lambda row: _optional(row.step_ratio, lambda value: f"{value:.2f}"), True),
+    ("FLOPs ×", lambda row: _optional(row.flops_ratio, lambda value: f"{value:.2f}"), True),
     (
         "Parameters (+ auxiliary)",
         lambda row: f"{format_count(row.parameters_backbone)} + {format_count(row.parameters_auxiliary)}",
@@ -102,12 +103,16 @@ def terminal_table(comparison: Comparison) -> Table:
 def markdown_table(comparison: Comparison) -> str:
     """The comparison as a Markdown table."""
     lines = [
-        "| " + " | ".join(header for header, _, _ in _COLUMNS) + " |",
+        "| " + " | ".join(_numbered_headers()) + " |",
         "|" + "|".join("---:" if right else "---" for _, _, right in _COLUMNS) + "|",
     ]
     for row in comparison.rows():
         lines.append("| " + " | ".join(cell(row).replace("|", "\\|") for _, cell, _ in _COLUMNS) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _numbered_headers() -> list[str]:
+    return [f"{number} {header}" for number, (header, _, _) in enumerate(_COLUMNS, start=1)]
 
 
 def csv_table(comparison: Comparison) -> str:
@@ -123,7 +128,8 @@ def csv_table(comparison: Comparison) -> str:
 
 def markdown_report(comparison: Comparison, figures: Sequence[str]) -> str:
     """The whole report as Markdown; `figures` are paths relative to it."""
-    parts = [f"# {comparison.title}", "", markdown_table(comparison), *(f"- {note}" for note in comparison.notes()), ""]
+    parts = [f"# {comparison.title}", "", *(f"**{sentence}**\n" for sentence in verdict(comparison))]
+    parts += [markdown_table(comparison), *(f"- {note}" for note in comparison.notes()), ""]
     parts += [f"![{FIGURES[Path(figure).stem][2]}]({figure})\n" for figure in figures]
     parts += ["## What was run", "", *(f"- {name}: {value}" for name, value in comparison.facts), ""]
     parts += [comparison_command_text(comparison), "", "```yaml", comparison.configuration.strip(), "```", ""]
@@ -132,25 +138,36 @@ def markdown_report(comparison: Comparison, figures: Sequence[str]) -> str:
 
 def comparison_command_text(comparison: Comparison) -> str:
     """One sentence on how to repeat the comparison."""
-    return f"To repeat it, run `{comparison.command}` with this configuration, saved beside this report:"
+    return f"To repeat it, run `{comparison.command}`. What differs there from the defaults:"
 
 
 # --- HTML ---
 
 _STYLE_SHEET = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 66rem; margin: 2rem auto;
-       padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 76rem; margin: 2rem auto;
+       padding: 0 1rem; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
-.scroll { overflow-x: auto; }
+.verdict { font-size: 1.1rem; border-left: .3rem solid #0072B2; padding-left: .8rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap; }
 thead th { border-bottom: 2px solid #1a1a1a; white-space: normal; vertical-align: bottom; }
+thead small { display: block; font-weight: normal; color: #444; }
 .right { text-align: right; }
-figure { margin: 1.5rem 0; } figure img { width: 100%; max-width: 44rem; height: auto; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(21rem, 100%), 1fr)); gap: 1rem 2rem; }
+figure { margin: .5rem 0; } figure img { width: 100%; max-width: 36rem; height: auto; }
 figcaption, .notes { color: #444; font-size: .95rem; }
 code, pre { font-family: ui-monospace, monospace; font-size: .9rem; background: #f4f4f4; }
 pre { padding: .8rem; overflow-x: auto; } code { padding: .1rem .25rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; } dt { color: #444; } dd { margin: 0; }
+/* Where the columns do not fit side by side, each row is a list of its own, named by its headers. */
+@media (max-width: 60rem) {
+  table, tbody, tr, td, tbody th { display: block; } thead { display: none; }
+  tbody th { font-size: 1.1rem; border-bottom: 2px solid #1a1a1a; padding: 1rem 0 .2rem; }
+  td, td.right { display: flex; justify-content: space-between; gap: 1rem; text-align: right; padding: .2rem 0;
+    white-space: normal; }
+  td::before { content: attr(data-label); color: #444; text-align: left; }
+  dl { display: block; } dd { margin-bottom: .5rem; } .notes { padding-left: 1.2rem; }
+}
 """
 
 
@@ -164,15 +181,19 @@ def html_report(comparison: Comparison, images: dict[str, bytes]) -> str:
     escape = html.escape
     sides = ["right" if right else "left" for _, _, right in _COLUMNS]
     head = "".join(
-        f'<th scope="col" class="{side}">{escape(header)}</th>'
-        for (header, _, _), side in zip(_COLUMNS, sides, strict=True)
+        f'<th scope="col" class="{side}"><small>{number}</small>{escape(header)}</th>'
+        for number, ((header, _, _), side) in enumerate(zip(_COLUMNS, sides, strict=True), start=1)
     )
+    labels = [escape(header) for header in _numbered_headers()]
     body = []
     for row in comparison.rows():
         cells = [escape(cell(row)) for _, cell, _ in _COLUMNS]
         body.append(
             f'<tr><th scope="row">{cells[0]}</th>'
-            + "".join(f'<td class="{side}">{text}</td>' for text, side in zip(cells[1:], sides[1:], strict=True))
+            + "".join(
+                f'<td class="{side}" data-label="{label}">{text}</td>'
+                for text, side, label in zip(cells[1:], sides[1:], labels[1:], strict=True)
+            )
             + "</tr>"
         )
     figures = []
@@ -191,14 +212,16 @@ def html_report(comparison: Comparison, images: dict[str, bytes]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(comparison.title)}</title><style>{_STYLE_SHEET}</style></head><body>",
         f"<h1>{escape(comparison.title)}</h1>",
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>',
+        *(f'<p class="verdict">{escape(sentence)}</p>' for sentence in verdict(comparison)),
+        f"<table><thead><tr>{head}</tr></thead><tbody>",
         *body,
-        "</tbody></table></div>",
+        "</tbody></table>",
         f'<ul class="notes">{notes}</ul>',
+        '<div class="figures">',
         *figures,
+        "</div>",
         f"<h2>What was run</h2><dl>{facts}</dl>",
-        f"<p>To repeat it, run <code>{escape(comparison.command)}</code> with this configuration, saved beside this "
-        "report:</p>",
+        f"<p>To repeat it, run <code>{escape(comparison.command)}</code>. What differs there from the defaults:</p>",
         f"<pre>{escape(comparison.configuration.strip())}</pre>",
         "</body></html>",
         "",

@@ -6,20 +6,21 @@ import math
 import statistics
 from dataclasses import dataclass
 
-__all__ = ["Comparison", "MethodResult", "Row"]
+__all__ = ["Comparison", "MethodResult", "Row", "can_tell"]
 
 MEMORY_NOTE = (
-    "Peak memory is what one optimizer step needs: parameters, buffers and optimizer state, plus the highest sum of "
-    "tensor bytes allocated at any moment during forward, backward and the update. The input batch, the allocator's "
+    "Peak memory (6) is what one optimizer step needs: parameters, buffers and optimizer state, plus the highest sum "
+    "of tensor bytes allocated at any moment during forward, backward and the update. The input batch, the allocator's "
     "slack and the scratch space inside kernels are not in it{device}, so a process takes more than this in total. The "
     "larger of the local and the guided step counts for a method that takes both."
 )
 TIME_NOTE = (
-    "Time per step is the median over {rounds} rounds in which the steps of all methods take turns on the same batch, "
-    "loading data not included; a method with local and guided steps is their mean weighted by its guided share."
+    "Time per step (8) is the median over {rounds} rounds in which the steps of all methods take turns on the same "
+    "batch, loading data not included; a method with local and guided steps is their mean weighted by its guided share."
 )
 FLOPS_NOTE = (
-    "FLOPs are those of the matrix products and convolutions of a step, auxiliary networks and recomputation included."
+    "FLOPs (10) are those of the matrix products and convolutions of a step, auxiliary networks and recomputation "
+    "included."
 )
 
 
@@ -33,6 +34,8 @@ class MethodResult:
         guided_share: Guided steps / all steps, between 0 and 1.
         accuracies: Test accuracy of every seed, between 0 and 1.
         validation: For every seed the validation accuracy after every epoch.
+        losses: For every seed the mean training loss of every epoch, that of the last module.
+        epoch_steps: Number of steps taken after every epoch.
         depth_accuracies: For every seed the test accuracy through every auxiliary network, the backbone's own last.
         peak_bytes: Peak memory of one step in bytes, None if not measured.
         step_seconds: Time per step in seconds, None if not measured.
@@ -41,6 +44,8 @@ class MethodResult:
         num_auxiliary_parameters: Parameters of the auxiliary networks.
         reference: Name of the method that its memory and time are relative to.
         baseline: Name of the method from which on the share of the gap closed is counted.
+        rivals: Names of end-to-end training and of what a sceptic would train instead, of a row of PGL.
+        steps: Number of steps of every run.
     """
 
     method: str
@@ -48,6 +53,8 @@ class MethodResult:
     guided_share: float
     accuracies: tuple[float, ...]
     validation: tuple[tuple[float, ...], ...] = ()
+    losses: tuple[tuple[float, ...], ...] = ()
+    epoch_steps: tuple[int, ...] = ()
     depth_accuracies: tuple[tuple[float, ...], ...] = ()
     peak_bytes: int | None = None
     step_seconds: float | None = None
@@ -56,6 +63,8 @@ class MethodResult:
     num_auxiliary_parameters: int = 0
     reference: str = "end-to-end"
     baseline: str = "local"
+    rivals: tuple[str, ...] = ()
+    steps: int = 0
 
     @property
     def accuracy(self) -> float:
@@ -148,18 +157,18 @@ class Comparison:
         counts = sorted({len(result.accuracies) for result in self.results})
         n = " or ".join(str(count) for count in counts)
         spread = (
-            f"Test accuracy is the mean over seeds (n = {n}, in brackets) ± the sample standard deviation over seeds"
+            f"Test accuracy (4) is the mean over seeds (n = {n}, in brackets) ± the sample standard deviation"
             if counts[-1] > 1
-            else "Test accuracy is of a single seed (n = 1), so no spread is given"
+            else "Test accuracy (4) is of a single seed (n = 1), so no spread is given"
         )
         notes = [
             spread + "; the weights are those of the epoch with the best validation accuracy, and the test set is "
             "evaluated once, at the end.",
-            "Gap closed is the share of the accuracy that local training loses against end-to-end training and the "
+            "Gap closed (5) is the share of the accuracy that local training loses against end-to-end training and the "
             "method wins back: 0 % is local, or the baseline that the method names, 100 % is end-to-end; “-” where no "
             "such gap was measured: with a single seed, or a gap no larger than the spread of the two over seeds.",
-            "K is the number of local modules, guided the share of steps that train on the global loss through the "
-            "whole network; × is relative to end-to-end.",
+            "K (2) is the number of local modules, guided (3) the share of steps that train on the global loss through "
+            "the whole network; memory, time and FLOPs with × (7, 9, 10) are relative to end-to-end.",
         ]
         if any(result.peak_bytes is not None for result in self.results):
             device = "" if self.device == "cpu" else " unless the device's own counter includes them"
@@ -172,11 +181,16 @@ class Comparison:
 
 
 def _gap(reference: MethodResult, baseline: MethodResult) -> float | None:
-    """What a baseline loses; None where that is of a single seed, or within the spread of the two over seeds."""
-    if reference.accuracy_std is None or baseline.accuracy_std is None:
-        return None
+    """What a baseline loses; None where the seeds cannot tell."""
     gap = reference.accuracy - baseline.accuracy
-    return gap if gap > math.hypot(reference.accuracy_std, baseline.accuracy_std) else None
+    return gap if gap > 0 and can_tell(reference, baseline) else None
+
+
+def can_tell(a: MethodResult, b: MethodResult) -> bool:
+    """Whether two mean accuracies differ by more than the spread of the two over seeds; of single seeds never."""
+    if a.accuracy_std is None or b.accuracy_std is None:
+        return False
+    return abs(a.accuracy - b.accuracy) > math.hypot(a.accuracy_std, b.accuracy_std)
 
 
 def _ratio(value: float | None, reference: float | None) -> float | None:
