@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import random
+import re
 
 import pytest
 import torch
@@ -142,6 +143,18 @@ def test_cut_points_move_late_and_stay_clear_of_in_place_operations() -> None:
 
     with pytest.raises(ValueError, match=r"cuts: no cut is possible after 'second'"):
         tl.decouple(InPlace(), cuts=["second"], sample=(2, 3, 8, 8))
+
+
+def test_units_can_be_named_as_they_are_told() -> None:
+    """Also those that are no single submodule."""
+    model = build_model("resnet20", num_classes=10)
+    names = [unit.name for unit in tl.decouple(model, "all", sample=(2, 3, 32, 32)).partition.units]
+    assert "conv1…bn1" in names
+    net = tl.decouple(model, cuts=[names[0], "layer2.0"], sample=(2, 3, 32, 32))
+    assert [list(group) for group in net.partition.groups] == [[0], [1], [2]]
+    assert [unit.name.split("…")[0] for unit in net.partition.units] == ["conv1", "layer1.0.conv1", "layer2.1.conv1"]
+    with pytest.raises(ValueError, match=re.escape(f"possible cut points are after: {', '.join(names[:-1])}")):
+        tl.decouple(model, cuts=["bn1"], sample=(2, 3, 32, 32))
 
 
 def test_explicit_cuts() -> None:

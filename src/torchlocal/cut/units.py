@@ -177,15 +177,20 @@ class Units:
         return cuts
 
     def cut_after(self, names: Sequence[str]) -> None:
-        """Cut after the named submodules and nowhere else.
+        """Cut after the named submodules, or units as :meth:`describe` names them, and nowhere else.
 
         Raises:
             ValueError: a name is unknown, or no cut is possible there.
         """
         called = {call.path for call in self.seen.calls}
-        possible = ", ".join(_span(*self._ends(a, b)) for a, b in self._spans()[:-1]) or "none"
+        told = self._names()[:-1]
+        units = {name: cut for name, cut in zip(told, self.cuts, strict=True) if told.count(name) == 1}
+        possible = ", ".join(told) or "none"
         cuts: list[Point] = []
         for name in names:
+            if name not in called and name in units:
+                cuts.append(units[name])
+                continue
             if name not in called:
                 close = difflib.get_close_matches(name, called, n=1)
                 hint = f"did you mean {close[0]!r}" if close else f"the model has cut points after: {possible}"
