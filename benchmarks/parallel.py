@@ -1,11 +1,13 @@
 """Throughput of training on two processes, and on two network namespaces behind a slow link.
 
-Everything is measured in one run: in every round all methods take turns, one CPU thread per process, on the same two
-stages of the same network. A method's time per step is taken on the last stage from the end of one step to the end of a
-later one, so that the pipeline is full; the medians over the rounds are told.
+Everything is measured in one run: in every round all methods take turns, one CPU thread per process (but where it says
+two), on the same two stages of the same network. A method's time per step is taken on the last stage from the end of
+one step to the end of a later one, so that the pipeline is full; the medians over the rounds are told.
 
     one               one process, local steps
     one end-to-end    one process, every step guided, without auxiliary networks
+    both cores        one process with two threads, which is what a user of one machine has anyway; local steps
+    both end-to-end   the same, every step guided, without auxiliary networks
     local             two processes, local steps
     pgl               two processes, every tenth step guided (exact), the others local
     1f1b, gpipe       two processes, end-to-end by torch.distributed.pipelining, 4 micro-batches, on the same stages
@@ -50,7 +52,8 @@ import torchlocal as tl
 from torchlocal import parallel
 from torchlocal.models import build_model
 
-METHODS = ("one", "one end-to-end", "local", "pgl", "1f1b", "gpipe", "1f1b balanced")
+ALONE = ("one", "one end-to-end", "both cores", "both end-to-end")
+METHODS = (*ALONE, "local", "pgl", "1f1b", "gpipe", "1f1b balanced")
 NETWORKS = {"resnet32": 16, "vgg11b": 8, "vit": 12}  # and their local modules
 PERIOD = 10  # of the guided steps of PGL
 MICRO_BATCHES = 4
@@ -104,11 +107,11 @@ class Worker:
     def steps(self, method: str) -> tuple[Any, Callable[[int], Any]]:
         """The network of a method, and what runs its i-th step."""
         pipelined: dict[str, Any] = {"auxiliary": "frozen", "micro_batches": MICRO_BATCHES}
-        if method in ("one", "one end-to-end"):
+        if method in ALONE:
             alone = self.alone
             if alone is None:
                 return None, lambda i: None
-            if method == "one":
+            if not method.endswith("end-to-end"):
                 return alone, lambda i: alone.local_step(*self._batch(i))
             return alone, lambda i: alone.guided_step(*self._batch(i), auxiliary="frozen")
         net = self.bare if method == "1f1b balanced" else self.net
@@ -134,6 +137,7 @@ class Worker:
         net, step = self.steps(method)
         optimizer = self.optimizers.get(id(net))
         dist.barrier()
+        torch.set_num_threads(2 if method.startswith("both") else 1)  # the other process waits, and computes nothing
         start, count = 0.0, self.options.steps
         for i in range(-PERIOD if method == "pgl" else -2, count):
             if i == 0:
@@ -155,7 +159,7 @@ class Worker:
             for method in order:
                 gathered: list[Any] = [None] * 2
                 dist.all_gather_object(gathered, self.time(method))
-                times[method].append(gathered[0 if method.startswith("one") else 1])
+                times[method].append(gathered[0 if method in ALONE else 1])
         before = self.net.bytes_sent
         x, y = self.batches[0]
         self.net.local_step(*((x, y) if self.net.is_first else ()))
@@ -321,6 +325,8 @@ def tell(network: str, link: str, result: dict[str, Any], batch_size: int) -> No
         speedup = seconds["one"] / seconds["local"]
         print(f"  local: {speedup:.2f} × one process (aim 1.8), {speedup / result['possible']:.2f} of the", end=" ")
         print(f"{result['possible']:.2f} that the balance of the stages allows (aim .95)")
+    if {"both cores", "local"} <= seconds.keys():
+        print(f"  local: {seconds['both cores'] / seconds['local']:.2f} × one process with both cores")
     if {"1f1b", "local"} <= seconds.keys():
         print(f"  local: {seconds['1f1b'] / seconds['local']:.2f} × 1f1b with {MICRO_BATCHES} micro-batches (aim 1.3)")
 
