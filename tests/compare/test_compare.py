@@ -778,6 +778,10 @@ def test_rivals_get_what_pgl_takes(tmp_path: Path) -> None:
         assert peak is not None and peak <= 1.02 * pgl
     assert [result.steps for result in comparison.results] == [8, 8, decided["steps"], 8]
     assert "In equal time: pgl" in (tmp_path / "report.md").read_text()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(ValueError, match=r"lr \(0.05 there, 0.01 now\)"):  # nothing is measured, nor written
+        compare(replace(config, fit=config.fit.changed(lr=0.01)), progress=False)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     # On a machine on which it comes out otherwise, what was begun goes on.
     decided["steps"] += 1
     with pytest.raises(ValueError, match=r"equal-time.*steps \(\d+ there, \d+ now\)"):

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from torchlocal.compare.costs import StepCosts, measure_costs
-from torchlocal.data import DataBundle
+from torchlocal.data import DataBundle, LoaderBundle
 from torchlocal.network import decouple
-from torchlocal.run.build import count_steps
+from torchlocal.run.build import build_network, build_optimizer, count_steps, resolve_execution
 from torchlocal.run.checkpoint import write_json
 from torchlocal.run.config import FitConfig
+from torchlocal.run.evaluation import are_classes
 from torchlocal.run.own import Own
 
-__all__ = ["Measured"]
+__all__ = ["Measured", "check_parts"]
+
+
+def check_parts(configs: Mapping[str, FitConfig], data: DataBundle, own: Own) -> None:
+    """Refuse a method whose network or optimizer cannot be made: now, not after the runs of other methods."""
+    for config in configs.values():
+        count_steps(config, len(data.train))
+        execution = resolve_execution(config)
+        net = build_network(config, data, execution, own)
+        build_optimizer(config, net)
+        if isinstance(data, LoaderBundle):
+            batch, target = execution.place(data.train.sample)
+            if not are_classes(net.chain.prediction_layout(batch)[0], target):
+                raise ValueError(
+                    "data: a comparison reports accuracies, and these targets are no classes, one for each prediction: "
+                    "train each method with torchlocal.fit"
+                )
 
 
 class Measured:
@@ -67,6 +84,7 @@ class Measured:
         known = self._found.get(key, {}).get(what)
         if isinstance(known, int | float) and known > 0:
             return known
+        check_parts({"pgl": pgl, "end-to-end": end_to_end}, self._data, self._own)
         self._say("measuring the memory and time of pgl that its rivals get")
         with torch.random.fork_rng(devices=[]):
             costs = measure_costs(

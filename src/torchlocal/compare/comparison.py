@@ -22,17 +22,16 @@ import yaml
 from torch import Tensor, nn
 
 from torchlocal import __version__ as torchlocal_version
-from torchlocal.compare.circumstances import Measured
+from torchlocal.compare.circumstances import Measured, check_parts
 from torchlocal.compare.costs import StepCosts, measure_costs
-from torchlocal.compare.methods import METHODS, CompareConfig, Subject, method_configs
+from torchlocal.compare.methods import METHODS, RIVALS, CompareConfig, Subject, method_configs
 from torchlocal.compare.report import write_report
 from torchlocal.compare.results import Comparison, MethodResult
 from torchlocal.data import DataBundle, LoaderBundle
 from torchlocal.run.branches import Branch, find_branches, first_alike
-from torchlocal.run.build import build_network, build_optimizer, count_steps, resolve_execution
+from torchlocal.run.build import resolve_execution
 from torchlocal.run.checkpoint import check_same_config, write_config, write_file, write_json
 from torchlocal.run.config import FitConfig, build_guidance, build_rule, guided_memory
-from torchlocal.run.evaluation import are_classes
 from torchlocal.run.folder import Ownership, expand
 from torchlocal.run.own import Own
 from torchlocal.run.trainer import Diverged, train
@@ -94,6 +93,12 @@ def _compare(config: CompareConfig, own: Own, out: Path, progress: bool) -> Comp
     measured = Measured(
         out / "rivals.json", config.fit, data, own, rounds=config.timing_rounds, say=partial(_say, progress)
     )
+    # Before anything is written or takes time; what the rivals get is measured first.
+    known = [m for m in config.methods if config.variants.get(m, {}).get("method", m) not in RIVALS]
+    for method, subject in method_configs(replace(config, methods=tuple(known)), measured).items() if known else ():
+        for seed in config.seeds:
+            folder = out / method / f"seed{seed}"
+            _check_run_folder(subject.config.changed(out=str(folder), seed=seed), data.checksum)
     subjects = method_configs(config, measured)
     configs = {method: subject.config for method, subject in subjects.items()}
     firsts = first_alike(configs, out)
@@ -103,10 +108,10 @@ def _compare(config: CompareConfig, own: Own, out: Path, progress: bool) -> Comp
         for method in configs
         if firsts[method] == method
     }
-    for run in runs.values():  # before anything is written or takes time
+    for run in runs.values():
         _check_run_folder(run, data.checksum)
     if not all((Path(run.run.out) / "result.json").exists() for run in runs.values()):
-        _check_parts(configs, data, own)
+        check_parts(configs, data, own)
     _say(progress, f"comparing {', '.join(configs)} in {out}")
     alike = [f"{method} as {first}" for method, first in firsts.items() if first != method]
     if alike:
@@ -209,22 +214,6 @@ def _check_run_folder(config: FitConfig, checksum: str) -> None:
             f"{finished} is of a run on other data: checksum is {there} there and {checksum} here; bring the same data "
             "back, or choose another out"
         )
-
-
-def _check_parts(configs: Mapping[str, FitConfig], data: DataBundle, own: Own) -> None:
-    """Refuse a method whose network or optimizer cannot be made: now, not after the runs of other methods."""
-    for config in configs.values():
-        count_steps(config, len(data.train))
-        execution = resolve_execution(config)
-        net = build_network(config, data, execution, own)
-        build_optimizer(config, net)
-        if isinstance(data, LoaderBundle):
-            batch, target = execution.place(data.train.sample)
-            if not are_classes(net.chain.prediction_layout(batch)[0], target):
-                raise ValueError(
-                    "data: a comparison reports accuracies, and these targets are no classes, one for each prediction: "
-                    "train each method with torchlocal.fit"
-                )
 
 
 def _plain(config: CompareConfig, *, public: bool = False) -> dict[str, Any]:
