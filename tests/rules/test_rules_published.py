@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -167,6 +168,12 @@ def test_fast_layers_are_exact(layout: torch.memory_format) -> None:
     constant = torch.ones_like(maps).requires_grad_()
     SpatialStd.apply(constant).sum().backward()
     assert constant.grad is not None and constant.grad.abs().max() == 0
+    for dtype, (rows, columns) in itertools.product((torch.float32, torch.bfloat16), ((4, 4), (7, 3))):
+        maps = torch.randn(3, 2, 4 * rows, 5 * columns, dtype=dtype, requires_grad=True)
+        gradient = torch.randn(3, 2, 4, 5, dtype=dtype)
+        BlockMean((rows, columns))(maps).backward(gradient)
+        shares = (gradient / (rows * columns)).repeat_interleave(rows, 2).repeat_interleave(columns, 3)
+        assert maps.grad is not None and torch.equal(maps.grad, shares)
 
 
 # --- InfoPro ---

@@ -93,7 +93,12 @@ class _BlockMean(torch.autograd.Function):
             share = share.permute(0, 2, 3, 1).reshape(count, height, 1, width, 1, channels)
             share = share.expand(-1, -1, rows, -1, columns, -1)
             return share.reshape(count, height * rows, width * columns, channels).permute(0, 3, 1, 2), None
-        share = share.reshape(count, channels, height, 1, width, 1).expand(-1, -1, -1, rows, -1, columns)
+        if share.device.type == "cpu":  # copying single numbers takes twice as long as this product
+            repeat = torch.eye(width, dtype=share.dtype).repeat_interleave(columns, dim=1)
+            share = (share.reshape(-1, width) @ repeat).view(count, channels, height, 1, width * columns)
+            share = share.expand(-1, -1, -1, rows, -1)
+        else:
+            share = share.reshape(count, channels, height, 1, width, 1).expand(-1, -1, -1, rows, -1, columns)
         return share.reshape(count, channels, height * rows, width * columns), None
 
 
