@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -78,15 +81,49 @@ def test_mlp_sr_pools_to_a_quarter_and_to_two_by_two() -> None:
     assert [tuple(s) for s in shapes] == [(6, 8, 3)] * 3 + [(24,)] * 3
 
 
-def test_mlp_sr_is_bounded_on_wide_features() -> None:
-    def hidden(shape: tuple[int, ...]) -> list[tuple[int, int]]:
-        with torch.device("meta"):
-            network = AUXILIARY_NETWORKS["mlp_sr"](site(shape))
-        return [(m.in_features, m.out_features) for m in network.modules() if isinstance(m, nn.Linear)]
+def shapes_of(network: nn.Module, *kinds: type[nn.Module]) -> list[tuple[int, ...]]:
+    return [tuple(m.weight.shape[:2])[::-1] for m in network.modules() if isinstance(m, kinds)]  # type: ignore[arg-type, index]
 
-    assert hidden((2, 512, 4, 4)) == [(2048, 2048), (2048, 2048), (2048, 7)]  # VGG, as published
-    assert hidden((2, 2048, 7, 7)) == [(8192, 2048), (2048, 2048), (2048, 7)]
-    assert hidden((2, 25088)) == [(25088, 1024), (1024, 1024), (1024, 7)]
+
+@pytest.mark.parametrize(
+    ("shape", "classes", "width", "convolutions", "layers"),
+    [
+        ((2, 64, 8, 8), 10, 64, [(64, 64)] * 3, [(256, 256)] * 2 + [(256, 10)]),  # as published
+        ((2, 512, 4, 4), 10, 64, [(512, 64), (64, 64), (64, 64)], [(256, 256)] * 2 + [(256, 10)]),
+        ((2, 512, 4, 4), 10, None, [(512, 512)] * 3, [(2048, 2048)] * 2 + [(2048, 10)]),  # as published
+        ((2, 2048, 7, 7), 1000, 64, [(2048, 64), (64, 64), (64, 64)], [(256, 131), (131, 131), (131, 1000)]),
+        ((2, 512, 4, 4), 10**5, 16, [(512, 16), (16, 16), (16, 16)], [(64, 16), (16, 16), (16, 10**5)]),
+        ((2, 25088), 10, 64, [], [(25088, 256), (256, 256), (256, 10)]),
+    ],
+)
+def test_mlp_sr_is_bounded_on_wide_features(
+    shape: tuple[int, ...],
+    classes: int,
+    width: int | None,
+    convolutions: list[tuple[int, int]],
+    layers: list[tuple[int, int]],
+) -> None:
+    here = replace(site(shape), output_shape=torch.Size((shape[0], classes)))
+    with torch.device("meta"):
+        network = tl.DGLRule(width=width).auxiliary(here)
+    assert shapes_of(network, nn.Conv2d) == convolutions
+    assert shapes_of(network, nn.Linear) == layers
+
+
+def test_convolutions_of_rules_are_bounded_on_wide_features() -> None:
+    wide, vector = site((2, 512, 4, 4)), site((2, 512))
+    rules: list[Callable[..., Rule]] = [tl.GreedyRule, tl.rules.PredSimRule, tl.rules.InfoProRule]
+    for rule in rules:
+        (first, *_) = shapes_of(rule().auxiliary(wide), nn.Conv2d)
+        (bounded, *_) = shapes_of(rule(width=8).auxiliary(wide), nn.Conv2d)
+        (published, *_) = shapes_of(rule(width=None).auxiliary(wide), nn.Conv2d)
+        assert (first, bounded, published) == ((512, 64), (512, 8), (512, 512))
+    assert shapes_of(tl.GreedyRule().auxiliary(vector), nn.Conv1d) == [(512, 256)]
+    assert shapes_of(tl.rules.PredSimRule().auxiliary(vector), nn.Conv1d) == [(512, 256)]
+    with pytest.raises(ValueError, match=r"^width: must be a whole number of at least 1, not 0$"):
+        tl.DGLRule(width=0)
+    with pytest.raises(ValueError, match=r"^width: is an option of the networks conv and mlp_sr; leave it out$"):
+        tl.GreedyRule("linear", width=8)
 
 
 def test_dgl_is_the_default_rule() -> None:
@@ -100,7 +137,7 @@ def test_conv_has_stride_two_while_the_map_is_large() -> None:
 
     assert (convolution((2, 16, 32, 32)).stride, convolution((2, 16, 32, 32)).out_channels) == ((2, 2), 32)
     assert (convolution((2, 64, 8, 8)).stride, convolution((2, 64, 8, 8)).out_channels) == ((1, 1), 64)
-    assert convolution((2, 512, 14, 14)).out_channels == 512
+    assert convolution((2, 64, 32, 32)).out_channels == 64  # its width is bounded
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from ..checks import check_whole
 from .base import Rule, Site
-from .layers import GlobalMean, ToMap, layers_for, pool_to
+from .layers import WIDTH, GlobalMean, ToMap, layers_for, pool_to
 
 _SMALL_MAP = 8  # a map of at most this many rows or columns is not reduced further
 _HIDDEN = 128
-_WIDEST_VECTOR = 1024
-_WIDEST_HIDDEN = 2048
+_MOST_READ = 2**17  # weights of a classifier, beyond which fewer hidden units are read
 
 
 def read_out(site: Site) -> nn.Module:
@@ -48,62 +48,76 @@ def linear(site: Site) -> nn.Module:
     return nn.Sequential(ToMap(site), GlobalMean(), nn.Linear(site.channels, site.num_outputs))
 
 
-def conv(site: Site) -> nn.Module:
+def conv(site: Site, width: int | None = WIDTH) -> nn.Module:
     """A 3×3 convolution, norm, ReLU, global average pooling, a hidden layer of 128 units and a classifier.
 
     While the map is large (more than 8 rows and columns) the convolution has stride 2 and, up to 128 channels, doubles
-    the width. On tokens (N, T, C) the convolution runs along the sequence; on vectors it is a linear layer of at most
-    1024 units (a flattened map may have tens of thousands of features). Where the network predicts at each position of
-    a sequence, a norm and a read-out.
+    the width. On tokens (N, T, C) the convolution runs along the sequence; on vectors it is a linear layer. Where the
+    network predicts at each position of a sequence, a norm and a read-out.
+
+    Args:
+        site: where the features are.
+        width: the most channels that the convolution makes (on vectors four times as many units), so that it grows with
+            the channels and not with their square; None: as many as there are, as published.
     """
     if site.per_position:
         return read_out(site)
     convolution, norm = layers_for(site)
     large = bool(site.spatial) and min(site.spatial) > _SMALL_MAP
-    width = max(site.channels, min(2 * site.channels, _HIDDEN)) if large else site.channels
-    if not site.spatial:
-        width = min(width, _WIDEST_VECTOR)
+    channels = max(site.channels, min(2 * site.channels, _HIDDEN)) if large else site.channels
+    if width is not None:
+        channels = min(channels, width if site.spatial else 4 * width)
     kernel = 3 if site.spatial else 1
     return nn.Sequential(
         ToMap(site),
-        convolution(site.channels, width, kernel, stride=2 if large else 1, padding=kernel // 2, bias=False),
-        norm(width),
+        convolution(site.channels, channels, kernel, stride=2 if large else 1, padding=kernel // 2, bias=False),
+        norm(channels),
         nn.ReLU(inplace=True),
         GlobalMean(),
-        nn.Linear(width, _HIDDEN),
+        nn.Linear(channels, _HIDDEN),
         nn.ReLU(inplace=True),
         nn.Linear(_HIDDEN, site.num_outputs),
     )
 
 
-def mlp_sr(site: Site) -> nn.Module:
+def mlp_sr(site: Site, width: int | None = WIDTH) -> nn.Module:
     """The "MLP-SR-aux" network of the paper (section 4.2): cheap, since it works on a quarter of the resolution.
 
     Pooled to a quarter of each side, three 1×1 convolutions, pooled to 2×2 (2 tokens of a sequence), two hidden layers
-    of as many units as that leaves features, but at most 2048 (on images from 512 channels on), and a classifier. On
-    vectors only two hidden layers, of at most 1024 units, and the classifier: convolutions would be hidden layers, too.
-    Where the network predicts at each position of a sequence, a norm and a read-out.
+    of as many units as that leaves features, and a classifier. On vectors only two hidden layers and the classifier:
+    convolutions would be hidden layers, too. Where the network predicts at each position of a sequence, a norm and a
+    read-out.
+
+    Args:
+        site: where the features are.
+        width: the most channels of the convolutions, of which the first reduces wider features. Hidden layers then have
+            at most four times as many units, and fewer, down to ``width``, where the classifier would have more than
+            131,072 weights. None: as many channels and hidden units as there are features, as published; that grows
+            with the square of the channels.
     """
     if site.per_position:
         return read_out(site)
     convolution, norm = layers_for(site)
-    channels, spatial = site.channels, site.spatial
+    spatial, features = site.spatial, site.channels
+    layers: list[nn.Module] = []
     if spatial:
         small = tuple(-(-side // 4) for side in spatial)
-        layers: list[nn.Module] = [ToMap(site), pool_to(spatial, small)]
-        for _ in range(3):
-            layers += [convolution(channels, channels, 1, bias=False), norm(channels), nn.ReLU(inplace=True)]
+        channels = features if width is None else min(features, width)
+        layers += [ToMap(site), pool_to(spatial, small)]
+        for before in (features, channels, channels):
+            layers += [convolution(before, channels, 1, bias=False), norm(channels), nn.ReLU(inplace=True)]
         features = channels * 2 ** len(spatial)
         layers += [pool_to(small, (2,) * len(small)), nn.Flatten()]
-        hidden = min(features, _WIDEST_HIDDEN)
-    else:
-        layers, features, hidden = [], channels, min(channels, _WIDEST_VECTOR)
+    hidden = features
+    if width is not None:
+        hidden = min(features, 4 * width, max(width, _MOST_READ // site.num_outputs))
     for before in (features, hidden):
         layers += [nn.Linear(before, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Linear(hidden, site.num_outputs))
 
 
-AUXILIARY_NETWORKS: dict[str, Callable[[Site], nn.Module]] = {"linear": linear, "conv": conv, "mlp_sr": mlp_sr}
+AUXILIARY_NETWORKS: dict[str, Callable[..., nn.Module]] = {"linear": linear, "conv": conv, "mlp_sr": mlp_sr}
+_BOUNDED = ("conv", "mlp_sr")
 
 
 class GreedyRule(Rule):
@@ -112,12 +126,14 @@ class GreedyRule(Rule):
     Args:
         auxiliary: ``"linear"``, ``"conv"``, ``"mlp_sr"``, or a callable that takes a :class:`Site` and returns a module
             which maps the features to the shape of the network's output.
+        width: of ``"conv"`` and ``"mlp_sr"``, the most channels inside; None: as published, which grows with the square
+            of the features' channels. Networks of at most 64 channels have the published form by default, too.
 
     Raises:
-        ValueError: no auxiliary network of this name exists.
+        ValueError: no auxiliary network of this name exists, or ``width`` is out of range.
     """
 
-    def __init__(self, auxiliary: str | Callable[[Site], nn.Module] = "conv") -> None:
+    def __init__(self, auxiliary: str | Callable[[Site], nn.Module] = "conv", *, width: int | None = WIDTH) -> None:
         if isinstance(auxiliary, str) and auxiliary not in AUXILIARY_NETWORKS:
             raise ValueError(
                 f"auxiliary: no network named {auxiliary!r}; choose one of {', '.join(AUXILIARY_NETWORKS)}, or pass a "
@@ -125,28 +141,37 @@ class GreedyRule(Rule):
             )
         if not isinstance(auxiliary, str) and not callable(auxiliary):
             raise ValueError(f"auxiliary: must be a name or a callable, not {type(auxiliary).__name__}")
-        self._auxiliary = auxiliary
+        if width is not None:
+            check_whole("width", width)
+        if width != WIDTH and auxiliary not in _BOUNDED:
+            raise ValueError(f"width: is an option of the networks {' and '.join(_BOUNDED)}; leave it out")
+        self._auxiliary, self._width = auxiliary, width
 
     def __repr__(self) -> str:
         name = self._auxiliary if isinstance(self._auxiliary, str) else getattr(self._auxiliary, "__name__", "callable")
-        return f"{type(self).__name__}(auxiliary={name!r})"
+        width = f", width={self._width}" if self._width != WIDTH else ""
+        return f"{type(self).__name__}(auxiliary={name!r}{width})"
 
     def auxiliary(self, site: Site) -> nn.Module:
-        build = AUXILIARY_NETWORKS[self._auxiliary] if isinstance(self._auxiliary, str) else self._auxiliary
-        network = build(site)
+        if isinstance(self._auxiliary, str):
+            bound = (self._width,) if self._auxiliary in _BOUNDED else ()
+            network = AUXILIARY_NETWORKS[self._auxiliary](site, *bound)
+        else:
+            network = self._auxiliary(site)
         if not isinstance(network, nn.Module):
             raise ValueError(f"auxiliary: the callable must return an nn.Module, not {type(network).__name__}")
         return network
 
 
 class DGLRule(GreedyRule):
-    """DGL as published: cross-entropy (the criterion of the task) through the "MLP-SR-aux" network.
+    """DGL: cross-entropy (the criterion of the task) through the "MLP-SR-aux" network, bounded on wide features.
 
     Belilovsky, Eickenberg and Oyallon, "Decoupled Greedy Learning of CNNs" (ICML 2020), section 4.2.
 
     Args:
         auxiliary: another auxiliary network, see :class:`GreedyRule`.
+        width: the most channels of that network; None: as published, whatever its size.
     """
 
-    def __init__(self, auxiliary: str | Callable[[Site], nn.Module] = "mlp_sr") -> None:
-        super().__init__(auxiliary)
+    def __init__(self, auxiliary: str | Callable[[Site], nn.Module] = "mlp_sr", *, width: int | None = WIDTH) -> None:
+        super().__init__(auxiliary, width=width)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..checks import check_whole
 from .base import Batch, Rule, Site
 from .greedy import GreedyRule, linear
-from .layers import normalised, silent
+from .layers import WIDTH, normalised, silent
 from .predsim import one_hot
 
 __all__ = ["PUBLISHED_WEIGHTS", "InfoProRule", "published_weights", "supervised_contrast"]
@@ -247,6 +247,7 @@ class InfoProRule(Rule):
             channel and batch, is taken as black to white.
         std: per channel, what they were divided by; goes with ``mean``.
         auxiliary: the network of the task's branch, see :class:`GreedyRule`; "conv" is the published one.
+        width: the most channels of that network, see there.
 
     Raises:
         ValueError: an option is out of range.
@@ -266,6 +267,7 @@ class InfoProRule(Rule):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         auxiliary: str = "conv",
+        width: int | None = WIDTH,
     ) -> None:
         if task not in ("softmax", "contrast"):
             raise ValueError(f"task: must be 'softmax' or 'contrast', not {task!r}")
@@ -290,7 +292,8 @@ class InfoProRule(Rule):
         self._task, self._temperature, self._projection = task, float(temperature), projection
         self._weights, self._width, self._mean, self._std = weights, decoder_width, mean, std
         self._published = published[0], published[1]
-        self._auxiliary, self._network = auxiliary, GreedyRule(auxiliary)
+        self._auxiliary, self._network = auxiliary, GreedyRule(auxiliary, width=width)
+        self._bound = "" if width == WIDTH else f", width={width}"
 
     def __repr__(self) -> str:
         weights = f"published for {', '.join(self._published)}" if self._weights is None else repr(self._weights)
@@ -299,7 +302,7 @@ class InfoProRule(Rule):
             more += f", temperature={self._temperature:g}, projection={self._projection}"
         return (
             f"InfoProRule(task={self._task!r}, weights={weights}, decoder_width={self._width}, "
-            f"auxiliary={self._auxiliary!r}{more})"
+            f"auxiliary={self._auxiliary!r}{self._bound}{more})"
         )
 
     def weights(self, site: Site) -> tuple[float, float]:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from .base import Site
 
-__all__ = ["BlockMean", "GlobalMean", "SpatialStd", "ToMap", "layers_for", "normalised", "pool_to", "silent"]
+__all__ = ["WIDTH", "BlockMean", "GlobalMean", "SpatialStd", "ToMap", "layers_for", "normalised", "pool_to", "silent"]
+
+WIDTH = 64  # channels of the widest features in the papers' CIFAR ResNets, whose auxiliary networks are as published
 
 
 class ToMap(nn.Module):

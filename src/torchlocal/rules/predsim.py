@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..checks import check_share, check_whole
 from .base import Batch, Rule, Site
 from .greedy import linear
-from .layers import SpatialStd, ToMap, layers_for, normalised, pool_to, silent
+from .layers import WIDTH, SpatialStd, ToMap, layers_for, normalised, pool_to, silent
 
 __all__ = ["PredSimRule", "similarity"]
 
@@ -64,7 +64,7 @@ class _FeedbackLinear(nn.Linear):
 class _PredSimNetwork(nn.Module):
     """The two branches: class scores (or bits), and the map whose similarities count."""
 
-    def __init__(self, site: Site, loss: str, most: int, num_bits: int | None) -> None:
+    def __init__(self, site: Site, loss: str, most: int, num_bits: int | None, widest: int | None) -> None:
         super().__init__()
         convolution, _ = layers_for(site)
         num_classes = site.num_outputs
@@ -82,8 +82,8 @@ class _PredSimNetwork(nn.Module):
             nn.init.zeros_(self.classifier.weight)
         if loss != "pred" and num_bits is None:
             kernel = 3 if site.spatial else 1
-            channels = site.channels
-            self.projection = convolution(channels, channels, kernel, padding=kernel // 2, bias=False)
+            channels = site.channels if widest is None else min(site.channels, widest)
+            self.projection = convolution(site.channels, channels, kernel, padding=kernel // 2, bias=False)
         self.similar = loss != "pred"
         self.probe = linear(site) if loss == "sim" else None
 
@@ -116,6 +116,8 @@ class PredSimRule(Rule):
         loss: ``"predsim"``, ``"pred"`` or ``"sim"``.
         beta: share of the similarity-matching loss in ``"predsim"``.
         features: the most features that the classifier takes, after pooling.
+        width: the most channels of that convolution (on vectors four times as many units); None: as many as the
+            features have, as published, which grows with the square of the channels.
         backpropagation_free: use the variant without backpropagation.
         bits: size of the random projections of that variant.
 
@@ -131,6 +133,7 @@ class PredSimRule(Rule):
         *,
         beta: float = 0.99,
         features: int = 512,
+        width: int | None = WIDTH,
         backpropagation_free: bool = False,
         bits: int = 128,
     ) -> None:
@@ -139,17 +142,21 @@ class PredSimRule(Rule):
         check_share("beta", beta)
         check_whole("features", features)
         check_whole("bits", bits)
+        if width is not None:
+            check_whole("width", width)
         if not isinstance(backpropagation_free, bool):
             raise ValueError(f"backpropagation_free: must be True or False, not {backpropagation_free!r}")
         self._loss, self._beta, self._features = loss, float(beta), features
-        self._bits = bits if backpropagation_free else None
+        self._width, self._bits = width, bits if backpropagation_free else None
 
     def __repr__(self) -> str:
         free = "" if self._bits is None else f", backpropagation_free=True, bits={self._bits}"
-        return f"PredSimRule(loss={self._loss!r}, beta={self._beta:g}, features={self._features}{free})"
+        width = f", width={self._width}" if self._width != WIDTH else ""
+        return f"PredSimRule(loss={self._loss!r}, beta={self._beta:g}, features={self._features}{width}{free})"
 
     def auxiliary(self, site: Site) -> nn.Module:
-        return _PredSimNetwork(site, self._loss, self._features, self._bits)
+        widest = self._width if self._width is None or site.spatial else 4 * self._width
+        return _PredSimNetwork(site, self._loss, self._features, self._bits, widest)
 
     def rehearse(self, site: Site, auxiliary: nn.Module, features: Tensor) -> Any:
         scores, similar, _ = auxiliary(features)
