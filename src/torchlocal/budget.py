@@ -7,7 +7,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +18,7 @@ from .cut.batches import Batch, num_examples
 from .memory import LABELS, Prediction, predict
 from .memory.fakes import FakeStep
 from .memory.prediction import predict_on
-from .network import DecoupledNetwork, prepare
+from .network import SGD_WITH_MOMENTUM, DecoupledNetwork, prepare
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +27,6 @@ __all__ = ["MemoryPlan", "PlanRow", "parse_size", "plan"]
 
 _MOST_SEGMENTS = 3  # numbers of segments of uniform checkpointing that are predicted
 _MOST_TRIALS = 6  # predictions per row, to find its largest batch
-_SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +116,7 @@ def plan(
     modules: Sequence[int | str] = (2, 4, 8, 16, "all"),
     guided_share: float = 0.2,
     target: Any = None,
-    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = _SGD,
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = SGD_WITH_MOMENTUM,
     autocast: torch.dtype | None = None,
     progress: Callable[[float], object] | None = None,
     **options: Any,
@@ -151,7 +149,7 @@ def plan(
     for k in modules:
         if k not in ("all", "fewest") and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
             raise ValueError(f'modules: must hold whole numbers of at least 1, "all" or "fewest", not {k!r}')
-    make = prepare(model, 1, sample=sample, **options)
+    make = prepare(model, 1, sample=sample, optimizer=optimizer, autocast=autocast, **options)
     whole = make(1, fake=True)
     num_units, size = len(whole.partition.units), num_examples(whole.sample)
     wanted = dict.fromkeys(num_units if k == "all" else k for k in modules if k != 1)

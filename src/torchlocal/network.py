@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._pytree import tree_map_only
 
 from .cut.batches import Batch, as_prediction, plain, shaped, tensors_of
@@ -19,14 +20,16 @@ from .cut.forward import Forward
 from .cut.inside import Inside
 from .cut.units import Partition, Unit, Units, balance
 from .memory import plans, predict
+from .memory.fakes import MakesOptimizer
 from .modules import LocalModules
 from .rules import Rule, Site, make_rule
 from .rules.downstream import Downstream
 from .steps import guided_step, local_step
 
-__all__ = ["COSTS", "DecoupledNetwork", "decouple", "prepare"]
+__all__ = ["COSTS", "SGD_WITH_MOMENTUM", "DecoupledNetwork", "decouple", "prepare"]
 
-_NO_LARGER = 1.02  # peaks that differ by less count as the same
+_NO_LARGER = 1.02  # sizes that differ by less count as the same
+SGD_WITH_MOMENTUM = partial(torch.optim.SGD, lr=0.1, momentum=0.9)  # an optimizer to be counted; the rate is arbitrary
 COSTS = ("activation_bytes", "flops", "num_parameters")
 
 
@@ -68,6 +71,8 @@ def decouple(
     prediction: Callable[[Any], Tensor] = as_prediction,
     carry: str | None = None,
     cost: str = "activation_bytes",
+    optimizer: MakesOptimizer = SGD_WITH_MOMENTUM,
+    autocast: torch.dtype | None = None,
 ) -> DecoupledNetwork:
     """Cut a network into K local modules and attach an auxiliary network to each but the last.
 
@@ -81,8 +86,9 @@ def decouple(
         model: any ``nn.Module``; or a list of modules that run one after another, each of which becomes a local module
             (as do the children of an ``nn.Sequential`` when neither ``modules`` nor ``cuts`` is given).
         modules: number K of local modules, balanced by ``cost``; ``"all"`` for one per unit; ``"fewest"`` for as few as
-            take no more memory than one per unit: later units are smaller, and accuracy falls with the number of
-            modules; or what :func:`torchlocal.plan` returned.
+            take no more memory in all than one per unit (parameters, auxiliary networks, gradients, optimizer state and
+            the local step, within 2 %): later units are smaller, each module costs an auxiliary network, and accuracy
+            falls with the number of modules; or what :func:`torchlocal.plan` returned.
         sample: a batch, as the steps will be given it: a tensor (N, ...) for ``model(x)``, a tuple for
             ``model(*batch)``, a mapping for ``model(**batch)``; or the shape of a tensor. ``"fewest"`` is for its size.
         cuts: instead of ``modules``, qualified names of the submodules to cut after.
@@ -96,6 +102,9 @@ def decouple(
             modules that use them; that part of the graph is kept until then. Without, such a place is no cut point.
         cost: what is balanced over the local modules: ``"activation_bytes"`` (with those of the auxiliary network),
             ``"flops"`` or ``"num_parameters"``.
+        optimizer: makes the optimizer of given parameters whose state ``"fewest"`` counts; by default SGD with
+            momentum, which keeps one number for each parameter.
+        autocast: dtype of the steps' forward passes, as ``"fewest"`` counts them.
 
     Returns:
         The decoupled network. It holds the model itself, not a copy.
@@ -115,6 +124,8 @@ def decouple(
         prediction=prediction,
         carry=carry,
         cost=cost,
+        optimizer=optimizer,
+        autocast=autocast,
     )
     return make(modules)
 
@@ -130,6 +141,8 @@ def prepare(
     prediction: Callable[[Any], Tensor] = as_prediction,
     carry: str | None = None,
     cost: str = "activation_bytes",
+    optimizer: MakesOptimizer = SGD_WITH_MOMENTUM,
+    autocast: torch.dtype | None = None,
 ) -> Callable[..., DecoupledNetwork]:
     """The work of :func:`decouple` that is the same for every number of local modules.
 
@@ -203,9 +216,10 @@ def prepare(
     def make(modules: int | str | None, *, fake: bool = False) -> DecoupledNetwork:
         if modules != "fewest":
             return assemble(modules if isinstance(modules, int) else len(units), fake=fake)
+        counted = partial(_total_bytes, partial(assemble, fake=True), anchor.device, optimizer, autocast)
         with ThreadPoolExecutor(1) as executor:  # a thread of its own has none of the caller's modes, such as no_grad
             try:
-                fewest = executor.submit(_fewest, partial(assemble, fake=True), len(units), anchor.device).result()
+                fewest = executor.submit(_fewest, counted, len(units)).result()
                 return assemble(fewest, fake=fake)
             except ValueError as error:
                 if not str(error).startswith("target:"):
@@ -237,18 +251,31 @@ def _without_values(tensor: Tensor) -> Tensor:
     return torch.zeros(1, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
-def _fewest(assemble: Callable[[int], DecoupledNetwork], most: int, device: torch.device) -> int:
-    """The smallest number of local modules whose local step is predicted to take no more than ``most`` modules do."""
+def _total_bytes(
+    assemble: Callable[[int], DecoupledNetwork],
+    device: torch.device,
+    optimizer: MakesOptimizer,
+    autocast: torch.dtype | None,
+    num_modules: int,
+) -> int:
+    """What so many local modules take in all: parameters, optimizer state, batch and local step, by prediction."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # for auxiliary networks to throw away
+        net = assemble(num_modules)
+        try:
+            return predict(net, step="local", optimizer=optimizer, autocast=autocast).total_bytes
+        except DataDependentOutputException:  # the optimizer looks at values (Adafactor)
+            return predict(net, step="local", optimizer=SGD_WITH_MOMENTUM, autocast=autocast).total_bytes
 
-    def peak(num_modules: int) -> int:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # for auxiliary networks to throw away
-            return predict(assemble(num_modules), step="local").peak_bytes
 
-    limit = _NO_LARGER * peak(most)
-    enough, too_few = most, 0  # peaks fall with the number of modules
+def _fewest(total_bytes: Callable[[int], int], most: int) -> int:
+    """The smallest number of local modules that take no more memory in all than ``most`` modules do."""
+    limit = _NO_LARGER * total_bytes(most)
+    # With the number of modules the step's peak falls, and the auxiliary networks grow: those that take too much are
+    # the smallest numbers.
+    enough, too_few = most, 0
     while enough - too_few > 1:
         middle = (enough + too_few) // 2
-        enough, too_few = (middle, too_few) if peak(middle) <= limit else (enough, middle)
+        enough, too_few = (middle, too_few) if total_bytes(middle) <= limit else (enough, middle)
     return enough
 
 

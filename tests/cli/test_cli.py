@@ -282,7 +282,8 @@ def test_a_recipe_trains(name: str) -> None:
         model = build_model(
             config.model.name, num_classes=num_classes, in_channels=channels, image_size=(height, width)
         )
-        _NETWORKS[key] = decouple(model, config.cut.modules, sample=tuple(images.shape), rule=build_rule(config))
+        sample = (config.optimisation.batch_size, *images.shape[1:])
+        _NETWORKS[key] = decouple(model, config.cut.modules, sample=sample, rule=build_rule(config))
     net = _NETWORKS[key]
     assert config.cut.modules in (net.num_modules, "fewest") and net.num_modules > 1
     for step in (

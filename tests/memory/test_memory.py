@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import torchlocal as tl
 from torchlocal.memory import measure, plans, predict, search
 from torchlocal.models import build_model
+from torchlocal.network import prepare
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -323,26 +324,38 @@ def _total(model: nn.Module, row: Any, batch: int, checkpointing: str) -> int:
     return max(predict(net, shape, optimizer=SGD, **step).total_bytes for step in steps)
 
 
-def test_fewest_modules() -> None:
-    shape = (64, 3, 32, 32)
+ADAMW = torch.optim.AdamW
 
-    def peak(modules: int | str) -> int:
-        return predict(tl.decouple(build_model("resnet20", num_classes=10), modules, sample=shape)).peak_bytes
 
-    def auxiliary(modules: int | str) -> tl.DecoupledNetwork:
-        model = build_model("resnet20", num_classes=10)
+@pytest.mark.parametrize(
+    ("options", "num"),
+    [({}, 5), ({"optimizer": ADAMW, "autocast": torch.bfloat16}, 3)],
+    ids=["sgd", "adamw-bf16"],
+)
+def test_fewest_modules(options: dict[str, Any], num: int) -> None:
+    shape = (64, 1, 14, 28)
+
+    def make(modules: int | str) -> tl.DecoupledNetwork:
         torch.manual_seed(3)
-        return tl.decouple(model, modules, sample=shape)
+        return tl.decouple(model, modules, sample=shape, **options)
 
-    fewest = auxiliary("fewest")
-    num = fewest.num_modules
-    assert 2 < num < 10 == auxiliary("all").num_modules
-    assert peak("fewest") <= 1.02 * peak("all") < peak(num - 1)
-    given = auxiliary(num)  # the search leaves the random generator alone
-    assert fewest.partition == given.partition
+    model = build_model("resnet20", num_classes=10, in_channels=1, image_size=shape[2:])
+    any_number = prepare(model, 1, sample=shape)
+    totals = [predict(any_number(k), **{"optimizer": SGD} | options).total_bytes for k in range(1, 11)]
+    assert num == next(k for k, total in enumerate(totals, 1) if total <= 1.02 * totals[-1])
+    fewest, given = make("fewest"), make(num)
+    assert fewest.partition == given.partition and fewest.num_modules == num
+    # The search leaves the random generator alone.
     assert all(map(torch.equal, fewest.auxiliary.state_dict().values(), given.auxiliary.state_dict().values()))
     with torch.no_grad():
-        assert auxiliary("fewest").num_modules == num
+        assert make("fewest").num_modules == num
+
+
+def test_fewest_modules_with_an_optimizer_that_looks_at_values() -> None:
+    def num(optimizer: Any) -> int:
+        return tl.decouple(make_network(3), "fewest", sample=(64, 3, 12, 12), optimizer=optimizer).num_modules
+
+    assert num(torch.optim.Adafactor) == num(SGD)
 
 
 def test_plan_recommends_one_that_fits() -> None:

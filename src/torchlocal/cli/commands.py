@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -344,6 +345,7 @@ def _decouple(config: FitConfig, shape: Sequence[int] | None, num_classes: int) 
     from torchlocal.data import load_data
     from torchlocal.models import build_model
     from torchlocal.network import decouple
+    from torchlocal.run.build import make_optimizer, resolve_execution
     from torchlocal.run.config import build_rule
 
     name = config.data.name.removeprefix("pairs:")
@@ -361,6 +363,8 @@ def _decouple(config: FitConfig, shape: Sequence[int] | None, num_classes: int) 
         cuts=config.cut.after,
         sample=(config.optimisation.batch_size, channels, height, width),
         rule=build_rule(config),
+        optimizer=partial(make_optimizer, config),
+        autocast=resolve_execution(config).autocast,
     )
 
 

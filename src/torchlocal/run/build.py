@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ __all__ = [
     "count_steps",
     "learning_rate",
     "load_shared_data",
+    "make_optimizer",
     "resolve_execution",
     "share_out",
     "train_step",
@@ -155,6 +157,8 @@ def build_network(config: FitConfig, data: DataBundle, execution: Execution, own
         rule=build_rule(config),
         criterion=own.make_criterion(config),
         prediction=own.make_prediction(),
+        optimizer=partial(make_optimizer, config),
+        autocast=execution.autocast,
     )
     net.recompute_segments(config.memory.recompute)  # refuses a number of segments that it cannot be cut into
     layout = torch.channels_last if execution.channels_last else torch.preserve_format
@@ -162,7 +166,12 @@ def build_network(config: FitConfig, data: DataBundle, execution: Execution, own
 
 
 def build_optimizer(config: FitConfig, net: nn.Module | ParallelNetwork) -> torch.optim.Optimizer:
-    """Build the optimizer of a run over all parameters (of this rank), those of the auxiliary networks among them.
+    """Build the optimizer of a run over all parameters (of this rank), those of the auxiliary networks among them."""
+    return make_optimizer(config, net.parameters())
+
+
+def make_optimizer(config: FitConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Make the optimizer that the configuration asks for.
 
     Raises:
         ValueError: if torch.optim has no such optimizer, or it does not take the configuration's values.
@@ -186,7 +195,7 @@ def build_optimizer(config: FitConfig, net: nn.Module | ParallelNetwork) -> torc
             f"weight_decay={chosen.weight_decay} is unknown to optimizer={chosen.optimizer!r}: give weight_decay=0"
         )
     try:
-        return kind(net.parameters(), **options)
+        return kind(parameters, **options)
     except (TypeError, ValueError) as error:
         given = ", ".join(f"{name}={value}" for name, value in options.items())
         raise ValueError(
