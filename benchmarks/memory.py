@@ -5,6 +5,7 @@ the steps' own code on fake tensors; measurements from a counter at the dispatch
 
     python benchmarks/memory.py                           # predictions only, some minutes on one core
     python benchmarks/memory.py --only "resnet110 K=55" vgg11b --measure --rounds 3   # on a quiet machine: run and time
+    python benchmarks/memory.py --in-all --rule dgl       # parameters and optimizer state, too, against checkpointing
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from torch import nn
 import torchlocal as tl
 from torchlocal.memory import measure, predict
 from torchlocal.models import build_model
+from torchlocal.network import SGD_WITH_MOMENTUM, prepare
+from torchlocal.rules import Rule, make_rule
 
 NETWORKS: list[tuple[str, int | str, tuple[int, ...]]] = [
     ("resnet32", 16, (1024, 3, 32, 32)),
@@ -32,6 +35,13 @@ NETWORKS: list[tuple[str, int | str, tuple[int, ...]]] = [
     ("vgg11b", 6, (256, 3, 32, 32)),
     ("torchvision:resnet50", 16, (64, 3, 224, 224)),
     ("torchvision:vit_b_16", "all", (64, 3, 224, 224)),
+]
+IN_ALL: list[tuple[str, int | str, tuple[int, ...], int]] = [  # the last: number of classes
+    ("vgg11b", "all", (128, 3, 32, 32), 10),
+    ("vgg11b", "all", (256, 3, 32, 32), 10),
+    ("torchvision:resnet50", 16, (64, 3, 224, 224), 10),
+    ("torchvision:resnet50", 16, (64, 3, 224, 224), 1000),
+    ("torchvision:vit_b_16", "all", (64, 3, 224, 224), 10),
 ]
 
 
@@ -83,6 +93,38 @@ def predicted_rows(net: tl.DecoupledNetwork, name: str) -> list[dict[str, Any]]:
     return rows
 
 
+def in_all(rule: Rule) -> None:
+    """Parameters, auxiliary networks, optimizer state (SGD with momentum) and step of local learning, by prediction."""
+    print("| network | batch | classes | method | MiB in all | × searched checkpointing | auxiliary MiB | FLOPs |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, modules, shape, num_classes in IN_ALL:
+        model = build_model(name, num_classes=num_classes, in_channels=3, image_size=(shape[2], shape[3]))
+        make = prepare(model, 1, sample=shape, rule=rule)
+        whole, net = make(1, fake=True), make(modules, fake=True)
+        local, largest, each = f"local, K={net.num_modules}", {"recompute": "largest"}, {"optimizers": "each"}
+        rows: dict[str, tuple[tl.DecoupledNetwork, dict[str, Any]]] = {
+            "end-to-end": (whole, {"step": "plain"}),
+            "checkpointing, searched": (whole, {"step": "guided", "memory": "exact"}),
+            local: (net, {"step": "local"}),
+            f"{local}, an optimizer per module": (net, {"step": "local", **each}),
+            f'{local}, recompute="largest"': (net, {"step": "local", **largest}),
+            f'{local}, recompute="largest", an optimizer per module': (net, {"step": "local", **largest, **each}),
+        }
+        found = {
+            label: predict(step_of, optimizer=SGD_WITH_MOMENTUM, **options)
+            for label, (step_of, options) in rows.items()
+        }
+        plain, searched = found["end-to-end"], found["checkpointing, searched"]
+        for label, prediction in found.items():
+            print(
+                f"| {name} | {shape[0]} | {num_classes} | {label} | {prediction.total_bytes / 2**20:.1f} "
+                f"| {prediction.total_bytes / searched.total_bytes:.3f} "
+                f"| {sum(p.nbytes for p in rows[label][0].auxiliary.parameters()) / 2**20:.1f} "
+                f"| ×{prediction.flops / plain.flops:.2f} |",
+                flush=True,
+            )
+
+
 def add_measurements(
     rows: list[dict[str, Any]], model: nn.Module, net: tl.DecoupledNetwork, options: argparse.Namespace
 ) -> None:
@@ -118,11 +160,17 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds, the methods taking turns (default: 3)")
     parser.add_argument("--rule", default="greedy", help="local rule (default: greedy, that of the published tables)")
+    parser.add_argument("--rule-options", type=json.loads, default={}, help="as JSON, such as '{\"width\": null}'")
+    parser.add_argument("--in-all", action="store_true", help="only what local learning takes in all, by prediction")
     parser.add_argument("--threads", type=int, default=None, help="torch threads (default: all cores)")
     parser.add_argument("--json", default=None, help="also write the numbers to this file")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
+    rule = make_rule(options.rule, options.rule_options)
+    if options.in_all:
+        in_all(rule)
+        return
     results: list[dict[str, Any]] = []
     for name, modules, shape in NETWORKS:
         if not any(part in f"{name} K={modules}" for part in options.only):
@@ -130,11 +178,11 @@ def main() -> None:
         shape = (options.batch_size or shape[0], *shape[1:])
         torch.manual_seed(0)
         model = build_model(name, num_classes=10, in_channels=3, image_size=(shape[2], shape[3]))
-        net = tl.decouple(model, modules, sample=shape, rule=options.rule)
+        net = tl.decouple(model, modules, sample=shape, rule=rule)
         rows = predicted_rows(net, name)
         if options.measure:
             run_shape = (options.run_batch_size or shape[0], *shape[1:])
-            add_measurements(rows, model, tl.decouple(model, modules, sample=run_shape, rule=options.rule), options)
+            add_measurements(rows, model, tl.decouple(model, modules, sample=run_shape, rule=rule), options)
         print_table(f"{name} K={net.num_modules}, batch {'×'.join(map(str, shape))}", rows)
         results += rows
     if options.json:
