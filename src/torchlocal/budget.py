@@ -132,7 +132,7 @@ def plan(
         sample: a batch of the size to train with, as :func:`torchlocal.decouple` takes it.
         budget: bytes; None: no recommendation but the smallest.
         modules: numbers of local modules to look at, or words as :func:`torchlocal.decouple` takes them; those beyond
-            the number of units are left out.
+            what there can be are left out.
         guided_share: of PGL's steps.
         target: see :func:`torchlocal.memory.predict`.
         optimizer: makes the optimizer whose state is counted; by default SGD with momentum.
@@ -151,9 +151,9 @@ def plan(
             raise ValueError(f'modules: must hold whole numbers of at least 1, "all" or "fewest", not {k!r}')
     make = prepare(model, 1, sample=sample, optimizer=optimizer, autocast=autocast, **options)
     whole = make(1, fake=True)
-    num_units, size = len(whole.partition.units), num_examples(whole.sample)
-    wanted = dict.fromkeys(num_units if k == "all" else k for k in modules if k != 1)
-    made = [make(k, fake=True) for k in wanted if isinstance(k, str) or k <= num_units]
+    most, size = max(1, len(whole.partition.units) - whole.rule.units_at_end + 1), num_examples(whole.sample)
+    wanted = dict.fromkeys(most if k == "all" else k for k in modules if k != 1)
+    made = [make(k, fake=True) for k in wanted if isinstance(k, str) or k <= most]
     nets = {net.num_modules: net for net in sorted(made, key=lambda net: net.num_modules) if net.num_modules > 1}
     fakes: dict[DecoupledNetwork, FakeStep] = {}
 

@@ -169,6 +169,18 @@ def prepare(
     if cuts is not None:
         found.cut_after(cuts)
     units = found.describe()
+    at_end = min(rule.units_at_end, len(units))
+    if rule.units_at_end > 1 and (given or cuts is not None):
+        raise ValueError(
+            f"rule: {rule!r} says itself that the last {rule.units_at_end} units are one module; say how many modules "
+            "there are, and no cuts"
+        )
+    most = len(units) - at_end + 1
+    if isinstance(modules, int) and most < modules <= len(units):
+        raise ValueError(
+            f"modules: {modules} local modules were asked for, but {rule!r} trains the last {at_end} of "
+            f"{len(units)} units together, so there are {most} at most; ask for fewer"
+        )
     if isinstance(modules, int) and modules > len(units):
         raise ValueError(
             f"modules: {modules} local modules were asked for, but {type(backbone).__name__} can be cut into "
@@ -188,7 +200,12 @@ def prepare(
             beside = auxiliary_bytes(last - 1, num_modules) if last < len(units) else 0
             return found.activation_bytes(first, last) + beside
 
-        groups = balance(len(units), num_modules, price)
+        def end(unit: int) -> int:
+            return len(units) if unit == most else unit
+
+        groups = [
+            range(g.start, end(g.stop)) for g in balance(most, num_modules, lambda first, last: price(first, end(last)))
+        ]
         costs = tuple(float(price(group.start, group.stop)) for group in groups)
         stops = [group.stop for group in groups[:-1]]
         sites = [_site(k, num_modules, units, stop, found, chain) for k, stop in enumerate(stops)]
@@ -215,11 +232,11 @@ def prepare(
 
     def make(modules: int | str | None, *, fake: bool = False) -> DecoupledNetwork:
         if modules != "fewest":
-            return assemble(modules if isinstance(modules, int) else len(units), fake=fake)
+            return assemble(modules if isinstance(modules, int) else most, fake=fake)
         counted = partial(_total_bytes, partial(assemble, fake=True), anchor.device, optimizer, autocast)
         with ThreadPoolExecutor(1) as executor:  # a thread of its own has none of the caller's modes, such as no_grad
             try:
-                fewest = executor.submit(_fewest, counted, len(units)).result()
+                fewest = executor.submit(_fewest, counted, most).result()
                 return assemble(fewest, fake=fake)
             except ValueError as error:
                 if not str(error).startswith("target:"):

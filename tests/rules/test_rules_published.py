@@ -80,6 +80,33 @@ def test_auglocal_has_the_published_size() -> None:
     by_hand += [2 * end + head] * 3 + [end + head]
     assert found == by_hand
     assert sum(found[:13]) == 1_341_058
+    together = make_rule("auglocal", {"depth": 2, "together": True})
+    model = build_model("resnet32", num_classes=10)
+    net = tl.decouple(model, "all", sample=(2, 3, 32, 32), rule=together)
+    assert [list(g) for g in net.partition.groups] == [[i] for i in range(13)] + [[13, 14, 15]]
+    assert sizes(net) == by_hand[:13]
+
+
+def test_the_last_units_of_auglocal_together() -> None:
+    model, sample = build_model("resnet20", num_classes=10), (128, 3, 16, 16)
+    rule = tl.rules.AugLocalRule(depth=3, together=True)
+    for modules in (1, 2, 4, 7):
+        net = tl.decouple(model, modules, sample=sample, rule=rule, cost="flops")
+        groups = net.partition.groups
+        assert len(groups) == modules and groups[-1].stop == 10 and groups[-1].start <= 6
+        assert [i for g in groups for i in g] == list(range(10))
+        flops = [unit.flops for unit in net.partition.units]
+        assert net.partition.costs == tuple(float(sum(flops[i] for i in g)) for g in groups)
+    assert tl.decouple(model, "fewest", sample=sample, rule=rule).num_modules <= 7
+    assert {row.modules for row in tl.plan(model, sample, modules=(7, 8, "all"), rule=rule).rows} == {1, 7}
+    ahead = tl.rules.ManRule(rule)
+    assert ahead.units_at_end == 4 and tl.decouple(model, "all", sample=sample, rule=ahead).num_modules == 7
+    with pytest.raises(ValueError, match=r"^modules: 8 local modules .* last 4 of 10 units together, so there are 7"):
+        tl.decouple(model, 8, sample=sample, rule=rule)
+    with pytest.raises(ValueError, match=r"^rule: AugLocalRule.*the last 4 units are one module; .* no cuts$"):
+        tl.decouple(model, cuts=["layer1"], sample=sample, rule=rule)
+    with pytest.raises(ValueError, match=r"^together: must be True or False, not 3$"):
+        tl.rules.AugLocalRule(together=3)  # type: ignore[arg-type]
 
 
 # --- PredSim ---

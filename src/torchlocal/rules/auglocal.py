@@ -50,23 +50,28 @@ class AugLocalRule(Rule):
     a convolution, average pooling and a projection with a norm come before it. On the CIFAR ResNets these are the
     published networks.
 
-    The published command trains the last d + 1 units of the network as one module; cut so, or keep them all.
-
     Args:
         depth: number d of units in the auxiliary network of the first module.
         pyramid: how far the depth falls towards 1 over the modules; 0 keeps it.
+        together: train the last d + 1 units of the network as one module, as the published command does. A module in
+            front of d units or fewer would have all that comes after it as its auxiliary network, and take as much time
+            as training the units themselves. There are d modules fewer then.
 
     Raises:
         ValueError: an option is out of range.
     """
 
-    def __init__(self, depth: int = 2, *, pyramid: float = 0.5) -> None:
+    def __init__(self, depth: int = 2, *, pyramid: float = 0.5, together: bool = False) -> None:
         check_whole("depth", depth)
         check_share("pyramid", pyramid)
+        if not isinstance(together, bool):
+            raise ValueError(f"together: must be True or False, not {together!r}")
         self._depth, self._pyramid = depth, float(pyramid)
+        self.units_at_end = depth + 1 if together else 1  # type: ignore[misc]
 
     def __repr__(self) -> str:
-        return f"AugLocalRule(depth={self._depth}, pyramid={self._pyramid:g})"
+        together = ", together=True" if self.units_at_end > 1 else ""
+        return f"AugLocalRule(depth={self._depth}, pyramid={self._pyramid:g}{together})"
 
     def auxiliary(self, site: Site) -> nn.Module:
         downstream = site.downstream

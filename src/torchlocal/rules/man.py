@@ -92,6 +92,7 @@ class ManRule(Rule):
         self._base, self._momentum = base, float(momentum)
         self.reads_input = base.reads_input  # type: ignore[misc]
         self.compares_examples = base.compares_examples  # type: ignore[misc]
+        self.units_at_end = base.units_at_end  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return f"ManRule({self._base!r}, momentum={self._momentum:g})"
