@@ -10,10 +10,12 @@ bit.
     python benchmarks/step.py --model resnet110 --modules 55 --precision bf16
 
 With ``--rules`` the local step of every local rule is timed instead, in fp32 and in bf16 with channels_last, each
-against the end-to-end step in the same precision; its peak is measured, too.
+against the end-to-end step in the same precision; its peak is measured, its FLOPs are counted, too. "auglocal-by-hand"
+is a loop over the same networks as "auglocal", built of residual blocks in plain PyTorch.
 
     python benchmarks/step.py --rules                # all rules
     python benchmarks/step.py --rules dgl predsim
+    python benchmarks/step.py --rules auglocal auglocal-apart auglocal-by-hand
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import torchlocal as tl
-from torchlocal.models import build_model
+from torchlocal.models import BasicBlock, build_model
 from torchlocal.rules import make_rule
 
 
@@ -50,15 +53,17 @@ PARTED = "end-to-end in PGL's memory, micro-batches"
 EXACT = "end-to-end in PGL's memory, bit for bit"
 
 # Published code for comparison: time and activation peak of its step relative to its own end-to-end step, for
-# ResNet-32, K = 16, batch 128, fp32, 2 threads. (That of AugLocal trains the last d + 1 = 3 blocks as one module; here
-# all are apart.)
+# ResNet-32, K = 16, batch 128, fp32, 2 threads. (That of AugLocal trains the last d + 1 = 3 blocks as one module, as
+# "auglocal" does here.)
 RULES: dict[str, tuple[str, dict[str, object], tuple[float, float] | None]] = {
     "greedy": ("greedy", {}, None),
     "dgl": ("dgl", {}, (1.22, 0.21)),
     "predsim": ("predsim", {}, (1.50, 0.26)),
     "infopro": ("infopro", {"weights": [[5, 0.05], [0.2, 0.5]]}, (4.40, 0.43)),
     "infopro-contrast": ("infopro", {"task": "contrast", "weights": [[5, 0.05], [0.2, 0.5]]}, None),
-    "auglocal": ("auglocal", {"depth": 2}, (2.47, 0.28)),
+    "auglocal": ("auglocal", {"depth": 2, "together": True}, (2.47, 0.28)),
+    "auglocal-apart": ("auglocal", {"depth": 2}, None),
+    "auglocal-by-hand": ("auglocal", {"depth": 2, "together": True}, None),
     "man": ("man", {}, None),
 }
 
@@ -71,6 +76,7 @@ def compare_rules(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     y = torch.randint(10, (options.batch_size,))
     steps: dict[tuple[str, str], Callable[[], None]] = {}
     peaks: dict[tuple[str, str], int] = {}
+    flops: dict[tuple[str, str], int] = {}
     parameters: dict[str, int] = {}
     for precision in ("fp32", "bf16"):
         dtype = torch.bfloat16 if precision == "bf16" else None
@@ -79,13 +85,15 @@ def compare_rules(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         for name in ("end-to-end", *chosen):
             torch.manual_seed(0)
             model = build_model(options.model, num_classes=10, in_channels=3, image_size=(options.size, options.size))
-            if name == "end-to-end":
-                steps[precision, name], peaks[precision, name] = rule_step(model.to(memory_format=layout), x, y, dtype)
-                continue
-            kind, arguments, _ = RULES[name]
-            net = tl.decouple(model, options.modules, sample=x, rule=make_rule(kind, arguments))
-            parameters[name] = sum(p.numel() for p in net.auxiliary.parameters())
-            steps[precision, name], peaks[precision, name] = rule_step(net.to(memory_format=layout), x, y, dtype)
+            net: nn.Module = model
+            if name != "end-to-end":
+                kind, arguments, _ = RULES[name]
+                rule = make_rule(kind, arguments)
+                local = tl.decouple(model, options.modules - rule.units_at_end + 1, sample=x, rule=rule)
+                parameters[name] = sum(p.numel() for p in local.auxiliary.parameters())
+                net = ByHand(local) if name.endswith("by-hand") else local
+            key = precision, name
+            steps[key], peaks[key], flops[key] = rule_step(net.to(memory_format=layout), x, y, dtype)
     times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     for index in range(options.rounds + 2):
         for key in steps if index % 2 == 0 else reversed(steps):
@@ -97,8 +105,8 @@ def compare_rules(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         f"{options.model}, K = {options.modules}, batch {options.batch_size}, {options.size}×{options.size}, "
         f"{torch.get_num_threads()} threads, median of {options.rounds} interleaved rounds, torch {torch.__version__}\n"
     )
-    print("| precision | local step | ms | × end-to-end | peak × end-to-end | published time / peak | auxiliary |")
-    print("|---|---|---:|---:|---:|---:|---:|")
+    print("| precision | local step | ms | × end-to-end | FLOPs | peak × end-to-end | published code | auxiliary |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|")
     rows = []
     for (precision, name), measured in times.items():
         base = times[precision, "end-to-end"]
@@ -107,6 +115,7 @@ def compare_rules(parser: argparse.ArgumentParser, options: argparse.Namespace) 
             "rule": name,
             "ms": 1000 * statistics.median(measured),
             "time": statistics.median(a / b for a, b in zip(measured, base, strict=True)),
+            "flops": flops[precision, name] / flops[precision, "end-to-end"],
             "peak": peaks[precision, name] / peaks[precision, "end-to-end"],
             "auxiliary_parameters": parameters.get(name, 0),
         }
@@ -114,7 +123,8 @@ def compare_rules(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         published = RULES[name][2] if name in RULES and precision == "fp32" else None
         told = f"{published[0]:.2f} / {published[1]:.2f}" if published else "–"
         print(
-            f"| {precision} | {name} | {row['ms']:.0f} | {row['time']:.2f} | {row['peak']:.3f} | {told} "
+            f"| {precision} | {name} | {row['ms']:.0f} | {row['time']:.2f} | {row['flops']:.2f} "
+            f"| {row['peak']:.3f} | {told} "
             f"| {row['auxiliary_parameters']:,} |"
         )
     if options.json:
@@ -122,13 +132,49 @@ def compare_rules(parser: argparse.ArgumentParser, options: argparse.Namespace) 
             json.dump({"options": vars(options), "rows": rows}, file, indent=1)
 
 
-def rule_step(net: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype | None) -> tuple[Callable[[], None], int]:
-    """A training step, local for a decoupled network and ordinary for any other, and the peak of it in bytes."""
+class ByHand(nn.Module):
+    """AugLocal on a CIFAR ResNet in plain PyTorch: residual blocks as auxiliary networks, a loop as the step."""
+
+    def __init__(self, net: tl.DecoupledNetwork) -> None:
+        super().__init__()
+        blocks = children_in_order(net.backbone)
+        self.parts = nn.ModuleList(
+            blocks[g.start] if len(g) == 1 else nn.Sequential(*blocks[g.start : g.stop]) for g in net.partition.groups
+        )
+        self.auxiliary = nn.ModuleList()
+        for network in net.auxiliary:
+            layers: list[nn.Module] = []
+            for unit in network.children():
+                weights = [p for p in unit.parameters() if p.ndim == 4]  # with that of a shortcut, the stride is 2
+                layers.append(BasicBlock(weights[0].shape[1], weights[0].shape[0], 2 if len(weights) == 3 else 1))
+            classifier = nn.Linear(weights[0].shape[0], net.sites[0].num_outputs)
+            self.auxiliary.append(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier))
+        counts = [sum(p.numel() for p in networks.parameters()) for networks in (self.auxiliary, net.auxiliary)]
+        if counts[0] != counts[1]:
+            raise ValueError(f"--rules: the networks by hand have {counts[0]} parameters, not {counts[1]}")
+
+    def learn(self, x: Tensor, y: Tensor, dtype: torch.dtype | None) -> None:
+        """A local step."""
+        features = x
+        for k, part in enumerate(self.parts):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is not None):
+                features = part(features)
+                output = self.auxiliary[k](features) if k < len(self.auxiliary) else features
+                loss = F.cross_entropy(output, y)
+            loss.backward()
+            features = features.detach()
+
+
+def rule_step(net: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype | None) -> tuple[Callable[[], None], int, int]:
+    """A training step, local for a decoupled network and ordinary for any other, its peak in bytes, and its FLOPs."""
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
 
     def learn() -> None:
         if isinstance(net, tl.DecoupledNetwork):
             net.local_step(x, y, autocast=dtype)
+            return
+        if isinstance(net, ByHand):
+            net.learn(x, y, dtype)
             return
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is not None):
             loss = F.cross_entropy(net(x), y)
@@ -141,7 +187,10 @@ def rule_step(net: nn.Module, x: Tensor, y: Tensor, dtype: torch.dtype | None) -
 
     peak = tl.memory.measure(learn).peak_bytes
     optimizer.zero_grad()
-    return run, peak
+    with FlopCounterMode(display=False) as counter:
+        learn()
+    optimizer.zero_grad()
+    return run, peak, counter.get_total_flops()
 
 
 def main() -> None:
