@@ -102,14 +102,20 @@ def test_an_annealed_schedule_needs_the_length_of_training() -> None:
 
 
 def test_phased_guides_the_end_of_each_part_of_training() -> None:
-    guidance = tl.PhasedGuidance(share=0.2).bind(num_steps=50, steps_per_epoch=5)
+    guidance = tl.PhasedGuidance(share=0.2, spread=0).bind(num_steps=50, steps_per_epoch=5)
     assert guided(guidance, 50) == list(range(40, 50)) and guidance.share == 0.2
-    assert guided(tl.PhasedGuidance(share=0.25, periods=2, num_steps=16), 16) == [6, 7, 14, 15]
-    assert guided(tl.PhasedGuidance(share=0.5, periods=2, num_steps=7), 7) == [2, 3, 5, 6]  # periods of 4 and 3
+    assert guided(tl.PhasedGuidance(share=0.25, periods=2, spread=0, num_steps=16), 16) == [6, 7, 14, 15]
+    assert guided(tl.PhasedGuidance(share=0.5, periods=2, spread=0, num_steps=7), 7) == [
+        2,
+        3,
+        5,
+        6,
+    ]  # periods of 4 and 3
     assert guided(tl.PhasedGuidance(share=0.0, num_steps=9), 12) == []
     assert guided(tl.PhasedGuidance(share=1.0, periods=3, num_steps=9), 12) == list(range(12))
     assert guided(tl.PhasedGuidance(share=0.2, periods=5, num_steps=10), 10) == [1, 3, 5, 7, 9]  # at least one
-    half = tl.PhasedGuidance(share=0.4, spread=0.5, num_steps=20)
+    half = tl.PhasedGuidance(share=0.4, num_steps=20)
+    assert half.spread == 0.5
     assert guided(half, 20) == [3, 7, 11, 15, *range(16, 20)]
     assert guided(replace(half, periods=2), 20) == [3, 7, 8, 9, 13, 17, 18, 19]
     assert guided(replace(half, spread=1.0), 25) == [2, 4, 7, 9, 12, 14, 17, 19, 22, 24]  # later steps, too

@@ -217,15 +217,16 @@ class AnnealedGuidance(Guidance):
 
 @dataclass(frozen=True, kw_only=True)
 class PhasedGuidance(Guidance):
-    """Periodic guidance in long phases: each of ``periods`` equal parts of training ends with one guided phase.
+    """Periodic guidance with a guided end: half of the guided steps are spread over training, half are its last ones.
 
-    Made for a learning rate that stays high over the local steps and falls to zero in the guided phase
-    (:meth:`cosine`), so that the network settles under the global loss and not under the local ones. With one period,
-    modules that train apart meet but once, at the end.
+    The learning rate stays high, and falls to zero over the last ``share`` of the steps (:meth:`cosine`), which is
+    where the guided phase lies: so the network settles under the global loss and not under the local ones.
+    ``spread=1`` spreads all guided steps evenly; with ``spread=0`` all are in the phase, and modules that train apart
+    meet but once, at the end. Why this is the default: docs/guidance.md.
 
     Args:
         share: guided share of every period, 0 to 1.
-        periods: number of periods.
+        periods: number of equal parts of training, each of which ends with such a phase, in which the rate falls.
         spread: share of the guided steps, 0 to 1, that lie evenly among the local ones before the phase; with 1
             there is no phase. The steps over which the learning rate falls stay the same.
         num_steps: length of training; left out, :meth:`bind` has to say it. Later steps belong to the last phase.
@@ -236,7 +237,7 @@ class PhasedGuidance(Guidance):
 
     share: float = 0.2
     periods: int = 1
-    spread: float = 0.0
+    spread: float = 0.5
     num_steps: int | None = None
 
     def __post_init__(self) -> None:

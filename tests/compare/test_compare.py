@@ -572,7 +572,7 @@ def late_config(out: Path, share: float = 1 / 3, **changes: Any) -> CompareConfi
     """Local learning, and rows that guide the last third and the last 3 of 24 steps."""
     options = {"methods": ("local", "pgl", "late"), "seeds": (0,), "timing_rounds": 0, **changes}
     variants = {"late": {"method": "pgl", "guidance": {"share": 0.125}}}
-    guidance = GuidanceConfig(name="phased", share=share)
+    guidance = GuidanceConfig(name="phased", share=share, spread=0)
     return small_config(out, variants=variants, guidance=guidance, memory="exact", decay=0.125, **options)
 
 
