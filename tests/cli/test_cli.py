@@ -267,9 +267,7 @@ def test_a_recipe_trains(name: str) -> None:
         **{key: value for key, value in section.items() if key in own},
         fit=FitConfig.of(**{key: value for key, value in section.items() if key not in own}),
     )
-    methods = set(comparison.methods) - set(comparison.variants)
-    # Checkpointing trains bit for bit what end-to-end does: left out where every run takes its time.
-    assert methods | {"checkpointing"} == {"end-to-end", "checkpointing", "local", "pgl"}
+    assert {"end-to-end", "local", "pgl"} <= set(comparison.methods)
     assert comparison.out != config.run.out
 
     num_classes, channels, height, width = cli._SHAPES[config.data.name.removeprefix("pairs:")]
