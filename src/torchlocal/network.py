@@ -87,8 +87,8 @@ def decouple(
             (as do the children of an ``nn.Sequential`` when neither ``modules`` nor ``cuts`` is given).
         modules: number K of local modules, balanced by ``cost``; ``"all"`` for one per unit; ``"fewest"`` for as few as
             take no more memory in all than one per unit (parameters, auxiliary networks, gradients, optimizer state and
-            the local step, within 2 %): later units are smaller, each module costs an auxiliary network, and accuracy
-            falls with the number of modules; or what :func:`torchlocal.plan` returned.
+            the local step, within 2 %), but two: later units are smaller, each module costs an auxiliary network, and
+            accuracy falls with the number of modules; or what :func:`torchlocal.plan` returned.
         sample: a batch, as the steps will be given it: a tensor (N, ...) for ``model(x)``, a tuple for
             ``model(*batch)``, a mapping for ``model(**batch)``; or the shape of a tensor. ``"fewest"`` is for its size.
         cuts: instead of ``modules``, qualified names of the submodules to cut after.
@@ -285,11 +285,11 @@ def _total_bytes(
 
 
 def _fewest(total_bytes: Callable[[int], int], most: int) -> int:
-    """The smallest number of local modules that take no more memory in all than ``most`` modules do."""
+    """The smallest number of local modules, from 2 on, that take no more memory in all than ``most`` modules do."""
     limit = _NO_LARGER * total_bytes(most)
     # With the number of modules the step's peak falls, and the auxiliary networks grow: those that take too much are
-    # the smallest numbers.
-    enough, too_few = most, 0
+    # the smallest numbers. One module would be no local learning, whatever it takes.
+    enough, too_few = most, 1
     while enough - too_few > 1:
         middle = (enough + too_few) // 2
         enough, too_few = (middle, too_few) if total_bytes(middle) <= limit else (enough, middle)

@@ -351,6 +351,16 @@ def test_fewest_modules(options: dict[str, Any], num: int) -> None:
         assert make("fewest").num_modules == num
 
 
+def test_fewest_modules_are_two_at_least() -> None:
+    """Of a batch so small, the parameters are all that counts, and end-to-end training takes the least."""
+    model, shape = build_model("resnet20", num_classes=10), (2, 3, 8, 8)
+    make = prepare(model, 1, sample=shape)
+    totals = [predict(make(k), optimizer=SGD).total_bytes for k in (1, 2, 10)]
+    assert totals == sorted(totals)
+    assert tl.decouple(model, "fewest", sample=shape).num_modules == 2
+    assert tl.decouple(nn.Linear(8, 2), "fewest", sample=(2, 8)).num_modules == 1  # it has one unit
+
+
 def test_fewest_modules_with_an_optimizer_that_looks_at_values() -> None:
     def num(optimizer: Any) -> int:
         return tl.decouple(make_network(3), "fewest", sample=(64, 3, 12, 12), optimizer=optimizer).num_modules
