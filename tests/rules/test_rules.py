@@ -88,7 +88,7 @@ def shapes_of(network: nn.Module, *kinds: type[nn.Module]) -> list[tuple[int, ..
 @pytest.mark.parametrize(
     ("shape", "classes", "width", "convolutions", "layers"),
     [
-        ((2, 64, 8, 8), 10, 64, [(64, 64)] * 3, [(256, 256)] * 2 + [(256, 10)]),  # as published
+        ((2, 64, 8, 8), 1000, 64, [(64, 64)] * 3, [(256, 256)] * 2 + [(256, 1000)]),  # as published
         ((2, 512, 4, 4), 10, 64, [(512, 64), (64, 64), (64, 64)], [(256, 256)] * 2 + [(256, 10)]),
         ((2, 512, 4, 4), 10, None, [(512, 512)] * 3, [(2048, 2048)] * 2 + [(2048, 10)]),  # as published
         ((2, 2048, 7, 7), 1000, 64, [(2048, 64), (64, 64), (64, 64)], [(256, 131), (131, 131), (131, 1000)]),
@@ -137,7 +137,8 @@ def test_conv_has_stride_two_while_the_map_is_large() -> None:
 
     assert (convolution((2, 16, 32, 32)).stride, convolution((2, 16, 32, 32)).out_channels) == ((2, 2), 32)
     assert (convolution((2, 64, 8, 8)).stride, convolution((2, 64, 8, 8)).out_channels) == ((1, 1), 64)
-    assert convolution((2, 64, 32, 32)).out_channels == 64  # its width is bounded
+    assert convolution((2, 64, 32, 32)).out_channels == 128  # as published
+    assert convolution((2, 65, 32, 32)).out_channels == 64  # wider features are reduced
 
 
 @pytest.mark.parametrize(

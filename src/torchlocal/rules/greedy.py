@@ -48,6 +48,14 @@ def linear(site: Site) -> nn.Module:
     return nn.Sequential(ToMap(site), GlobalMean(), nn.Linear(site.channels, site.num_outputs))
 
 
+def _bound(site: Site, width: int | None) -> int | None:
+    """Channels, or units on vectors, that features are reduced to; None where they are no wider."""
+    if width is None:
+        return None
+    bound = width if site.spatial else 4 * width
+    return bound if site.channels > bound else None
+
+
 def conv(site: Site, width: int | None = WIDTH) -> nn.Module:
     """A 3×3 convolution, norm, ReLU, global average pooling, a hidden layer of 128 units and a classifier.
 
@@ -57,16 +65,16 @@ def conv(site: Site, width: int | None = WIDTH) -> nn.Module:
 
     Args:
         site: where the features are.
-        width: the most channels that the convolution makes (on vectors four times as many units), so that it grows with
-            the channels and not with their square; None: as many as there are, as published.
+        width: channels that the convolution makes of wider features (on vectors four times as many units), so that it
+            grows with the channels and not with their square; None: as published.
     """
     if site.per_position:
         return read_out(site)
     convolution, norm = layers_for(site)
     large = bool(site.spatial) and min(site.spatial) > _SMALL_MAP
     channels = max(site.channels, min(2 * site.channels, _HIDDEN)) if large else site.channels
-    if width is not None:
-        channels = min(channels, width if site.spatial else 4 * width)
+    if (bound := _bound(site, width)) is not None:
+        channels = bound
     kernel = 3 if site.spatial else 1
     return nn.Sequential(
         ToMap(site),
@@ -90,26 +98,26 @@ def mlp_sr(site: Site, width: int | None = WIDTH) -> nn.Module:
 
     Args:
         site: where the features are.
-        width: the most channels of the convolutions, of which the first reduces wider features. Hidden layers then have
-            at most four times as many units, and fewer, down to ``width``, where the classifier would have more than
-            131,072 weights. None: as many channels and hidden units as there are features, as published; that grows
-            with the square of the channels.
+        width: channels to which the first convolution reduces wider features. The hidden layers then have at most four
+            times as many units, and fewer, down to ``width``, where the classifier would have more than 131,072
+            weights. None: as many channels and hidden units as there are features, as published; that grows with the
+            square of the channels.
     """
     if site.per_position:
         return read_out(site)
     convolution, norm = layers_for(site)
-    spatial, features = site.spatial, site.channels
+    spatial, features, bound = site.spatial, site.channels, _bound(site, width)
     layers: list[nn.Module] = []
     if spatial:
         small = tuple(-(-side // 4) for side in spatial)
-        channels = features if width is None else min(features, width)
+        channels = bound or features
         layers += [ToMap(site), pool_to(spatial, small)]
         for before in (features, channels, channels):
             layers += [convolution(before, channels, 1, bias=False), norm(channels), nn.ReLU(inplace=True)]
         features = channels * 2 ** len(spatial)
         layers += [pool_to(small, (2,) * len(small)), nn.Flatten()]
     hidden = features
-    if width is not None:
+    if width is not None and bound is not None:
         hidden = min(features, 4 * width, max(width, _MOST_READ // site.num_outputs))
     for before in (features, hidden):
         layers += [nn.Linear(before, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
@@ -126,8 +134,8 @@ class GreedyRule(Rule):
     Args:
         auxiliary: ``"linear"``, ``"conv"``, ``"mlp_sr"``, or a callable that takes a :class:`Site` and returns a module
             which maps the features to the shape of the network's output.
-        width: of ``"conv"`` and ``"mlp_sr"``, the most channels inside; None: as published, which grows with the square
-            of the features' channels. Networks of at most 64 channels have the published form by default, too.
+        width: channels that ``"conv"`` and ``"mlp_sr"`` reduce wider features to; None: as published, which grows with
+            the square of the features' channels. Up to ``width`` channels they are as published.
 
     Raises:
         ValueError: no auxiliary network of this name exists, or ``width`` is out of range.
@@ -170,7 +178,7 @@ class DGLRule(GreedyRule):
 
     Args:
         auxiliary: another auxiliary network, see :class:`GreedyRule`.
-        width: the most channels of that network; None: as published, whatever its size.
+        width: channels that wider features are reduced to; None: as published, whatever its size.
     """
 
     def __init__(self, auxiliary: str | Callable[[Site], nn.Module] = "mlp_sr", *, width: int | None = WIDTH) -> None:

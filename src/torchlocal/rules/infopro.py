@@ -247,7 +247,7 @@ class InfoProRule(Rule):
             channel and batch, is taken as black to white.
         std: per channel, what they were divided by; goes with ``mean``.
         auxiliary: the network of the task's branch, see :class:`GreedyRule`; "conv" is the published one.
-        width: the most channels of that network, see there.
+        width: channels that it reduces wider features to, see there.
 
     Raises:
         ValueError: an option is out of range.
