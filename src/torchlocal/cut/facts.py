@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .observe import Call, Key, Observation
+from .read_out import ReadOut, find_read_out
 from .units import Point, Units
 from .within import Within, body, within
 
@@ -39,6 +40,7 @@ class Facts:
         reason: why it does not.
         within: for every unit but the first what was seen inside, for copies.
         body: that of the last unit without the network's head; None where it is all head.
+        read_out: the linear layer that makes the prediction, or why there is none.
     """
 
     points: tuple[tuple[Key, int], ...]
@@ -61,6 +63,7 @@ class Facts:
     reason: str
     within: tuple[Within, ...]
     body: Within | None
+    read_out: ReadOut | str
 
     @classmethod
     def of(cls, units: Units) -> Facts:
@@ -105,6 +108,7 @@ class Facts:
             reason=seen.reason,
             within=within(units, before),
             body=headless,
+            read_out=find_read_out(seen),
         )
 
 
