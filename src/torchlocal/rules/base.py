@@ -88,11 +88,13 @@ class Rule:
         reads_input: the loss reads ``batch.input``, so it must be at hand where the module is.
         reads_next_module: the loss reads the parameters of the module that follows.
         compares_examples: the loss is not a mean over examples, so a batch cannot be cut into micro-batches.
+        criterion_only: ``loss``, where it is the rule's own, is still the criterion's on a prediction and nothing else.
     """
 
     reads_input: ClassVar[bool] = False
     reads_next_module: ClassVar[bool] = False
     compares_examples: ClassVar[bool] = False
+    criterion_only: ClassVar[bool] = False
 
     def auxiliary(self, site: Site) -> nn.Module:
         """Make the auxiliary network for the features at ``site``."""
