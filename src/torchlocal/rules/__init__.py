@@ -11,6 +11,7 @@ from .infopro import InfoProRule, published_weights
 from .man import ManRule
 from .names import RULES, make_rule
 from .predsim import PredSimRule
+from .solo import SoloRule
 
 __all__ = [
     "AUXILIARY_NETWORKS",
@@ -25,6 +26,7 @@ __all__ = [
     "PredSimRule",
     "Rule",
     "Site",
+    "SoloRule",
     "dense",
     "make_rule",
     "published_weights",
@@ -38,5 +40,6 @@ RULES.update(
         "infopro": InfoProRule,
         "auglocal": AugLocalRule,
         "man": ManRule,
+        "solo": SoloRule,
     }
 )
