@@ -8,6 +8,7 @@ from .dense import dense
 from .downstream import Downstream
 from .greedy import AUXILIARY_NETWORKS, DGLRule, GreedyRule
 from .infopro import InfoProRule, published_weights
+from .lopt import LoptRule
 from .man import ManRule
 from .names import RULES, make_rule
 from .predsim import PredSimRule
@@ -22,6 +23,7 @@ __all__ = [
     "Downstream",
     "GreedyRule",
     "InfoProRule",
+    "LoptRule",
     "ManRule",
     "PredSimRule",
     "Rule",
@@ -41,5 +43,6 @@ RULES.update(
         "auglocal": AugLocalRule,
         "man": ManRule,
         "solo": SoloRule,
+        "lopt": LoptRule,
     }
 )

@@ -72,11 +72,15 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What the network is being trained on: what it is called with, the target y and the criterion of the task."""
+    """What the network is being trained on: what it is called with, the target y and the criterion of the task.
+
+    ``embedding`` is what the network's first unit made of the input, without its graph, for rules that read it.
+    """
 
     input: Any
     target: Any
     criterion: Callable[[Tensor, Any], Tensor]
+    embedding: Tensor | None = None
 
 
 class Rule:
@@ -87,12 +91,14 @@ class Rule:
     Attributes:
         reads_input: the loss reads ``batch.input``, so it must be at hand where the module is.
         reads_next_module: the loss reads the parameters of the module that follows.
+        reads_embedding: the loss of the first module reads ``batch.embedding``, which no other is given.
         compares_examples: the loss is not a mean over examples, so a batch cannot be cut into micro-batches.
         criterion_only: ``loss``, where it is the rule's own, is still the criterion's on a prediction and nothing else.
     """
 
     reads_input: ClassVar[bool] = False
     reads_next_module: ClassVar[bool] = False
+    reads_embedding: ClassVar[bool] = False
     compares_examples: ClassVar[bool] = False
     criterion_only: ClassVar[bool] = False
 

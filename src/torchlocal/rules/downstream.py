@@ -35,6 +35,13 @@ class Downstream:
         """The units after the module, with their shapes and costs."""
         return self._units[self.first :]
 
+    @property
+    def embedding_shape(self) -> torch.Size:
+        """Shape of what the first unit of the network hands on, wherever it is cut, batch included."""
+        found = self._chain.facts.embedding
+        assert found is not None, "there is a cut before what is downstream"
+        return found.shape
+
     def further(self, num_units: int) -> Downstream:
         """The units after the first ``num_units`` of these."""
         return Downstream(self._chain, self._units, self.first + num_units)

@@ -51,7 +51,16 @@ __all__ = [
 ]
 
 MOST_STEPS = 100_000_000
-_RULES = ("greedy", "dgl", "predsim", "infopro", "auglocal", "man", "solo")  # of torchlocal.rules, which loads torch
+_RULES = (
+    "greedy",
+    "dgl",
+    "predsim",
+    "infopro",
+    "auglocal",
+    "man",
+    "solo",
+    "lopt",
+)  # of torchlocal.rules, which loads torch
 
 
 # --- declaring options ---
