@@ -159,6 +159,20 @@ class SoloRule(Rule):
             blocks.append(block)
         return blocks
 
+    @property
+    def lag(self) -> int:
+        return self._lag
+
+    def parameters_read(self, site: Site) -> list[str]:
+        return _names(_downstream(site)) if self._shared else []
+
+    def take_in(self, site: Site, auxiliary: nn.Module, name: str, value: Tensor) -> None:
+        which = "weight" if name == _names(_downstream(site))[0] else "offset"
+        auxiliary.get_buffer(f"coming_{which}").copy_(value)
+
+    def losses_counted(self, auxiliary: nn.Module) -> int:
+        return int(auxiliary.get_buffer("steps"))
+
     def loss(self, site: Site, auxiliary: nn.Module, features: Tensor, batch: Batch) -> Tensor:
         assert isinstance(auxiliary, _SoloNetwork)
         if auxiliary.steps is not None:
