@@ -17,6 +17,7 @@ from torchlocal.memory.counter import PeakCounter
 from torchlocal.models import GPT, build_model
 from torchlocal.models.gpt import Block
 from torchlocal.parallel.rehearsal import count_flops
+from torchlocal.recompute import GuidedPlan, Tape
 from torchlocal.rules import Batch, SoloRule, make_rule
 from torchlocal.tokens import TokenCrossEntropy
 
@@ -289,6 +290,32 @@ def test_heads_without_all_scores_take_less_memory_and_as_many_operations() -> N
         assert counted.get_total_flops() == 2 * product  # of three in a read-out that learns
         peaks.append(peak.peak)
     assert peaks[0] > 2 * scores and peaks[1] < scores / 3
+
+
+@pytest.mark.parametrize("options", [{}, {"depth": 1, "lag": 2}, {"read_out": "private", "depth": 0}])
+def test_micro_batches_are_weighed_by_the_tokens_that_count(options: dict[str, Any]) -> None:
+    _, net = make(criterion=TokenCrossEntropy(), **options)
+    target = TARGET.clone()
+    target[0] = target[1, :5] = -100  # nothing counts in the first part
+    gradients_of = []
+    for count in (1, 3):
+        net.zero_grad()
+        plan = GuidedPlan(tree=Tape(0, len(net.partition.units)), micro_batches=count)
+        losses = net.guided_step(TOKENS, target, memory=plan)
+        gradients_of.append({"losses": torch.stack(losses), **gradients(net)})
+    for name, a in gradients_of[0].items():
+        torch.testing.assert_close(a, gradients_of[1][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("options", [{}, {"lag": 2}, {"read_out": "private", "rank": 3}])
+def test_the_predicted_peak_is_that_of_a_step(options: dict[str, Any]) -> None:
+    _, net = make(criterion=TokenCrossEntropy(), **options)
+    for kind, step in (("local", net.local_step), ("guided", net.guided_step)):
+        predicted = tl.memory.predict(net, TOKENS, TARGET, step=kind).peak_bytes
+        net.zero_grad()
+        with PeakCounter() as counter:
+            step(TOKENS, TARGET)
+        assert counter.peak == predicted
 
 
 # --- other networks ---
