@@ -161,6 +161,17 @@ def _ahead(done: Path) -> Any:
     return state
 
 
+def test_ranks_part_while_values_are_on_their_way(pool: Pool, tmp_path: Path) -> None:  # noqa: F811
+    assert pool.run(2, tmp_path, _parted) == [0, 2 * V * 16 * 4]
+
+
+def _parted() -> int:
+    net = parallel.distribute(build(tied=False, lag=3, depth=0))
+    run_plain(net, 0, 5)  # what the fifth step has sent would be put to use in the seventh
+    net.close()
+    return net.bytes_sent if net.is_last else 0
+
+
 def test_the_read_out_travels_once_in_so_many_steps(pool: Pool, tmp_path: Path) -> None:  # noqa: F811
     assert pool.run(2, tmp_path, _sent)[1] == [9 * V * 16 * 4, 3 * V * 16 * 4]
 

@@ -374,6 +374,7 @@ class ParallelNetwork(Stage):
 
     def close(self) -> None:
         """Wait until all that was sent has arrived, and end the background threads; every rank has to call it."""
+        self._readers.settle()
         neighbours = (self._from_previous, self._to_next, self._to_previous, self._from_next)
         for channel in (*neighbours, *self._ties.channels, *self._readers.channels):
             if channel is not None:

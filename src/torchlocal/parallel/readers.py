@@ -44,8 +44,9 @@ class Readers:
                 name for k in modules if k < len(net.sites) for name in net.rule.parameters_read(net.sites[k])
             )
             for name in reading:
-                if s not in users[name]:  # else it is trained here, or a tied one, which is at hand
-                    self._routes.setdefault((users[name][-1], s), []).append(name)
+                here = users.get(name, [len(stages) - 1])
+                if s not in here:  # else it is trained here, or a tied one, which is at hand
+                    self._routes.setdefault((here[-1], s), []).append(name)
         self._to: dict[int, Channel] = {}
         self._from: dict[int, Channel] = {}
         self.restart()
