@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from torchlocal.cut.batches import as_prediction
 from torchlocal.data import DataBundle, LoaderBundle, bundle, load_data
-from torchlocal.models import build_model
+from torchlocal.models import build_language_model, build_model
 from torchlocal.run.config import DataConfig, FitConfig, declared
 
 __all__ = ["OWN", "Own"]
@@ -81,6 +81,10 @@ class Own:
                 raise ValueError(
                     f"{one.name}={config.value(one.name)!r} means nothing to data of your own: leave it out"
                 )
+        if self.model is not None and config.model.options:
+            raise ValueError(
+                f"model_options={config.model.options!r} means nothing to a network of your own: leave it out"
+            )
         if self.criterion is not None and config.optimisation.label_smoothing:
             raise ValueError(
                 f"label_smoothing={config.optimisation.label_smoothing} means nothing to a criterion of your own: "
@@ -131,6 +135,17 @@ class Own:
             raise ValueError(
                 f"model={config.model.name!r} is made for a number of classes, which loaders do not tell: give model= "
                 "an nn.Module as well"
+            )
+        if (vocabulary := getattr(data, "vocabulary", None)) is not None:
+            return build_language_model(
+                config.model.name,
+                vocabulary=vocabulary,
+                context=data.context,  # type: ignore[attr-defined]
+                options=config.model.options,
+            )
+        if config.model.options:
+            raise ValueError(
+                f"model_options={config.model.options!r} means nothing to model={config.model.name!r}: leave it out"
             )
         channels, height, width = data.shape
         return build_model(

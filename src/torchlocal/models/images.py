@@ -1,4 +1,4 @@
-"""The field's small networks, and any network of torchvision or timm by name."""
+"""The field's small networks for images, and any network of torchvision or timm by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchlocal.checks import whole
-from torchlocal.names import unknown_network
+from torchlocal.names import DECODERS, unknown_network
 
 __all__ = ["CifarResNet", "LocalVGG", "build_model", "mlp", "model_names"]
 
@@ -225,13 +225,15 @@ def build_model(
     library, _, short = name.rpartition(":")
     if not library and name in _OWN:
         return _OWN[name](num_classes, in_channels, size)
+    if name in DECODERS or library == "hf":
+        raise ValueError(f"model {name!r} predicts tokens, and these are images: choose {', '.join(_OWN)}, ...")
     if library == "torchvision":
         make, description = _torchvision_builder(short, num_classes, in_channels, size), f"torchvision's {short}"
     elif library == "timm":
         make, description = _timm_builder(short, num_classes, in_channels, size), f"timm's {short}"
     else:
         elsewhere = [known for known in model_names("torchvision") if known.endswith(f":{short}")]
-        raise ValueError(unknown_network(name, elsewhere or [*model_names(), *model_names("torchvision")]))
+        raise ValueError(unknown_network(name, elsewhere or [*model_names(), *DECODERS, *model_names("torchvision")]))
     images = f"{in_channels} x {size[0]} x {size[1]} images"
     try:
         model = make()
