@@ -9,10 +9,11 @@ from pathlib import Path
 
 from torchlocal.checks import suggestion
 
-__all__ = ["DATA", "NETWORKS", "check_names", "unknown_data", "unknown_network"]
+__all__ = ["DATA", "NETWORKS", "TEXT", "check_names", "unknown_data", "unknown_network"]
 
 NETWORKS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "vgg8b", "vgg11b", "mlp")
 DATA = ("fashion-mnist-small", "digits", "fashion-mnist", "cifar10", "cifar100", "svhn", "stl10", "folder")
+TEXT = ("text:", "tokens:", "dataset:")  # begin the names of texts
 _DEVICE = re.compile(r"(auto|cpu|cuda|xpu|mps|mtia|hpu|xla|npu|ipu|ve|fpga|maia|hip|vulkan|meta|privateuseone)(:\d+)?")
 _REGISTERED = re.compile(r"^@register_model\(.*\)\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
 
@@ -26,7 +27,7 @@ def check_names(*, model: object = None, data: object = None, device: object = N
     if isinstance(model, str) and ":" not in model and model not in NETWORKS:
         found = [f"torchvision:{name}" for name in _of_torchvision()]
         raise ValueError(unknown_network(model, [m for m in found if m.endswith(f":{model}")] or [*NETWORKS, *found]))
-    if isinstance(data, str) and data.removeprefix("pairs:") not in DATA:
+    if isinstance(data, str) and data.removeprefix("pairs:") not in DATA and not data.startswith(TEXT):
         raise ValueError(unknown_data(data))
     if isinstance(device, str) and not _DEVICE.fullmatch(device):
         raise ValueError(f'device={device!r} is not available here: give "auto" or "cpu"')
@@ -56,7 +57,10 @@ def unknown_data(name: str) -> str:
     """What to say of a name that no data set has."""
     base, pairs = name.removeprefix("pairs:"), "pairs:" if name.startswith("pairs:") else ""
     hint = suggestion(base.lower(), DATA, most=2, cutoff=0.5, prefix=pairs)
-    return f"data {name!r} is unknown{hint}: choose {', '.join(DATA)}, or pairs:NAME with one of these"
+    return (
+        f"data {name!r} is unknown{hint}: choose {', '.join(DATA)}, pairs:NAME with one of these, or "
+        "text: text:stdlib, text:PATH, tokens:PATH or dataset:PATH"
+    )
 
 
 def _of_torchvision() -> list[str]:

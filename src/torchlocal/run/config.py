@@ -382,7 +382,8 @@ class DataConfig(Section):
     name: str = option(
         "fashion-mnist-small",
         "Data set: fashion-mnist-small (shipped), digits, fashion-mnist, cifar10, cifar100, svhn, stl10, folder (class "
-        "folders under --data-root), or pairs:NAME for pairs of images labelled with the sum of their classes.",
+        "folders under --data-root), or pairs:NAME for pairs of images labelled with the sum of their classes. Text: "
+        "text:stdlib (the source of Python's library), text:PATH (a file or folder), tokens:PATH.bin or dataset:PATH.",
         text,
         "data",
         common=True,
@@ -395,9 +396,14 @@ class DataConfig(Section):
         free=True,
         common=True,
     )
-    num_train: int | None = option(None, "Use only the first so many training images.", _COUNT_OR_NONE, common=True)
+    num_train: int | None = option(
+        None, "Use only the first so many training images, or rows of text.", _COUNT_OR_NONE, common=True
+    )
     num_validation: int | None = option(
-        None, "Number of validation images; by default a tenth of the training images.", _COUNT_OR_NONE, common=True
+        None,
+        "Number of validation images, by default a tenth of the training images; or of rows of text, by default all.",
+        _COUNT_OR_NONE,
+        common=True,
     )
     augment: bool = option(True, "Augment the training images as the literature does for the data set.", _SWITCH)
     image_size: int | None = option(
@@ -411,6 +417,22 @@ class DataConfig(Section):
         "Processes that read data folder; by default as many as there are cores, up to a few.",
         partial(whole, most=1024, none=True),
         free=True,
+    )
+    context: int | None = option(
+        None, "Text: tokens of a row, by default 256.", partial(_COUNT_OR_NONE, most=2**24), common=True
+    )
+    tokenizer: str | None = option(
+        None,
+        "Text: a tokenizer.json; by default byte-pair encoding of 1,024 tokens, which is shipped.",
+        partial(folder, none=True),
+        free=True,
+        common=True,
+    )
+    epoch_rows: int | None = option(
+        None,
+        "Text: rows of an epoch, after which is validated; by default all that are trained on.",
+        _COUNT_OR_NONE,
+        common=True,
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchlocal.cut.batches import as_prediction
-from torchlocal.data import DataBundle, LoaderBundle, bundle, load_data
+from torchlocal.data import DataBundle, LoaderBundle, TextBundle, bundle, load_data
 from torchlocal.models import build_model
 from torchlocal.run.config import DataConfig, FitConfig, declared
 
@@ -105,8 +105,11 @@ class Own:
             augment=config.data.augment,
             image_size=config.data.image_size,
             num_workers=config.data.num_workers,
+            context=config.data.context,
+            tokenizer=config.data.tokenizer,
+            epoch_rows=config.data.epoch_rows,
         )
-        if data.num_classes < 2:
+        if data.num_classes < 2 and not isinstance(data, TextBundle):
             raise ValueError(
                 f"data={config.data.name!r} has a single class ({', '.join(data.classes)}), of which nothing can be "
                 "learned: give every class a folder of its own in train"
