@@ -15,11 +15,11 @@ SOURCE = Path(torchlocal.__file__).parent
 # From the ground up. A room is a folder or a file; its files import from rooms that come before it, and from itself.
 ROOMS = (
     "lifetime", "checks", "names", "reference",
-    "recompute", "cut", "rules", "guidance", "modules", "micro", "engine", "memory", "steps", "network",
+    "losses", "recompute", "cut", "rules", "guidance", "modules", "micro", "engine", "memory", "steps", "network",
     "capture", "budget",
     "parallel", "models", "data", "run", "compare", "cli", "__main__",
 )  # fmt: skip
-CORE = ROOMS[ROOMS.index("recompute") : ROOMS.index("parallel") + 1]  # what `import torchlocal` may load
+CORE = ROOMS[ROOMS.index("losses") : ROOMS.index("parallel") + 1]  # what `import torchlocal` may load
 FILES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(SOURCE.rglob("*.py"))

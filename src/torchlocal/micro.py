@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .cut.batches import Batch, num_examples
+from .losses import token_cross_entropy
 from .modules import LocalModules
 from .rules import Rule
 
@@ -183,7 +184,7 @@ def _unwrapped(criterion: Any) -> tuple[str | None, dict[str, Any]]:
         return "index", {name: getattr(criterion, name) for name in names}
     if type(criterion) in _MEAN_MODULES:
         return "mean", {"reduction": criterion.reduction}
-    if criterion in (F.cross_entropy, F.nll_loss):
+    if criterion in (F.cross_entropy, F.nll_loss, token_cross_entropy):
         return "index", options
     if criterion in _MEAN_LOSSES:
         return "mean", options

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchlocal.checks import whole
 from torchlocal.names import unknown_network
 
-__all__ = ["CifarResNet", "LocalVGG", "build_model", "mlp", "model_names"]
+__all__ = ["LANGUAGE_MODELS", "CifarResNet", "LocalVGG", "build_language_model", "build_model", "mlp", "model_names"]
 
 # Blocks per stage; the depth is 6 n + 2 (He et al. 2016, section 4.2).
 _RESNETS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
@@ -195,6 +195,30 @@ def model_names(library: str | None = None) -> list[str]:
     if library == "timm":
         return [f"timm:{name}" for name in _import_timm("timm").list_models()]
     raise ValueError(f"library={library!r} is unknown: choose 'torchvision', 'timm' or None")
+
+
+# By name, for a vocabulary and a context.
+LANGUAGE_MODELS: dict[str, Callable[[int, int], nn.Module]] = {}
+
+
+def build_language_model(name: str, *, vocabulary: int, context: int) -> nn.Module:
+    """Builds a network that predicts the next token, by name, with random weights.
+
+    Args:
+        name: its name.
+        vocabulary: number of tokens V.
+        context: largest number of tokens T that it is called with.
+
+    Returns:
+        A network that maps ids `(N, T)`, int64, to scores `(N, T, V)`.
+
+    Raises:
+        ValueError: no such network has this name.
+    """
+    if name not in LANGUAGE_MODELS:
+        known = ", ".join(LANGUAGE_MODELS)
+        raise ValueError(f"model {name!r} predicts no tokens, which text needs: choose one that does ({known})")
+    return LANGUAGE_MODELS[name](vocabulary, context)
 
 
 def build_model(

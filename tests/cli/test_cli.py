@@ -36,7 +36,7 @@ from torchlocal.run.config import (
     guided_memory,
 )
 
-COMMANDS = ["fit", "evaluate", "compare", "partition", "plan", "export", "recipes"]
+COMMANDS = ["fit", "evaluate", "generate", "compare", "partition", "plan", "export", "recipes"]
 TINY = [
     "--data=digits", "--num-train=128", "--num-validation=32", "--model=small", "--modules=3", "--guidance.period=2",
     "--epochs=2", "--batch-size=32", "--precision=fp32", "--num-threads=1", "--tensorboard=false",

@@ -101,19 +101,17 @@ def load_shared_data(config: FitConfig, own: Own, team: Team) -> DataBundle:
         )
     loaded: DataBundle | None = None
 
-    def load() -> dict[str, Any]:
+    def load() -> DataBundle:
         nonlocal loaded
         loaded = own.load(config)
-        sizes = {name: len(getattr(loaded, name)) for name in ("train", "validation", "test")}
-        fields = ("name", "num_classes", "shape", "classes", "checksum")
-        return {**{name: getattr(loaded, name) for name in fields}, **sizes}
+        splits: Any = {name: RemoteSplit(len(getattr(loaded, name))) for name in ("train", "validation", "test")}
+        return dataclasses.replace(loaded, **splits)
 
-    told = team.at_reader(load)
+    told: DataBundle = team.at_reader(load)
     if loaded is None and team.reads:  # the first stage of another replica
         loaded = own.load(config)
     if loaded is None:
-        splits = {name: RemoteSplit(told[name]) for name in ("train", "validation", "test")}
-        return DataBundle(**{**told, **splits})
+        return told
     share: Any = ShareOfSplit(loaded.train, team.replica, team.replicas)
     return dataclasses.replace(loaded, train=share)
 
@@ -153,7 +151,7 @@ def build_network(config: FitConfig, data: DataBundle, execution: Execution, own
             Tensor, lambda tensor: tensor.to(anchor.device), data.sample(config.optimisation.batch_size)
         ),
         rule=build_rule(config),
-        criterion=own.make_criterion(config),
+        criterion=own.make_criterion(config, data),
         prediction=own.make_prediction(),
     )
     net.recompute_segments(config.memory.recompute)  # refuses a number of segments that it cannot be cut into
@@ -195,7 +193,7 @@ def build_optimizer(config: FitConfig, net: nn.Module | ParallelNetwork) -> torc
         ) from error
 
 
-def count_steps(config: FitConfig, num_images: int) -> tuple[int, int]:
+def count_steps(config: FitConfig, num_images: int, what: str = "training images") -> tuple[int, int]:
     """Count the optimizer steps of an epoch and of the whole run.
 
     An optimizer step never spans two epochs: the batches that do not fill an accumulation are dropped, as is an
@@ -209,8 +207,7 @@ def count_steps(config: FitConfig, num_images: int) -> tuple[int, int]:
     if steps_per_epoch == 0:
         accumulated = f" times accumulate={chosen.accumulate}" if chosen.accumulate > 1 else ""
         raise ValueError(
-            f"batch_size={chosen.batch_size}{accumulated} is more than the {num_images} training images: "
-            "make it smaller"
+            f"batch_size={chosen.batch_size}{accumulated} is more than the {num_images} {what}: make it smaller"
         )
     num_steps = chosen.steps or chosen.epochs * steps_per_epoch
     if num_steps > MOST_STEPS:

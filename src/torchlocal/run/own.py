@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from torchlocal.cut.batches import as_prediction
 from torchlocal.data import DataBundle, LoaderBundle, TextBundle, bundle, load_data
-from torchlocal.models import build_model
+from torchlocal.losses import token_cross_entropy
+from torchlocal.models import build_language_model, build_model
 from torchlocal.run.config import DataConfig, FitConfig, declared
 
 __all__ = ["OWN", "Own"]
@@ -135,14 +136,17 @@ class Own:
                 f"model={config.model.name!r} is made for a number of classes, which loaders do not tell: give model= "
                 "an nn.Module as well"
             )
+        if isinstance(data, TextBundle):
+            return build_language_model(config.model.name, vocabulary=data.vocabulary, context=data.context)
         channels, height, width = data.shape
         return build_model(
             config.model.name, num_classes=data.num_classes, in_channels=channels, image_size=(height, width)
         )
 
-    def make_criterion(self, config: FitConfig) -> Callable[[Tensor, Any], Tensor]:
+    def make_criterion(self, config: FitConfig, data: DataBundle) -> Callable[[Tensor, Any], Tensor]:
         """The loss that is trained on."""
-        return self.criterion or partial(F.cross_entropy, label_smoothing=config.optimisation.label_smoothing)
+        cross_entropy = token_cross_entropy if isinstance(data, TextBundle) else F.cross_entropy
+        return self.criterion or partial(cross_entropy, label_smoothing=config.optimisation.label_smoothing)
 
     @property
     def criterion_name(self) -> str:
