@@ -25,10 +25,11 @@ from torchlocal.cli.commands import main
 from torchlocal.data import load_data
 from torchlocal.data.tokenizers import shipped_tokenizer
 from torchlocal.losses import token_cross_entropy
-from torchlocal.run import checkpoint
-from torchlocal.run.build import resolve_execution, train_step
+from torchlocal.run import checkpoint, trainer
+from torchlocal.run.build import build_network, build_optimizer, resolve_execution, train_step
 from torchlocal.run.config import FitConfig
 from torchlocal.run.generation import continued, generate
+from torchlocal.run.own import Own
 from torchlocal.run.trainer import Interrupted
 
 TIMES = ("seconds", "train_seconds", "epoch_seconds", "tokens_per_second", "run", "out", "root")
@@ -151,6 +152,108 @@ def test_micro_batches_count_by_their_tokens(parts: int) -> None:
     for parameter, expected in zip(net.parameters(), by_hand(ids, target, True), strict=True):
         torch.testing.assert_close(parameter.grad, expected)
     torch.testing.assert_close(losses[-1], flat(make_net().backbone(ids), target))
+
+
+# --- the optimizer ---
+
+
+def test_what_decays(texts: Path, tmp_path: Path) -> None:
+    """By names: matrices of linear layers; the auxiliary networks apart, at a learning rate of their own."""
+    changes = {
+        "model": "tied", "weight_decay": 0.1, "weight_decay_of": "matrices", "auxiliary_lr": 0.002,
+        "auxiliary_weight_decay": 0.03,
+    }  # fmt: skip
+    net, optimizer = built(config(texts, tmp_path, **changes))
+    told = {name: (g["weight_decay"], g["lr"]) for name, g in group_of(net, optimizer).items()}
+    expected = {}
+    for name, parameter in net.named_parameters():
+        inner = name.startswith("auxiliary.")
+        matrix = parameter.ndim == 2 and name not in ("backbone.tokens.weight", "backbone.places.weight")
+        expected[name] = ((0.03 if inner else 0.1) if matrix else 0.0, 0.002 if inner else 0.01)
+    assert told == expected and len(told) > 40 and "backbone.head.weight" not in told
+    assert {name for name, (decay, _) in told.items() if decay == 0.1} == {
+        f"backbone.blocks.{i}.{part}.weight" for i in range(4) for part in ("projection", "out", "hidden.0", "hidden.2")
+    }
+    net, optimizer = built(config(texts, tmp_path, weight_decay=0.1, auxiliary_weight_decay=0.0))
+    told = {name: (g["weight_decay"], g["lr"]) for name, g in group_of(net, optimizer).items()}
+    assert told == {name: (0.0 if name.startswith("auxiliary.") else 0.1, 0.01) for name, _ in net.named_parameters()}
+    net, optimizer = built(config(texts, tmp_path, weight_decay=0.1))
+    assert len(optimizer.param_groups) == 1
+
+
+def built(settings: FitConfig) -> tuple[tl.DecoupledNetwork, torch.optim.Optimizer]:
+    execution = resolve_execution(settings)
+    net = build_network(settings, Own().load(settings), execution)
+    return net, build_optimizer(settings, net)
+
+
+def group_of(net: tl.DecoupledNetwork, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    found = [(names[id(parameter)], group) for group in optimizer.param_groups for parameter in group["params"]]
+    assert len(found) == len(dict(found)) == len(names)
+    return dict(found)
+
+
+def test_every_group_follows_the_schedule(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warm-up, stable, decay."""
+    rates: list[list[float]] = []
+    real = trainer.train_step
+
+    def noted(net: Any, optimizer: Any, *arguments: Any, **options: Any) -> list[Tensor]:
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        return real(net, optimizer, *arguments, **options)
+
+    monkeypatch.setattr(trainer, "train_step", noted)
+    changes = {"auxiliary_lr": 0.002, "schedule": "cosine", "decay": 0.5, "warmup_steps": 3}
+    tl.fit(config(texts, tmp_path, **changes), progress=False)
+    top = [1 / 3, 2 / 3, 1.0, 1.0, 1.0, 1.0] + [0.5 * (1 + math.cos(math.pi * i / 6)) for i in range(6)]
+    for found, factor in zip(rates, top, strict=True):
+        assert found == pytest.approx([0.01 * factor] * 2 + [0.002 * factor] * 2, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"weight_decay_of": "some"}, "weight_decay_of='some' is unknown: give 'all' or 'matrices'"),
+        ({"auxiliary_lr": 0}, "auxiliary_lr=0 must be a number above 0, or None"),
+        ({"auxiliary_weight_decay": -1}, "auxiliary_weight_decay=-1 must be"),
+        ({"warmup_steps": 3, "warmup_epochs": 1}, "warmup_steps=3 and warmup_epochs=1: give one of them"),
+        ({"warmup_steps": 12}, "warmup_steps=12 leaves nothing of the 12 steps"),
+        (
+            {"optimizer": "Rprop", "weight_decay": 0.0, "auxiliary_weight_decay": 0.1},
+            "auxiliary_weight_decay=0.1 is unknown to optimizer='Rprop': give auxiliary_weight_decay=0",
+        ),
+    ],
+)
+def test_options_that_cannot_work(changes: dict[str, Any], told: str, texts: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=told):
+        tl.fit(config(texts, tmp_path, **changes), progress=False)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_gradients_are_clipped_loss_by_loss(guided: bool) -> None:
+    """By hand: each local module with its auxiliary network by itself; guided the whole backbone, each auxiliary."""
+    ids, target = ignored()
+    net, found = make_net(), []
+    settings = FitConfig.of(batch_size=6, memory="full", precision="fp32", clip=0.05)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    optimizer.register_step_pre_hook(lambda *_: found.extend(p.grad.clone() for p in net.parameters()))
+    train_step(net, optimizer, [(ids, target)], config=settings, execution=resolve_execution(settings), guided=guided)
+    module = {"tokens": 0, "places": 0, "blocks.0": 0, "blocks.1": 1, "blocks.2": 1}
+
+    def belongs(name: str) -> Any:
+        room, _, rest = name.partition(".")
+        if room == "auxiliary":
+            return f"auxiliary {rest[0]}" if guided else int(rest[0])
+        return "backbone" if guided else next((k for start, k in module.items() if rest.startswith(start)), 2)
+
+    gradients = dict(zip((name for name, _ in net.named_parameters()), by_hand(ids, target, guided), strict=True))
+    squares: dict[Any, float] = {}
+    for name, gradient in gradients.items():
+        squares[belongs(name)] = squares.get(belongs(name), 0.0) + float(gradient.double().square().sum())
+    assert len(squares) == 3 and min(squares.values()) > 0.05**2  # every one of them is clipped
+    for one, (name, gradient) in zip(found, gradients.items(), strict=True):
+        torch.testing.assert_close(one, gradient * (0.05 / squares[belongs(name)] ** 0.5), rtol=1e-4, atol=1e-8)
 
 
 # --- what is measured ---

@@ -461,6 +461,21 @@ class OptimisationConfig(Section):
     lr: float = option(0.1, "Learning rate at the top of the schedule.", _POSITIVE)
     momentum: float = option(0.9, "Momentum, of optimizers that have it.", _FRACTION)
     weight_decay: float = option(1e-4, "Weight decay, of optimizers that have it.", partial(number, single=True))
+    weight_decay_of: str = option(
+        "all",
+        "What weight_decay is of: all parameters, or matrices, without norms, biases, other vectors and embeddings.",
+        _choice("all", "matrices"),
+    )
+    auxiliary_lr: float | None = option(
+        None,
+        "Learning rate of the auxiliary networks at the top of the schedule; by default lr.",
+        partial(_POSITIVE, none=True),
+    )
+    auxiliary_weight_decay: float | None = option(
+        None,
+        "Weight decay of the auxiliary networks; by default weight_decay.",
+        partial(number, single=True, none=True),
+    )
     label_smoothing: float = option(0.0, "Label smoothing of every loss, at least 0 and below 1.", _FRACTION)
     schedule: str = option(
         "cosine",
@@ -469,16 +484,20 @@ class OptimisationConfig(Section):
     )
     decay: float | None = option(
         None,
-        "Cosine: share of training, at its end, over which it falls; before that it stays at lr. By default all of it, "
-        "or with phased guidance each guided phase.",
+        "Cosine: share of training, at its end, over which it falls; before that it stays at lr (warm-up, stable, "
+        "decay: WSD). By default all of it, or with phased guidance each guided phase.",
         partial(number, what="a number above 0 and at most 1", above=0, most=1, none=True),
         guided=True,
     )
     warmup_epochs: float = option(0.0, "Epochs over which the learning rate rises linearly.", number)
+    warmup_steps: int | None = option(None, "The same in steps, instead of warmup_epochs.", _COUNT_OR_NONE)
     milestones: list[float] = option([], "Epochs of the step schedule, increasing.", _milestones)
     gamma: float = option(0.1, "Factor of the step schedule.", _POSITIVE)
     clip: float | None = option(
-        None, "Largest norm of the gradient of each loss; by default it is not clipped.", partial(_POSITIVE, none=True)
+        None,
+        "Largest norm of the gradient of each loss: of each local module by itself, in guided steps of the whole "
+        "network; by default it is not clipped.",
+        partial(_POSITIVE, none=True),
     )
 
     def __post_init__(self) -> None:
@@ -492,6 +511,10 @@ class OptimisationConfig(Section):
             raise ValueError(
                 f'milestones={self.milestones!r} and schedule={self.schedule!r} do not fit: give schedule="step" with '
                 "at least one milestone, and another schedule without milestones"
+            )
+        if self.warmup_steps is not None and self.warmup_epochs:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} and warmup_epochs={self.warmup_epochs}: give one of them, not both"
             )
         if self.steps is None and self.warmup_epochs >= self.epochs:
             raise ValueError(

@@ -150,7 +150,7 @@ def measure_split(
     cross_entropy = token_cross_entropy if text else F.cross_entropy
     right = torch.zeros(net.num_modules, dtype=torch.int64, device=execution.device)
     loss = torch.zeros(net.num_modules, device=execution.device)
-    num_targets: int | None = 0
+    num_targets: int | None = None if text else 0  # also on ranks that predict nothing
     autocast = partial(
         torch.autocast, execution.device.type, execution.autocast, enabled=execution.autocast is not None
     )
@@ -165,9 +165,9 @@ def measure_split(
         size = (y != IGNORED).sum() if text else size
         num_examples += size
         for k, output in outputs.items():
-            if text or not are_classes(output.shape, y):
+            if num_targets is not None and not are_classes(output.shape, y):
                 num_targets = None
-            elif num_targets is not None:
+            if num_targets is not None:
                 right[k] += (output.argmax(1) == y).sum()
             if criterion is not None:
                 loss[k] += criterion(output.float() if output.is_floating_point() else output, y) * size

@@ -352,7 +352,7 @@ class _Run:
                 if branch.step == step:
                     self._begin(branch.config)
             for group in self.optimizer.param_groups:
-                group["lr"] = self._learning_rate(step)
+                group["lr"] = self._learning_rate(step) * group.get("lr_factor", 1.0)
             guided = self.guidance(step)
             parts: Iterable[tuple[Any, Any]] = islice(batches, config.optimisation.accumulate)
             if self.plans:
