@@ -88,7 +88,7 @@ def warm_up() -> None:
     PIL.Image.init()
     digits = sklearn.datasets.load_digits()
     sklearn.datasets.load_digits = lambda: digits
-    models._OWN["mlp"] = lambda classes, channels, size: nn.Sequential(
+    models.images._OWN["mlp"] = lambda classes, channels, size: nn.Sequential(
         nn.Flatten(),
         *(
             nn.Sequential(nn.Linear(n, 24, bias=False), nn.BatchNorm1d(24), nn.ReLU(inplace=True))

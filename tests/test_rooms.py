@@ -14,12 +14,12 @@ import torchlocal
 SOURCE = Path(torchlocal.__file__).parent
 # From the ground up. A room is a folder or a file; its files import from rooms that come before it, and from itself.
 ROOMS = (
-    "lifetime", "checks", "names", "reference",
-    "losses", "recompute", "cut", "rules", "guidance", "modules", "micro", "engine", "memory", "steps", "network",
+    "lifetime", "checks", "names", "reference", "tokens",
+    "recompute", "cut", "rules", "guidance", "modules", "micro", "engine", "memory", "steps", "network",
     "capture", "budget",
     "parallel", "models", "data", "run", "compare", "cli", "__main__",
 )  # fmt: skip
-CORE = ROOMS[ROOMS.index("losses") : ROOMS.index("parallel") + 1]  # what `import torchlocal` may load
+CORE = ROOMS[ROOMS.index("tokens") : ROOMS.index("parallel") + 1]  # what `import torchlocal` may load
 FILES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(SOURCE.rglob("*.py"))

@@ -127,6 +127,11 @@ class Step:
             criterion = criterion_of_parts(self.net, self.batch.target, follow=follow)
             self.batch = replace(self.batch, criterion=criterion)
 
+    @property
+    def reads_embedding(self) -> bool:
+        """Whether a pass has to note what the network's first unit hands on."""
+        return self.net.rule.reads_embedding and self.net.num_modules > 1
+
     def autocast(self) -> AbstractContextManager[Any]:
         """What forward passes and losses run under."""
         if self.dtype is None:
@@ -138,7 +143,11 @@ class Step:
         try:
             if k == self.net.num_modules - 1:
                 return self.batch.criterion(features, self.batch.target)
-            return self.net.rule.loss(self.net.sites[k], self.net.auxiliary[k], features, self.batch)
+            batch = self.batch
+            if k == 0 and self.reads_embedding:
+                assert self.run is not None
+                batch = replace(batch, embedding=self.run.embedding.pop())
+            return self.net.rule.loss(self.net.sites[k], self.net.auxiliary[k], features, batch)
         except ValueError as error:
             raise self._explained(error) or error from error
 
@@ -324,6 +333,7 @@ class Step:
             outputs=self.outputs,
             expected=expected,
             entering=self.entering,
+            embedding=self.reads_embedding,
         )
         return self.run
 

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .cut.batches import Batch, num_examples
-from .losses import token_cross_entropy
 from .modules import LocalModules
 from .rules import Rule
+from .tokens import TokenCrossEntropy
 
 __all__ = ["NotCut", "Parts", "can_cut", "criterion_of_parts", "cut_batch", "divisor"]
 
 Parts: TypeAlias = list[tuple[Any, Any, Any]]  # inputs, target, share in the loss of the whole
 
-_INDEX_MODULES = (nn.CrossEntropyLoss, nn.NLLLoss)
+_INDEX_MODULES = (nn.CrossEntropyLoss, nn.NLLLoss, TokenCrossEntropy)
 _MEAN_LOSSES = (
     F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits,
 )  # fmt: skip
@@ -99,7 +99,8 @@ def _sums(net: LocalModules, target: Any, *, follow: bool) -> bool:
     function, options = _unwrapped(net.criterion)
     indices = isinstance(target, Tensor) and not target.is_floating_point()
     mean = function == "index" and options.get("reduction", "mean") == "mean"
-    return indices and mean and (not follow or net.num_modules == 1 or type(net.rule).loss is Rule.loss)
+    plainly = type(net.rule).loss is Rule.loss or net.rule.criterion_only
+    return indices and mean and (not follow or net.num_modules == 1 or plainly)
 
 
 def can_cut(net: LocalModules, batch: Batch, target: Any, *, follow: bool) -> bool:
@@ -184,7 +185,7 @@ def _unwrapped(criterion: Any) -> tuple[str | None, dict[str, Any]]:
         return "index", {name: getattr(criterion, name) for name in names}
     if type(criterion) in _MEAN_MODULES:
         return "mean", {"reduction": criterion.reduction}
-    if criterion in (F.cross_entropy, F.nll_loss, token_cross_entropy):
+    if criterion in (F.cross_entropy, F.nll_loss):
         return "index", options
     if criterion in _MEAN_LOSSES:
         return "mean", options

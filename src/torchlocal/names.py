@@ -9,9 +9,10 @@ from pathlib import Path
 
 from torchlocal.checks import suggestion
 
-__all__ = ["DATA", "NETWORKS", "TEXT", "check_names", "unknown_data", "unknown_network"]
+__all__ = ["DATA", "DECODERS", "NETWORKS", "TEXT", "check_names", "unknown_data", "unknown_network"]
 
 NETWORKS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "vgg8b", "vgg11b", "mlp")
+DECODERS = ("gpt-nano", "gpt-tiny", "gpt-mini", "gpt-small", "gpt-medium", "gpt-large", "gpt-xl")  # for text
 DATA = ("fashion-mnist-small", "digits", "fashion-mnist", "cifar10", "cifar100", "svhn", "stl10", "folder")
 TEXT = ("text:", "tokens:", "dataset:")  # begin the names of texts
 _DEVICE = re.compile(r"(auto|cpu|cuda|xpu|mps|mtia|hpu|xla|npu|ipu|ve|fpga|maia|hip|vulkan|meta|privateuseone)(:\d+)?")
@@ -24,9 +25,10 @@ def check_names(*, model: object = None, data: object = None, device: object = N
     Raises:
         ValueError: as what looks the name up would.
     """
-    if isinstance(model, str) and ":" not in model and model not in NETWORKS:
+    if isinstance(model, str) and ":" not in model and model not in (*NETWORKS, *DECODERS):
         found = [f"torchvision:{name}" for name in _of_torchvision()]
-        raise ValueError(unknown_network(model, [m for m in found if m.endswith(f":{model}")] or [*NETWORKS, *found]))
+        alike = [m for m in found if m.endswith(f":{model}")]
+        raise ValueError(unknown_network(model, alike or [*NETWORKS, *DECODERS, *found]))
     if isinstance(data, str) and data.removeprefix("pairs:") not in DATA and not data.startswith(TEXT):
         raise ValueError(unknown_data(data))
     if isinstance(device, str) and not _DEVICE.fullmatch(device):
@@ -49,7 +51,7 @@ def unknown_network(name: str, candidates: Sequence[str], wanted: str | None = N
     hint = suggestion((wanted or name).lower(), candidates, most=3, cutoff=cutoff, prefix=prefix)
     return (
         f"model {name!r} is unknown{hint}: choose {', '.join(NETWORKS)}, or torchvision:NAME or timm:NAME with a name "
-        f"of that library"
+        f"of that library; for text {', '.join(DECODERS)} or hf:PATH"
     )
 
 

@@ -54,7 +54,7 @@ def small_net(num_classes: int, in_channels: int, size: tuple[int, int]) -> nn.M
 def _small() -> Iterator[None]:
     """The small network under a name of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models._OWN, "small", small_net)
+        patch.setitem(models.images._OWN, "small", small_net)
         yield
 
 

@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import torchlocal as tl
-from torchlocal import models
-from torchlocal.losses import token_cross_entropy
 from torchlocal.parallel import distribute
 from torchlocal.run import trainer
 from torchlocal.run.config import FitConfig
+from torchlocal.tokens import TokenCrossEntropy
 
 TIMES = ("seconds", "train_seconds", "epoch_seconds", "tokens_per_second", "out", "run")
 
@@ -45,7 +44,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(texts: Path, out: Path, **changes: Any) -> FitConfig:
     """Two epochs of four steps: tied read-out, groups, clipping, accumulation, guided steps."""
     values: dict[str, Any] = {
-        "out": str(out), "model": "tied", "data": f"text:{texts}", "data_root": str(texts.parent / "root"),
+        "out": str(out), "model": "gpt-nano", "model_options": {"layers": 4, "width": 16, "heads": 2},
+        "data": f"text:{texts}", "data_root": str(texts.parent / "root"),
         "context": 16, "num_validation": 9, "epoch_rows": 36, "epochs": 2, "batch_size": 4, "accumulate": 2,
         "optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1, "weight_decay_of": "matrices", "auxiliary_lr": 0.02,
         "warmup_steps": 2, "clip": 0.3, "cuts": ["blocks.0", "blocks.2"], "rule": "greedy", "auxiliary": "linear",
@@ -56,11 +56,7 @@ def config(texts: Path, out: Path, **changes: Any) -> FitConfig:
 
 
 def fit(settings: FitConfig, **options: Any) -> dict[str, Any]:
-    models.LANGUAGE_MODELS["tied"] = partial(Decoder, tied=True)
-    try:
-        return trainer.fit(settings, progress=False, **options)
-    finally:
-        del models.LANGUAGE_MODELS["tied"]
+    return trainer.fit(settings, progress=False, **options)
 
 
 def assert_same(a: Any, b: Any, path: str = "") -> None:
@@ -152,7 +148,7 @@ def ignored() -> tuple[Tensor, Tensor]:
     return ids, target
 
 
-def make_net(criterion: Any = token_cross_entropy) -> tl.DecoupledNetwork:
+def make_net(criterion: Any) -> tl.DecoupledNetwork:
     torch.manual_seed(0)
     model = Decoder(11, 8, dropout=0.0)
     cuts = ["blocks.0", "blocks.2"]
@@ -162,7 +158,7 @@ def make_net(criterion: Any = token_cross_entropy) -> tl.DecoupledNetwork:
 def replica(guided: bool) -> list[Tensor]:
     import torch.distributed as dist
 
-    net = distribute(make_net(), replicas=2)
+    net = distribute(make_net(TokenCrossEntropy()), replicas=2)
     ids, target = (part.chunk(2)[dist.get_rank()] for part in ignored())
     (net.guided_step if guided else net.local_step)(ids, target)
     return [parameter.grad for parameter in net.net.parameters() if parameter.grad is not None]

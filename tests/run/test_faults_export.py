@@ -38,7 +38,7 @@ from torchlocal import models
 from torchlocal.cli.commands import main
 sys.path.insert(0, sys.argv[1])
 from test_faults_export import small_net
-models._OWN["small"] = small_net
+models.images._OWN["small"] = small_net
 resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
 sys.exit(0 if [main(argv.split()) for argv in sys.argv[2:]] == [2] * len(sys.argv[2:]) else 1)
 """
@@ -65,7 +65,7 @@ def write_images(root: Path) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def _small() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models._OWN, "small", small_net)
+        patch.setitem(models.images._OWN, "small", small_net)
         yield
 
 
@@ -122,7 +122,7 @@ def test_a_network_that_is_no_program_says_so(run: Path, tmp_path: Path, monkeyp
     def branching(*arguments: Any) -> nn.Module:
         return Branching(*small_net(*arguments))
 
-    monkeypatch.setitem(models._OWN, "small", branching)
+    monkeypatch.setitem(models.images._OWN, "small", branching)
     with pytest.raises(ValueError, match=r"torch.export cannot make a program of this network .*choose .safetensors"):
         export(run, to=tmp_path / "model.pt2")
     assert not list(tmp_path.iterdir())

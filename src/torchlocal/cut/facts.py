@@ -6,11 +6,23 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from .observe import Call, Key, Observation
+from .read_out import ReadOut, find_read_out
 from .units import Point, Units
 from .within import Within, body, within
 
-__all__ = ["Facts"]
+__all__ = ["Embedding", "Facts"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding:
+    """What the first unit hands on: the call that returns it, its place there, and its shape for the sample."""
+
+    call: Key
+    place: int
+    shape: torch.Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +51,8 @@ class Facts:
         reason: why it does not.
         within: for every unit but the first what was seen inside, for copies.
         body: that of the last unit without the network's head; None where it is all head.
+        read_out: the linear layer that makes the prediction, or why there is none.
+        embedding: where what the first unit hands on is made, wherever the network is cut; None where it is one unit.
     """
 
     points: tuple[tuple[Key, int], ...]
@@ -61,6 +75,8 @@ class Facts:
     reason: str
     within: tuple[Within, ...]
     body: Within | None
+    read_out: ReadOut | str
+    embedding: Embedding | None
 
     @classmethod
     def of(cls, units: Units) -> Facts:
@@ -105,6 +121,10 @@ class Facts:
             reason=seen.reason,
             within=within(units, before),
             body=headless,
+            read_out=find_read_out(seen),
+            embedding=None
+            if units.embedding is None
+            else Embedding(call=units.embedding.key, place=units.embedding.place, shape=units.embedding.shape),
         )
 
 

@@ -421,6 +421,7 @@ class Pass:
         expected: their numbers in a step, by which memory may be given back.
         entering: by unit, the random state there, for units up to the first that this process runs; others run those
             before it.
+        embedding: what the network's first unit hands on is noted, without its graph, in a list of this name.
     """
 
     def __init__(
@@ -433,8 +434,11 @@ class Pass:
         counts: dict[tuple[int, int], int] | None = None,
         expected: dict[tuple[int, int], int] | None = None,
         entering: dict[int, RandomState] | None = None,
+        embedding: bool = False,
     ) -> None:
         self.forward, self.batch = forward, batch
+        self.embedding: list[Tensor] = []
+        self._noted = forward.facts.embedding if embedding else None
         self.outputs: dict[Key, Any] = dict(outputs or {})
         self.device = device_of(batch, forward.backbone)
         self._kept = tree_map_only(Tensor, torch.clone, batch) if forward.facts.input_written else None
@@ -476,6 +480,8 @@ class Pass:
             paths = dict.fromkeys([*(path for path, _ in self._record), *(key[0] for key, _ in facts.points)])
         else:
             paths = dict.fromkeys(facts.points[unit - 1][0][0] for unit in stops)
+        if self._noted is not None:
+            paths[self._noted.call[0]] = None
         modules: list[tuple[nn.Module, Any]] = [
             (self.forward.backbone.get_submodule(path), partial(self._call, path)) for path in paths
         ]
@@ -496,6 +502,7 @@ class Pass:
         self._handed = None
         self._features.clear()
         self._result.clear()
+        self.embedding.clear()
 
     # --- a run ---
 
@@ -596,6 +603,8 @@ class Pass:
             return result
         if key in self._record and key not in self.outputs:
             self.outputs[key] = _described(result, self.forward.facts.places[key])
+        if self._noted is not None and key == self._noted.call:
+            self.embedding[:] = [tree_flatten(result)[0][self._noted.place].detach()]
         unit = self.forward.ends.get(key)
         return result if unit is None else self._pass(unit, result)
 

@@ -142,6 +142,7 @@ class Observation:
         leaves: for every floating-point tensor of the batch its place among the leaves, and its storage.
         reentrant: it has checkpoints whose inside learns only if an input carries a gradient.
         mode: of the fake tensors.
+        names: of the parameters, by ``id`` of what stood for them.
     """
 
     operations: list[Operation] = field(default_factory=list)
@@ -158,6 +159,7 @@ class Observation:
     draws: bool = False
     leaves: list[tuple[int, int]] = field(default_factory=list)
     mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
+    names: dict[int, str] = field(default_factory=dict)
 
     def alive(self, moment: int) -> list[Crossing]:
         """The values that were made by a moment and are used after it."""
@@ -324,9 +326,10 @@ def _watched(model: nn.Module, sample: Batch, *, fake: bool) -> Observation:
             c.hidden |= any(parent.path in checkpointed for parent in _parents(c))
         seen.draws = random.differs_in_python()
         seen.input_written = any(t._version != version for t, version in versions)
-        names = {module: path for path, module in model.named_modules()}
+        seen.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        paths = {module: path for path, module in model.named_modules()}
         seen.changes = [
-            (names[module], name, is_buffer)
+            (paths[module], name, is_buffer)
             for module, name, is_buffer in before.changed()
             if name not in ("training", "gradient_checkpointing", "_flat_weights", "_compiled_call_impl")
         ]

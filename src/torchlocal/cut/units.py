@@ -135,10 +135,8 @@ class Units:
         self._valid = _cut_points(self.seen, self._candidates)
         if carry:
             self._valid = _with_carried(self.seen, self._candidates, self._valid, model)
-        if given:
-            self.cuts = self._given()
-        else:
-            self.cuts = self._find_cuts()
+        self.cuts = self._given() if given else self._find_cuts()
+        self.embedding = self.cuts[0] if self.cuts else None  # stays, wherever else it is cut
         self.output_shape: torch.Size = self.seen.prediction.shape
 
     # --- where ---

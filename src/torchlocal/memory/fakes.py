@@ -316,6 +316,7 @@ class _LabellingRule(Rule):
 
     def __init__(self, rule: Rule, counter: PeakCounter) -> None:
         self._rule, self._counter = rule, counter
+        self.reads_embedding = rule.reads_embedding  # type: ignore[misc]
 
     def loss(self, site: Site, auxiliary: nn.Module, features: Tensor, batch: StepBatch) -> Tensor:
         with self._counter.labelling("auxiliary"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..recompute import GuidedPlan, Plan
 from ..rules import Batch
 from .channels import Channel, Message, watched
 from .pipelined import Schedule
+from .readers import Readers
 from .rehearsal import Rehearsal, layouts, rehearse
 from .stage import Stage
 from .tasks import Task, cast, pack, random_state, restrict, set_random_state, stack, unpack
@@ -45,7 +46,8 @@ class ParallelNetwork(Stage):
     along, and every rank draws what the modules of the others draw (see :mod:`torchlocal.parallel.rehearsal`).
 
     A parameter that modules of several ranks use (tied ones) is updated by the last of them, see
-    :mod:`torchlocal.parallel.ties`.
+    :mod:`torchlocal.parallel.ties`; one that local losses only read, by its own module, see
+    :mod:`torchlocal.parallel.readers`.
 
     Attributes:
         net: the decoupled network. The parameters of other ranks' modules are out of date until
@@ -86,7 +88,7 @@ class ParallelNetwork(Stage):
     @property
     def bytes_sent(self) -> int:
         """Bytes of tensors that this rank has sent to its neighbours in local and exact guided steps."""
-        channels = (self._to_next, self._to_previous, *self._ties.channels)
+        channels = (self._to_next, self._to_previous, *self._ties.channels, *self._readers.channels)
         return sum(c.num_bytes for c in channels if c is not None)
 
     # --- steps ---
@@ -212,7 +214,7 @@ class ParallelNetwork(Stage):
         i = 0
         while i < len(parts):
             inputs, labels, share = parts[i]
-            task = self._begin(_GUIDED, inputs, labels, options, share=share, weight=weight, new=i == 0)
+            task = self._begin(_GUIDED, inputs, labels, options, share=share, weight=weight, new=i == 0, learns=follow)
             if self.is_first:
                 task.plan = plan
             plan = task.plan
@@ -291,8 +293,13 @@ class ParallelNetwork(Stage):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1 or size % count:
                 raise ValueError(f"micro_batches: {size} examples cannot be cut into {count!r} equal parts")
             cut_batch(self.net, batch, target, count, follow=follow)  # refuses before anything is sent
+        if follow and self._readers.lags:
+            raise ValueError(
+                f"micro_batches: {self.net.rule!r} counts local losses, of which schedules that overlap make several "
+                "at a time; leave micro_batches out, give auxiliary='frozen', or a lag of 1"
+            )
         options = (*options, count, schedule)
-        task = self._begin(_PIPED, batch, target, options, weight=self._weight(target))
+        task = self._begin(_PIPED, batch, target, options, weight=self._weight(target), learns=follow)
         parts = cut_batch(self.net, task.batch.input, task.batch.target, count, follow=follow)
         part, labels, _ = parts[0]
         rehearsal = self._rehearse(part, labels, autocast, always=True)
@@ -343,7 +350,7 @@ class ParallelNetwork(Stage):
         Returns:
             The predictions by local module, and the target.
         """
-        task = self._begin(_OUTPUTS, batch, target, ())
+        task = self._begin(_OUTPUTS, batch, target, (), learns=False)
         net, inputs, outputs = self.net, task.batch.input, dict[int, Tensor]()
         groups = net.partition.groups
         first, last = groups[self.modules[0]].start, groups[self.modules[-1]].stop
@@ -368,19 +375,34 @@ class ParallelNetwork(Stage):
     def close(self) -> None:
         """Wait until all that was sent has arrived, and end the background threads; every rank has to call it."""
         neighbours = (self._from_previous, self._to_next, self._to_previous, self._from_next)
-        for channel in (*neighbours, *self._ties.channels):
+        for channel in (*neighbours, *self._ties.channels, *self._readers.channels):
             if channel is not None:
                 channel.close()
+
+    def synchronize(self) -> None:
+        """Bring the whole network up to date on every rank; every rank has to call it."""
+        self._readers.settle()
+        super().synchronize()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Any:
+        """Load a ``state_dict`` of the decoupled network; every rank has to call it with the same."""
+        self._readers.settle()
+        loaded = super().load_state_dict(state)
+        self._readers.restart()
+        return loaded
 
     # --- inside ---
 
     def _make_channels(self, in_flight: int) -> None:
         limit = timedelta(seconds=self._timeout)
         ties = find_ties(self.net, self.stages)
+        self._readers = Readers(self.net, self.stages, self.stage)
         for replica in range(self.num_replicas):  # all ranks make all groups, in the same order
             ranks = self.row(replica)
             pipe: Any = dist.new_group(ranks, timeout=limit)
-            forward, backward, *tied = (self._new_groups(ranks, limit) for _ in range(4 if ties else 2))
+            forward, backward = (self._new_groups(ranks, limit) for _ in range(2))
+            tied = [self._new_groups(ranks, limit) for _ in range(2 if ties else 0)]
+            read = [self._new_groups(ranks, limit) for _ in range(1 if self._readers else 0)]
             if replica != self.replica:
                 continue
             self._pipe_group, me = pipe, dist.get_rank()
@@ -390,7 +412,13 @@ class ParallelNetwork(Stage):
             ) -> Channel:
                 return self._channel(ranks[source], ranks[destination], tied[0 if values else 1], in_flight)
 
+            def connect_reader(
+                source: int, destination: int, ranks: list[int] = ranks, read: list[Any] = read
+            ) -> Channel:
+                return self._channel(ranks[source], ranks[destination], read[0], in_flight)
+
             self._ties = Ties(ties, self.stage, connect)
+            self._readers.connect(connect_reader)
             if not self.is_last:
                 self._to_next = self._channel(me, me + 1, forward, in_flight)
                 self._from_next = self._channel(me + 1, me, backward, in_flight)
@@ -460,6 +488,7 @@ class ParallelNetwork(Stage):
         share: Any = 1.0,
         weight: Tensor | None = None,
         new: bool = True,
+        learns: bool = True,
     ) -> Task:
         """The next batch: on the first stage the one that is given, elsewhere the one that arrives."""
         criterion = self.net.criterion
@@ -475,6 +504,7 @@ class ParallelNetwork(Stage):
             self._tell_of_stop()
         if new:
             self._ties.share_values(kind)
+        self._readers.begin(new=new, learns=learns)
         if self.is_first:
             return Task(Batch(input=batch, target=target, criterion=criterion), share=share, weight=weight)
         assert self._from_previous is not None

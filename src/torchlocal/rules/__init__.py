@@ -8,9 +8,11 @@ from .dense import dense
 from .downstream import Downstream
 from .greedy import AUXILIARY_NETWORKS, DGLRule, GreedyRule
 from .infopro import InfoProRule, published_weights
+from .lopt import LoptRule
 from .man import ManRule
 from .names import RULES, make_rule
 from .predsim import PredSimRule
+from .solo import SoloRule
 
 __all__ = [
     "AUXILIARY_NETWORKS",
@@ -21,10 +23,12 @@ __all__ = [
     "Downstream",
     "GreedyRule",
     "InfoProRule",
+    "LoptRule",
     "ManRule",
     "PredSimRule",
     "Rule",
     "Site",
+    "SoloRule",
     "dense",
     "make_rule",
     "published_weights",
@@ -38,5 +42,7 @@ RULES.update(
         "infopro": InfoProRule,
         "auglocal": AugLocalRule,
         "man": ManRule,
+        "solo": SoloRule,
+        "lopt": LoptRule,
     }
 )

@@ -17,7 +17,7 @@ from ..cut.copies import UnitCopy
 from .base import Rule, Site
 from .greedy import linear
 
-__all__ = ["AugLocalRule", "auxiliary_depth", "sampled_units"]
+__all__ = ["AugLocalRule", "Units", "auxiliary_depth", "sampled_units"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Layout = tuple[torch.Size, int]  # shape, batch included, and which dimension holds the channels
@@ -86,10 +86,10 @@ class AugLocalRule(Rule):
                 _normalise_classifier(module, site)
             units.append(fit_input(module, layout, downstream.input_layout(unit)))
             layout = downstream.units[unit].output_shape, downstream.units[unit].channel_dim
-        return _Units(*units)
+        return Units(*units)
 
 
-class _Units(nn.Sequential):
+class Units(nn.Sequential):
     """Units that run one after another."""
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -118,7 +118,7 @@ def fit_input(unit: UnitCopy, given: Layout, wanted: Layout) -> nn.Module:
         )
     strides = _strides(given, wanted)
     if strides is None or not _widen(unit, given[0][1], wanted[0][1], strides):
-        return _Units(_Adapter(given, wanted), unit)
+        return Units(_Adapter(given, wanted), unit)
     return unit
 
 

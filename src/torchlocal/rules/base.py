@@ -72,11 +72,15 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What the network is being trained on: what it is called with, the target y and the criterion of the task."""
+    """What the network is being trained on: what it is called with, the target y and the criterion of the task.
+
+    ``embedding`` is what the network's first unit made of the input, without its graph, for rules that read it.
+    """
 
     input: Any
     target: Any
     criterion: Callable[[Tensor, Any], Tensor]
+    embedding: Tensor | None = None
 
 
 class Rule:
@@ -87,15 +91,37 @@ class Rule:
     Attributes:
         reads_input: the loss reads ``batch.input``, so it must be at hand where the module is.
         reads_next_module: the loss reads the parameters of the module that follows.
+        reads_embedding: the loss of the first module reads ``batch.embedding``, which no other is given.
         compares_examples: the loss is not a mean over examples, so a batch cannot be cut into micro-batches.
+        lag: for how many losses what ``parameters_read`` names stays as it is; with 1 its present values are read.
+        criterion_only: ``loss``, where it is the rule's own, is still the criterion's on a prediction and nothing else.
     """
 
     reads_input: ClassVar[bool] = False
     reads_next_module: ClassVar[bool] = False
+    reads_embedding: ClassVar[bool] = False
     compares_examples: ClassVar[bool] = False
+    criterion_only: ClassVar[bool] = False
+
+    @property
+    def lag(self) -> int:
+        """See above."""
+        return 1
 
     def auxiliary(self, site: Site) -> nn.Module:
         """Make the auxiliary network for the features at ``site``."""
+        raise NotImplementedError
+
+    def parameters_read(self, site: Site) -> list[str]:
+        """Names of the backbone's parameters that the loss at ``site`` reads without training them."""
+        return []
+
+    def take_in(self, site: Site, auxiliary: nn.Module, name: str, value: Tensor) -> None:
+        """With a lag, keep values of one of these that arrive from another rank, in place of those to be read next."""
+        raise NotImplementedError
+
+    def losses_counted(self, auxiliary: nn.Module) -> int:
+        """With a lag, how many losses there have been."""
         raise NotImplementedError
 
     def loss(self, site: Site, auxiliary: nn.Module, features: Tensor, batch: Batch) -> Tensor:

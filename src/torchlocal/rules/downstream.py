@@ -35,6 +35,13 @@ class Downstream:
         """The units after the module, with their shapes and costs."""
         return self._units[self.first :]
 
+    @property
+    def embedding_shape(self) -> torch.Size:
+        """Shape of what the first unit of the network hands on, wherever it is cut, batch included."""
+        found = self._chain.facts.embedding
+        assert found is not None, "there is a cut before what is downstream"
+        return found.shape
+
     def further(self, num_units: int) -> Downstream:
         """The units after the first ``num_units`` of these."""
         return Downstream(self._chain, self._units, self.first + num_units)
@@ -48,7 +55,7 @@ class Downstream:
         """A unit's architecture with weights of its own, drawn anew, and the shape of what it returns.
 
         Args:
-            unit: which one, from 0.
+            unit: which one, from 0; those of the module itself count backward from -1.
             head: without it, the last unit ends before the head of the network (pooling and classifier).
 
         Raises:
@@ -74,6 +81,20 @@ class Downstream:
             )
         return facts.body
 
+    def read_out(self) -> tuple[str, str | None]:
+        """Names of the matrix and the bias of the linear layer that makes the network's prediction.
+
+        Raises:
+            ValueError: the network does not end in one.
+        """
+        found = self._chain.facts.read_out
+        if isinstance(found, str):
+            raise ValueError(
+                f"rule: {type(self._chain.backbone).__name__} does not end in a linear read-out: {found}; use a rule "
+                "that does not share it"
+            )
+        return found.weight, found.bias
+
     def parameters(self, names: Sequence[str]) -> list[Tensor]:
         """Parameters of the backbone by their names in a copy, the backbone's own, to be read only."""
         return [self._chain.backbone.get_parameter(name) for name in names]
@@ -88,7 +109,7 @@ def reinitialise(module: nn.Module) -> None:
     constant stays one.
     """
     for child in module.modules():
-        if isinstance(child, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)):
+        if isinstance(child, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)):
             child.reset_parameters()
             continue
         for parameter in child.parameters(recurse=False):

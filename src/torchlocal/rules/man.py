@@ -90,7 +90,7 @@ class ManRule(Rule):
         if isinstance(base, ManRule):
             raise ValueError("base: must be another rule, not MAN itself")
         self._base, self._momentum = base, float(momentum)
-        self.reads_input = base.reads_input  # type: ignore[misc]
+        self.reads_input, self.reads_embedding = base.reads_input, base.reads_embedding  # type: ignore[misc]
         self.compares_examples = base.compares_examples  # type: ignore[misc]
 
     def __repr__(self) -> str:

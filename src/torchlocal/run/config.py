@@ -51,7 +51,16 @@ __all__ = [
 ]
 
 MOST_STEPS = 100_000_000
-_RULES = ("greedy", "dgl", "predsim", "infopro", "auglocal", "man")  # of torchlocal.rules, which loads torch
+_RULES = (
+    "greedy",
+    "dgl",
+    "predsim",
+    "infopro",
+    "auglocal",
+    "man",
+    "solo",
+    "lopt",
+)  # of torchlocal.rules, which loads torch
 
 
 # --- declaring options ---
@@ -162,6 +171,15 @@ _POSITIVE = partial(number, what="a number above 0", above=0, single=True)
 _FRACTION = partial(number, what="a number of at least 0 and below 1", below=1)
 
 
+def _options(name: str, value: Any, *, example: str, own: str) -> None:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{name}={value!r} must be `name: value` pairs, such as {example}")
+    try:
+        check_plain(name, value)
+    except ValueError as error:
+        raise ValueError(f"{error}; {own}") from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
     """The network by name."""
@@ -170,9 +188,15 @@ class ModelConfig(Section):
 
     name: str = option(
         "resnet20",
-        "Name of the backbone: resnet20, torchvision:resnet18, timm:vit_tiny_patch16_224, ...",
+        "Name of the backbone: resnet20, torchvision:resnet18, timm:vit_tiny_patch16_224, gpt-tiny, hf:PATH, ...",
         text,
         "model",
+    )
+    options: dict[str, Any] = option(
+        {},
+        "Options of the network as {name: value}: layers, width, heads and tied of gpt-..., pretrained of hf:PATH.",
+        partial(_options, example="{'layers': 6}", own="a network of your own is given to torchlocal.fit"),
+        "model_options",
     )
 
 
@@ -205,15 +229,6 @@ def _rule(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} is unknown: give one of {', '.join(_RULES)}")
 
 
-def _rule_options(name: str, value: Any) -> None:
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ValueError(f"{name}={value!r} must be `name: value` pairs, such as {{'depth': 3}}")
-    try:
-        check_plain(name, value)
-    except ValueError as error:
-        raise ValueError(f"{error}; a rule of your own is given to torchlocal.decouple") from error
-
-
 @dataclass(frozen=True, kw_only=True)
 class RuleConfig(Section):
     """From what each local module learns."""
@@ -234,7 +249,7 @@ class RuleConfig(Section):
     options: dict[str, Any] = option(
         {},
         "Options of the local rule as {name: value}, for example '{depth: 3}' for auglocal.",
-        _rule_options,
+        partial(_options, example="{'depth': 3}", own="a rule of your own is given to torchlocal.decouple"),
         "rule_options",
     )
 

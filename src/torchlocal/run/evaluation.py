@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from torchlocal.cut.batches import num_examples as count_examples
 from torchlocal.data import DataBundle, Split, TextBundle
 from torchlocal.data.text import IGNORED
-from torchlocal.losses import token_cross_entropy
 from torchlocal.network import DecoupledNetwork
 from torchlocal.parallel.network import ParallelNetwork
 from torchlocal.run import checkpoint
 from torchlocal.run.build import Execution, build_network, resolve_execution
 from torchlocal.run.config import FitConfig
 from torchlocal.run.own import Own
+from torchlocal.tokens import TokenCrossEntropy
 
 __all__ = ["are_classes", "evaluate", "load_run", "measure_split", "plain", "quality"]
 
@@ -147,7 +147,7 @@ def measure_split(
     net.eval()
     last = net.num_modules - 1
     num_examples = torch.zeros((), dtype=torch.int64, device=execution.device)
-    cross_entropy = token_cross_entropy if text else F.cross_entropy
+    cross_entropy = TokenCrossEntropy(reduction="sum") if text else partial(F.cross_entropy, reduction="sum")
     right = torch.zeros(net.num_modules, dtype=torch.int64, device=execution.device)
     loss = torch.zeros(net.num_modules, device=execution.device)
     num_targets: int | None = None if text else 0  # also on ranks that predict nothing
@@ -172,7 +172,7 @@ def measure_split(
             if criterion is not None:
                 loss[k] += criterion(output.float() if output.is_floating_point() else output, y) * size
             else:
-                loss[k] += cross_entropy(output.float(), y, reduction="sum")
+                loss[k] += cross_entropy(output.float(), y)
         if num_targets is not None:
             num_targets += y.numel()
         check()

@@ -62,16 +62,21 @@ def generate(
     whole("seed", seed, 0)
     path = checkpoint.find_checkpoint(run)
     saved = checkpoint.load_checkpoint(path)
-    told, name = saved["data"], FitConfig.of(**saved["config"]).model.name
+    told, config = saved["data"], FitConfig.of(**saved["config"])
     if "vocabulary" not in told:
         raise ValueError(f"{path} was not trained on text, so it has nothing to tell: give a run with data=text:...")
     tokenizer = _tokenizer(path, told)
-    if model is None and name.startswith(OWN):
+    if model is None and config.model.name.startswith(OWN):
         raise ValueError(f"{path} is of a network of your own: call torchlocal.run.generation.generate with model=")
     network = model if model is None or isinstance(model, nn.Module) else model()
     if network is None:
         with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten
-            network = build_language_model(name, vocabulary=told["vocabulary"], context=told["context"])
+            network = build_language_model(
+                config.model.name,
+                vocabulary=told["vocabulary"],
+                context=told["context"],
+                options=config.model.options,
+            )
     checkpoint.load_backbone(network, saved, path)
     network = network.to(resolve_execution(FitConfig.of(device=device)).device).eval()
     begun = [tokenizer.end_of_text, *tokenizer.encode(prompt.encode()).tolist()]

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from torchlocal.cut.batches import as_prediction
 from torchlocal.data import DataBundle, LoaderBundle, TextBundle, bundle, load_data
-from torchlocal.losses import token_cross_entropy
 from torchlocal.models import build_language_model, build_model
 from torchlocal.run.config import DataConfig, FitConfig, declared
+from torchlocal.tokens import TokenCrossEntropy
 
 __all__ = ["OWN", "Own"]
 
@@ -82,6 +82,10 @@ class Own:
                 raise ValueError(
                     f"{one.name}={config.value(one.name)!r} means nothing to data of your own: leave it out"
                 )
+        if self.model is not None and config.model.options:
+            raise ValueError(
+                f"model_options={config.model.options!r} means nothing to a network of your own: leave it out"
+            )
         if self.criterion is not None and config.optimisation.label_smoothing:
             raise ValueError(
                 f"label_smoothing={config.optimisation.label_smoothing} means nothing to a criterion of your own: "
@@ -137,7 +141,13 @@ class Own:
                 "an nn.Module as well"
             )
         if isinstance(data, TextBundle):
-            return build_language_model(config.model.name, vocabulary=data.vocabulary, context=data.context)
+            return build_language_model(
+                config.model.name, vocabulary=data.vocabulary, context=data.context, options=config.model.options
+            )
+        if config.model.options:
+            raise ValueError(
+                f"model_options={config.model.options!r} means nothing to model={config.model.name!r}: leave it out"
+            )
         channels, height, width = data.shape
         return build_model(
             config.model.name, num_classes=data.num_classes, in_channels=channels, image_size=(height, width)
@@ -145,8 +155,10 @@ class Own:
 
     def make_criterion(self, config: FitConfig, data: DataBundle) -> Callable[[Tensor, Any], Tensor]:
         """The loss that is trained on."""
-        cross_entropy = token_cross_entropy if isinstance(data, TextBundle) else F.cross_entropy
-        return self.criterion or partial(cross_entropy, label_smoothing=config.optimisation.label_smoothing)
+        smoothing = config.optimisation.label_smoothing
+        if isinstance(data, TextBundle):
+            return self.criterion or TokenCrossEntropy(label_smoothing=smoothing)
+        return self.criterion or partial(F.cross_entropy, label_smoothing=smoothing)
 
     @property
     def criterion_name(self) -> str:

@@ -1,4 +1,4 @@
-"""The field's small networks, and any network of torchvision or timm by name."""
+"""The field's small networks for images, and any network of torchvision or timm by name."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from torchlocal.checks import whole
-from torchlocal.names import unknown_network
+from torchlocal.names import DECODERS, unknown_network
 
-__all__ = ["LANGUAGE_MODELS", "CifarResNet", "LocalVGG", "build_language_model", "build_model", "mlp", "model_names"]
+__all__ = ["CifarResNet", "LocalVGG", "build_model", "mlp", "model_names"]
 
 # Blocks per stage; the depth is 6 n + 2 (He et al. 2016, section 4.2).
 _RESNETS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
@@ -197,30 +197,6 @@ def model_names(library: str | None = None) -> list[str]:
     raise ValueError(f"library={library!r} is unknown: choose 'torchvision', 'timm' or None")
 
 
-# By name, for a vocabulary and a context.
-LANGUAGE_MODELS: dict[str, Callable[[int, int], nn.Module]] = {}
-
-
-def build_language_model(name: str, *, vocabulary: int, context: int) -> nn.Module:
-    """Builds a network that predicts the next token, by name, with random weights.
-
-    Args:
-        name: its name.
-        vocabulary: number of tokens V.
-        context: largest number of tokens T that it is called with.
-
-    Returns:
-        A network that maps ids `(N, T)`, int64, to scores `(N, T, V)`.
-
-    Raises:
-        ValueError: no such network has this name.
-    """
-    if name not in LANGUAGE_MODELS:
-        known = ", ".join(LANGUAGE_MODELS)
-        raise ValueError(f"model {name!r} predicts no tokens, which text needs: choose one that does ({known})")
-    return LANGUAGE_MODELS[name](vocabulary, context)
-
-
 def build_model(
     name: str, *, num_classes: int, in_channels: int = 3, image_size: tuple[int, int] = (32, 32)
 ) -> nn.Module:
@@ -249,13 +225,15 @@ def build_model(
     library, _, short = name.rpartition(":")
     if not library and name in _OWN:
         return _OWN[name](num_classes, in_channels, size)
+    if name in DECODERS or library == "hf":
+        raise ValueError(f"model {name!r} predicts tokens, and these are images: choose {', '.join(_OWN)}, ...")
     if library == "torchvision":
         make, description = _torchvision_builder(short, num_classes, in_channels, size), f"torchvision's {short}"
     elif library == "timm":
         make, description = _timm_builder(short, num_classes, in_channels, size), f"timm's {short}"
     else:
         elsewhere = [known for known in model_names("torchvision") if known.endswith(f":{short}")]
-        raise ValueError(unknown_network(name, elsewhere or [*model_names(), *model_names("torchvision")]))
+        raise ValueError(unknown_network(name, elsewhere or [*model_names(), *DECODERS, *model_names("torchvision")]))
     images = f"{in_channels} x {size[0]} x {size[1]} images"
     try:
         model = make()
