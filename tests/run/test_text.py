@@ -51,7 +51,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(texts: Path, out: Path, **changes: Any) -> FitConfig:
     """Two epochs of six steps with periodic guidance; an epoch is a part of a pass over the rows."""
     values: dict[str, Any] = {
-        "out": str(out), "model": "gpt-nano", "model_options": SMALL, "data": f"text:{texts}", "data_root": str(texts.parent / "root"),
+        "out": str(out), "model": "gpt-nano", "model_options": SMALL, "data": f"text:{texts}",
+        "data_root": str(texts.parent / "root"),
         "context": 16, "num_validation": 9, "epoch_rows": 50, "epochs": 2, "batch_size": 8, "optimizer": "adamw",
         "lr": 0.01, "modules": 3, "rule": "greedy", "auxiliary": "linear", "memory": "full", "precision": "fp32",
         "device": "cpu", "num_threads": 1, "log_every": 2, "tensorboard": False,
@@ -153,8 +154,8 @@ def test_micro_batches_count_by_their_tokens(parts: int) -> None:
 def test_what_decays(texts: Path, tmp_path: Path) -> None:
     """By names: matrices of linear layers; the auxiliary networks apart, at a learning rate of their own."""
     changes = {
-        "model_options": SMALL | {"tied": True}, "weight_decay": 0.1, "weight_decay_of": "matrices", "auxiliary_lr": 0.002,
-        "auxiliary_weight_decay": 0.03,
+        "model_options": SMALL | {"tied": True}, "weight_decay": 0.1, "weight_decay_of": "matrices",
+        "auxiliary_lr": 0.002, "auxiliary_weight_decay": 0.03,
     }  # fmt: skip
     net, optimizer = built(config(texts, tmp_path, **changes))
     told = {name: (g["weight_decay"], g["lr"]) for name, g in group_of(net, optimizer).items()}

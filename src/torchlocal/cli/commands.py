@@ -50,7 +50,7 @@ _COMMANDS = {
     "compare": "Train by several methods and seeds; report accuracy, memory and time side by side.",
     "partition": "Show where a network is cut into local modules and what each unit costs.",
     "plan": "Predict what every way to train takes, and recommend one that fits into a memory budget.",
-    "export": "Write the trained backbone as safetensors, .pt or a torch.export program.",
+    "export": "Write the trained backbone as safetensors, .pt, a torch.export program, or a folder for transformers.",
     "recipes": "List the shipped recipes, or print one.",
 }
 # Classes, channels, height and width, so that `partition` need not download what it only wants the shape of.
@@ -520,7 +520,8 @@ def _export(argv: Sequence[str]) -> int:
             name="to",
             kind=str | None,
             metavar="FILE",
-            help="File to write: .safetensors or .pt for the backbone's state_dict, .pt2 for a torch.export program.",
+            help="File to write: .safetensors or .pt for the backbone's state_dict, .pt2 for a torch.export program; "
+            "or a folder, in the form of save_pretrained, for networks of transformers.",
         ),
         Option(name="weights", default="best", help="best (on validation images) or last, of a folder."),
     )
@@ -534,7 +535,9 @@ def _export(argv: Sequence[str]) -> int:
     path = export(
         expand(values["run"]), to=expand(values["to"]), weights=values["weights"], overwrite=values["overwrite"]
     )
-    print(f"Wrote {path} ({path.stat().st_size:,} bytes); loaded back, its outputs are the backbone's.")
+    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files)
+    print(f"Wrote {path} ({size:,} bytes); loaded back, its outputs are the backbone's.")
     return 0
 
 
