@@ -331,6 +331,20 @@ def test_progress_tells_tokens(texts: Path, tmp_path: Path, capsys: pytest.Captu
     assert "images" not in told and "accuracy" not in told and list((tmp_path / "run" / "tensorboard").iterdir())
 
 
+def test_the_command(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model=gpt-nano", f"--data=text:{texts}", f"--data-root={texts.parent / 'root'}", "--context=16"]
+    options += ["--batch-size=4", "--rule=greedy", "--auxiliary=linear"]
+    run = ["--steps=2", "--modules=2", "--precision=fp32", "--device=cpu", "--tensorboard=false", "--optimizer=adamw"]
+    assert main(["fit", *options, *run, "--lr=0.001", "--quiet", f"--out={tmp_path / 'run'}"]) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    bits = f"{result['test_bits_per_byte']:.3f} bits per byte"
+    assert f"Test perplexity {result['test_perplexity']:.2f} ({bits}) after 2 steps" in capsys.readouterr().out
+    for modules in ("3", "fewest"):
+        assert main(["partition", *options, f"--modules={modules}"]) == 0
+        told = capsys.readouterr().out
+        assert "gpt-nano: 5 units" in told and "16 x 64" in told and "16 x 1024" in told
+
+
 # --- stop and resume ---
 
 

@@ -439,7 +439,7 @@ class DataConfig(Section):
     tokenizer: str | None = option(
         None,
         "Text: a tokenizer.json; by default byte-pair encoding of 1,024 tokens, which is shipped.",
-        partial(folder, none=True),
+        partial(text, none=True),
         free=True,
         common=True,
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchlocal.checks import number, text, whole
+from torchlocal.checks import number, whole
 from torchlocal.cut.batches import as_prediction
 from torchlocal.data.tokenizers import Tokenizer, read_tokenizer
 from torchlocal.models import build_language_model
@@ -55,7 +55,8 @@ def generate(
         ValueError: an argument is wrong, or the run is not one on text.
         FileNotFoundError: there is no checkpoint.
     """
-    text("prompt", prompt or " ")
+    if not isinstance(prompt, str):
+        raise ValueError(f"prompt={prompt!r} must be text")
     whole("length", length, 1)
     number("temperature", temperature)
     whole("top_k", top_k, 1, none=True)
