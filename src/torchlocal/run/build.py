@@ -164,6 +164,12 @@ def build_optimizer(config: FitConfig, net: nn.Module | ParallelNetwork) -> torc
 
     They are one group, or where the configuration tells them apart, four, some of which may be empty: of the backbone
     and of the auxiliary networks those that decay and those that do not (see :func:`_groups`).
+    """
+    return make_optimizer(config, _groups(config, net))
+
+
+def make_optimizer(config: FitConfig, parameters: Iterable[Any]) -> torch.optim.Optimizer:
+    """Make the optimizer that the configuration asks for.
 
     Raises:
         ValueError: if torch.optim has no such optimizer, or it does not take the configuration's values.
@@ -188,7 +194,7 @@ def build_optimizer(config: FitConfig, net: nn.Module | ParallelNetwork) -> torc
                 f"{name}={getattr(chosen, name)} is unknown to optimizer={chosen.optimizer!r}: give {name}=0"
             )
     try:
-        return kind(_groups(config, net), **options)
+        return kind(parameters, **options)
     except (TypeError, ValueError) as error:
         given = ", ".join(f"{name}={value}" for name, value in options.items())
         raise ValueError(
@@ -197,7 +203,7 @@ def build_optimizer(config: FitConfig, net: nn.Module | ParallelNetwork) -> torc
         ) from error
 
 
-def _groups(config: FitConfig, net: nn.Module | ParallelNetwork) -> Any:
+def _groups(config: FitConfig, net: nn.Module | ParallelNetwork) -> Iterable[Any]:
     """The parameters, or groups of them, each in the network's order, so that those of several ranks can be joined.
 
     Matrices decay. Vectors (norms, biases, a temperature) do not, nor does what an embedding holds, which may be the
