@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import torchlocal as tl
-from torchlocal.models import BasicBlock, build_model
+from torchlocal.models import build_model
+from torchlocal.models.images import BasicBlock
 from torchlocal.rules import make_rule
 
 

@@ -1,6 +1,7 @@
-"""A network for tests that train whole runs."""
+"""Networks for tests that train whole runs."""
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class SmallNet(nn.Module):
@@ -16,3 +17,44 @@ class SmallNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.block2(self.block1(self.stem(x)))
         return self.head(x.mean((2, 3)))
+
+
+class Block(nn.Module):
+    """Attention to what came before, and a hidden layer."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.projection, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.hidden = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.projection(self.norm1(x)).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + self.dropout(self.out(attended))
+        return x + self.dropout(self.hidden(self.norm2(x)))
+
+
+class Decoder(nn.Module):
+    """A small language model: ids (N, T) to scores (N, T, V)."""
+
+    def __init__(
+        self,
+        vocabulary: int,
+        context: int,
+        *,
+        width: int = 16,
+        depth: int = 4,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
+        self.blocks = nn.ModuleList(Block(width, dropout) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids) + self.places.weight[: ids.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))

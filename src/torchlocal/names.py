@@ -9,11 +9,12 @@ from pathlib import Path
 
 from torchlocal.checks import suggestion
 
-__all__ = ["DATA", "DECODERS", "NETWORKS", "check_names", "unknown_data", "unknown_network"]
+__all__ = ["DATA", "DECODERS", "NETWORKS", "TEXT", "check_names", "unknown_data", "unknown_network"]
 
 NETWORKS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "vgg8b", "vgg11b", "mlp")
 DECODERS = ("gpt-nano", "gpt-tiny", "gpt-mini", "gpt-small", "gpt-medium", "gpt-large", "gpt-xl")  # for text
 DATA = ("fashion-mnist-small", "digits", "fashion-mnist", "cifar10", "cifar100", "svhn", "stl10", "folder")
+TEXT = ("text:", "tokens:", "dataset:")  # begin the names of texts
 _DEVICE = re.compile(r"(auto|cpu|cuda|xpu|mps|mtia|hpu|xla|npu|ipu|ve|fpga|maia|hip|vulkan|meta|privateuseone)(:\d+)?")
 _REGISTERED = re.compile(r"^@register_model\(.*\)\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
 
@@ -28,7 +29,7 @@ def check_names(*, model: object = None, data: object = None, device: object = N
         found = [f"torchvision:{name}" for name in _of_torchvision()]
         alike = [m for m in found if m.endswith(f":{model}")]
         raise ValueError(unknown_network(model, alike or [*NETWORKS, *DECODERS, *found]))
-    if isinstance(data, str) and data.removeprefix("pairs:") not in DATA:
+    if isinstance(data, str) and data.removeprefix("pairs:") not in DATA and not data.startswith(TEXT):
         raise ValueError(unknown_data(data))
     if isinstance(device, str) and not _DEVICE.fullmatch(device):
         raise ValueError(f'device={device!r} is not available here: give "auto" or "cpu"')
@@ -58,7 +59,10 @@ def unknown_data(name: str) -> str:
     """What to say of a name that no data set has."""
     base, pairs = name.removeprefix("pairs:"), "pairs:" if name.startswith("pairs:") else ""
     hint = suggestion(base.lower(), DATA, most=2, cutoff=0.5, prefix=pairs)
-    return f"data {name!r} is unknown{hint}: choose {', '.join(DATA)}, or pairs:NAME with one of these"
+    return (
+        f"data {name!r} is unknown{hint}: choose {', '.join(DATA)}, pairs:NAME with one of these, or "
+        "text: text:stdlib, text:PATH, tokens:PATH or dataset:PATH"
+    )
 
 
 def _of_torchvision() -> list[str]:

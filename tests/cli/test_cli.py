@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,24 @@ from torchlocal.cli import commands as cli
 from torchlocal.cli.commands import main
 from torchlocal.cli.options import recipe_names, recipe_options
 from torchlocal.compare.comparison import CompareConfig
+from torchlocal.data import TextBundle
 from torchlocal.models import build_model
+from torchlocal.names import check_names
 from torchlocal.network import DecoupledNetwork, decouple
 from torchlocal.run import trainer
-from torchlocal.run.build import train_step
+from torchlocal.run.build import build_network, resolve_execution, train_step
 from torchlocal.run.config import (
     FitConfig,
     GuidanceConfig,
+    build_guidance,
     build_rule,
     declared,
     fit_options,
     guided_memory,
 )
+from torchlocal.tokens import TokenCrossEntropy
 
-COMMANDS = ["fit", "evaluate", "compare", "partition", "plan", "export", "recipes"]
+COMMANDS = ["fit", "evaluate", "generate", "compare", "partition", "plan", "export", "recipes"]
 TINY = [
     "--data=digits", "--num-train=128", "--num-validation=32", "--model=small", "--modules=3", "--guidance.period=2",
     "--epochs=2", "--batch-size=32", "--precision=fp32", "--num-threads=1", "--tensorboard=false",
@@ -247,6 +252,7 @@ def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
 
 # --- recipes ---
 
+TEXTS = ("text-gpt", "text-gpt-local")
 _NETWORKS: dict[Any, DecoupledNetwork] = {}  # recipes that differ in their length only share one
 
 
@@ -258,7 +264,7 @@ def test_a_command_takes_a_recipe(name: str, command: str, capsys: pytest.Captur
     assert "epochs=0 must be" in refused([command, "--config", name, "--epochs", "0"], capsys)
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name not in TEXTS])
 def test_a_recipe_trains(name: str) -> None:
     own = {one.name: one for one in declared(CompareConfig)}
     config = FitConfig.of(**recipe_options(name, section=None, known=fit_options()))
@@ -294,6 +300,35 @@ def test_a_recipe_trains(name: str) -> None:
         parameters = [p for p in net.parameters() if p.requires_grad]
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in parameters)
         assert sum(bool(p.grad.any()) for p in parameters if p.grad is not None) > 0.9 * len(parameters)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_recipe_for_text_trains(name: str) -> None:
+    config = FitConfig.of(**recipe_options(name, section=None, known=fit_options()))
+    check_names(model=config.model.name, data=config.data.name)
+    text = TextBundle(
+        name="", train=(), validation=(), test=(), vocabulary=1024, context=32, told="", tokens={}
+    )  # shorter, and no text at all
+    torch.manual_seed(0)
+    assert (config.data.epoch_rows, config.optimisation.batch_size) == (1200, 8)
+    config = config.changed(batch_size=2, device="cpu", precision="fp32")
+    net = build_network(config, text, resolve_execution(config))
+    assert net.num_modules == config.cut.modules == 8 and isinstance(net.criterion, TokenCrossEntropy)
+    steps_per_epoch = 1200 // 8
+    guidance = build_guidance(config).bind(num_steps=900, steps_per_epoch=steps_per_epoch)
+    shares = {"text-gpt": 0.4, "text-gpt-local": 0.0}
+    assert steps_per_epoch * config.optimisation.epochs == 900 and guidance.share == shares[name]
+    ids = torch.randint(1024, (2, 33), generator=torch.Generator().manual_seed(0))
+    for step in (net.local_step, partial(net.guided_step, **guided_memory(config))):
+        net.zero_grad(set_to_none=True)
+        losses = step(ids[:, :-1], ids[:, 1:])
+        assert len(losses) == 8 and all(6 < loss < 8 for loss in losses)  # ln 1024 = 6.9
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
+
+
+def test_texts_are_not_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(["compare", "--model=gpt-tiny", "--data=text:stdlib", "--out=nowhere"], capsys)
+    assert "data='text:stdlib' is text, and compare reports accuracies" in message and not Path("nowhere").exists()
 
 
 # --- wrong input ---

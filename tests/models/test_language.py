@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchlocal as tl
+from torchlocal.data import TextBundle
 from torchlocal.models import GPT, SIZES, build_language_model, build_model
 from torchlocal.names import DECODERS, check_names
 from torchlocal.run.config import FitConfig
@@ -120,7 +121,7 @@ def test_it_is_cut_between_its_blocks(tied: bool) -> None:
 
 def test_a_run_makes_it_for_its_data() -> None:
     config = FitConfig.of(model="gpt-nano", model_options={"layers": 2, "tied": False})
-    text: Any = SimpleNamespace(vocabulary=50, context=16)
+    text = TextBundle(name="", train=(), validation=(), test=(), vocabulary=50, context=16, told="", tokens={})
     model: Any = Own().make_model(config, text)
     assert len(model.blocks) == 2 and model.read_out.weight.shape == (50, 64) and model.context == 16
     images: Any = SimpleNamespace(num_classes=10, shape=(1, 8, 8))

@@ -1,4 +1,4 @@
-"""The `torchlocal` command: fit, evaluate, compare, partition, plan, export, recipes."""
+"""The `torchlocal` command: fit, evaluate, generate, compare, partition, plan, export, recipes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from torchlocal.cli.options import (
     with_dashes,
 )
 from torchlocal.lifetime import end_with_parent, on_signals, unbroken_streams
-from torchlocal.names import check_names
+from torchlocal.names import TEXT, check_names
 from torchlocal.run.config import FitConfig, Option, declared, fit_options, sections
 from torchlocal.run.folder import expand
 
@@ -46,11 +46,12 @@ __all__ = ["main"]
 _DESCRIPTION = "Train a network as gradient-isolated local modules, with the global objective reinstated periodically."
 _COMMANDS = {
     "fit": "Train one network: end-to-end, locally, or with periodic guidance.",
-    "evaluate": "Tell the accuracy of a run, also by depth through every auxiliary network.",
+    "evaluate": "Tell the accuracy of a run, on text its perplexity, also by depth through every auxiliary network.",
+    "generate": "Continue a text with a network that was trained on text.",
     "compare": "Train by several methods and seeds; report accuracy, memory and time side by side.",
     "partition": "Show where a network is cut into local modules and what each unit costs.",
     "plan": "Predict what every way to train takes, and recommend one that fits into a memory budget.",
-    "export": "Write the trained backbone as safetensors, .pt or a torch.export program.",
+    "export": "Write the trained backbone as safetensors, .pt, a torch.export program, or a folder for transformers.",
     "recipes": "List the shipped recipes, or print one.",
 }
 # Classes, channels, height and width, so that `partition` need not download what it only wants the shape of.
@@ -169,12 +170,20 @@ def _fit(argv: Sequence[str]) -> int:
         writes = Team(config.run.replicas).writes
     if not writes:
         return 0
+    test = f"accuracy {100 * result['test_accuracy']:.2f} %" if "text" not in result else _perplexity(result)
     print(
-        f"Test accuracy {100 * result['test_accuracy']:.2f} % after {result['steps']} steps, "
+        f"Test {test} after {result['steps']} steps, "
         f"{100 * result['guided_share']:.0f} % of them guided, in {result['seconds']:.0f} s. "
         f"Run folder: {config.run.out}"
     )
     return 0
+
+
+def _perplexity(result: Mapping[str, Any]) -> str:
+    """What a run on text has come to, in words."""
+    bits = result.get("test_bits_per_byte")
+    told = "beyond counting" if result["test_perplexity"] is None else f"{result['test_perplexity']:.2f}"
+    return f"perplexity {told}" + (f" ({bits:.3f} bits per byte)" if bits is not None else "")
 
 
 def _check_names(config: FitConfig) -> None:
@@ -270,6 +279,11 @@ def _compare(argv: Sequence[str]) -> int:
     chosen |= {name: tuple(value) for name, value in chosen.items() if isinstance(value, list)}
     config = CompareConfig(**chosen, fit=_config({name: values[name] for name in run}))
     _check_names(config.fit)
+    if config.fit.data.name.startswith(TEXT):
+        raise ValueError(
+            f"data={config.fit.data.name!r} is text, and compare reports accuracies: train each method with fit, and "
+            "compare what evaluate tells"
+        )
 
     from torchlocal.compare.comparison import compare
     from torchlocal.compare.report import terminal_table
@@ -302,6 +316,7 @@ def _evaluate(argv: Sequence[str]) -> int:
     if split not in ("test", "validation", "train"):
         raise ValueError(f"--split {split} is unknown: choose test, validation or train")
 
+    from torchlocal.cli.tables import perplexity_table
     from torchlocal.compare.tables import depth_table
     from torchlocal.run.evaluation import evaluate
 
@@ -309,14 +324,37 @@ def _evaluate(argv: Sequence[str]) -> int:
     if values["json"]:
         print(json.dumps(result, indent=2))
     else:
-        _console().print(depth_table(result, split=split))
+        table = perplexity_table if "perplexity" in result else depth_table
+        _console().print(table(result, split=split))
+    return 0
+
+
+def _generate(argv: Sequence[str]) -> int:
+    parser = Parser("generate", "RUN [options]", _COMMANDS["generate"])
+    parser.word("run", "Folder of a run on text, or one of its checkpoints.")
+    parser.add(
+        Option(name="prompt", default="", help="How the text begins."),
+        Option(name="length", kind=int, default=200, help="Largest number of tokens that follow."),
+        Option(name="temperature", kind=float, default=1.0, help="Scores are divided by it; 0: the most likely token."),
+        Option(name="top_k", kind=int | None, help="Draw from so many most likely tokens only."),
+        Option(name="seed", kind=int, default=0, help="Seed of the draws."),
+        fit_options()["device"],
+    )
+    values = parser.parse(argv)
+
+    from torchlocal.run.generation import generate
+
+    run, prompt = expand(values.pop("run")), values.pop("prompt")
+    print(generate(run, prompt, **values))
     return 0
 
 
 def _partition(argv: Sequence[str]) -> int:
     parser = Parser("partition", "[--config RECIPE] [options]", _COMMANDS["partition"])
     parser.recipes()
-    options = _add_run_options(parser, {*_NETWORK, *_RULE, "data", "data_root", "image_size", "batch_size"})
+    options = _add_run_options(
+        parser, {*_NETWORK, *_RULE, "data", "data_root", "image_size", "context", "tokenizer", "batch_size"}
+    )
     parser.add(
         Option(name="shape", kind=list[int] | None, help="Channels, height and width in pixels."),
         Option(name="num_classes", kind=int, default=10, help="Number of classes, used with --shape."),
@@ -342,29 +380,26 @@ def _partition(argv: Sequence[str]) -> int:
 
 def _decouple(config: FitConfig, shape: Sequence[int] | None, num_classes: int) -> DecoupledNetwork:
     """The network of a run, cut for the shape of a batch; data are read only if their shape is not known by name."""
-    from torchlocal.data import load_data
     from torchlocal.models import build_model
     from torchlocal.network import decouple
     from torchlocal.run.build import make_optimizer, resolve_execution
     from torchlocal.run.config import build_rule
+    from torchlocal.run.own import Own
 
+    cut: dict[str, Any] = {"modules": None if config.cut.after else config.cut.modules, "cuts": config.cut.after}
+    cut |= {"optimizer": partial(make_optimizer, config), "autocast": resolve_execution(config).autocast}
     name = config.data.name.removeprefix("pairs:")
     if shape is None and name in _SHAPES:
         num_classes, *shape = _SHAPES[name]
         shape[2] *= 2 if name != config.data.name else 1
     elif shape is None:
-        data = load_data(config.data.name, root=config.data.root, image_size=config.data.image_size)
-        num_classes, shape = data.num_classes, data.shape
+        data = Own().load(config)
+        sample = data.sample(config.optimisation.batch_size)
+        return decouple(Own().make_model(config, data), sample=sample, rule=build_rule(config), **cut)
     channels, height, width = shape
     model = build_model(config.model.name, num_classes=num_classes, in_channels=channels, image_size=(height, width))
     return decouple(
-        model,
-        modules=None if config.cut.after else config.cut.modules,
-        cuts=config.cut.after,
-        sample=(config.optimisation.batch_size, channels, height, width),
-        rule=build_rule(config),
-        optimizer=partial(make_optimizer, config),
-        autocast=resolve_execution(config).autocast,
+        model, sample=(config.optimisation.batch_size, channels, height, width), rule=build_rule(config), **cut
     )
 
 
@@ -499,7 +534,8 @@ def _export(argv: Sequence[str]) -> int:
             name="to",
             kind=str | None,
             metavar="FILE",
-            help="File to write: .safetensors or .pt for the backbone's state_dict, .pt2 for a torch.export program.",
+            help="File to write: .safetensors or .pt for the backbone's state_dict, .pt2 for a torch.export program; "
+            "or a folder, in the form of save_pretrained, for networks of transformers.",
         ),
         Option(name="weights", default="best", help="best (on validation images) or last, of a folder."),
     )
@@ -513,7 +549,9 @@ def _export(argv: Sequence[str]) -> int:
     path = export(
         expand(values["run"]), to=expand(values["to"]), weights=values["weights"], overwrite=values["overwrite"]
     )
-    print(f"Wrote {path} ({path.stat().st_size:,} bytes); loaded back, its outputs are the backbone's.")
+    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files)
+    print(f"Wrote {path} ({size:,} bytes); loaded back, its outputs are the backbone's.")
     return 0
 
 
@@ -536,6 +574,7 @@ def _recipes(argv: Sequence[str]) -> int:
 _RUNNERS: dict[str, Callable[[Sequence[str]], int]] = {
     "fit": _fit,
     "evaluate": _evaluate,
+    "generate": _generate,
     "compare": _compare,
     "partition": _partition,
     "plan": _plan,

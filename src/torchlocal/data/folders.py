@@ -16,7 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImageFolders", "read_folders", "read_image"]
+__all__ = ["ImageFolders", "is_clutter", "read_folders", "read_image"]
 
 # torchvision's, and others that Pillow opens.
 _ENDINGS = (
@@ -97,7 +97,7 @@ def _list_part(folder: Path) -> dict[str, list[str]]:
     """Returns the images of every class folder."""
     listing = {}
     with os.scandir(folder) as found:
-        entries = sorted((entry for entry in found if not _is_clutter(entry.name)), key=lambda entry: entry.name)
+        entries = sorted((entry for entry in found if not is_clutter(entry.name)), key=lambda entry: entry.name)
     for entry in entries:
         if entry.is_dir():
             files = sorted(_walk(entry.path, ()))  # folder by folder
@@ -116,7 +116,7 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name.lower()
-            if _is_clutter(entry.name):
+            if is_clutter(entry.name):
                 continue
             if entry.is_dir():
                 yield from _walk(entry.path, (*above, identity))
@@ -130,7 +130,8 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str
                 yield folder, entry.name
 
 
-def _is_clutter(name: str) -> bool:
+def is_clutter(name: str) -> bool:
+    """Whether a file or folder is hidden, or left behind by operating systems and tools."""
     return name.startswith(".") or name in _CLUTTER
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from torchlocal.cut.batches import num_examples
-from torchlocal.data.named import DataBundle
+from torchlocal.data.bundles import DataBundle
 from torchlocal.data.splits import LOADER_STREAM, make_generator
 
 __all__ = ["LoaderBundle", "LoaderSplit", "bundle"]

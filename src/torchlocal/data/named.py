@@ -5,53 +5,23 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchlocal.checks import whole
+from torchlocal.data.bundles import DataBundle
 from torchlocal.data.folders import read_folders
-from torchlocal.data.sources import READERS
+from torchlocal.data.sources import READERS, default_root
 from torchlocal.data.splits import FOLDER_STREAM, VALIDATION_STREAM, FolderSource, MemorySource, Split, make_generator
-from torchlocal.names import unknown_data
+from torchlocal.data.text import load_text
+from torchlocal.names import TEXT, unknown_data
 
-__all__ = ["DataBundle", "Split", "data_names", "load_data"]
+__all__ = ["data_names", "load_data"]
 
 _LONGEST_SIDE = 16_384  # of the images of a folder: a batch of one would take 3 GiB
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataBundle:
-    """A data set, split.
-
-    Args:
-        name: the name it was loaded by.
-        train: to train on.
-        validation: to decide by; never part of the test set.
-        test: to evaluate once, at the end.
-        num_classes: number of classes.
-        shape: of one image, `(C, H, W)`.
-        classes: names of the class folders, in the order of their labels; empty for other data sets.
-        checksum: of all images and labels that were found (of a folder: of the files' names), so that a run can tell
-            that they have changed.
-    """
-
-    name: str
-    train: Split
-    validation: Split
-    test: Split
-    num_classes: int
-    shape: tuple[int, int, int]
-    classes: tuple[str, ...] = ()
-    checksum: str = ""
-
-    def sample(self, batch_size: int) -> Any:
-        """What a network is cut for: a batch of the training images, or the shape of one."""
-        return max(2, batch_size), *self.shape  # BatchNorm asks for two
 
 
 def data_names() -> list[str]:
@@ -70,6 +40,9 @@ def load_data(
     seed: int = 0,
     image_size: int | tuple[int, int] | None = None,
     num_workers: int | None = None,
+    context: int | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    epoch_rows: int | None = None,
 ) -> DataBundle:
     """Loads a data set by name.
 
@@ -81,6 +54,11 @@ def load_data(
     The images of a `folder` are brought to RGB of 8 bits: 16-bit values from their full range, floating-point values
     from 0..1, what is transparent as white, upright as the camera noted (EXIF). Hidden files and folders are passed
     over, and so is what operating systems leave behind.
+
+    Text, as a :class:`TextBundle`: `text:stdlib` (the source of Python's standard library, on every machine),
+    `text:PATH` (a file, or a folder of files), `tokens:PATH.bin` (see :func:`torchlocal.data.corpora.read_tokens`) and
+    `dataset:PATH` (what `save_to_disk` of the package `datasets` wrote). Documents, the token that ends a text after
+    each, are cut into rows of `context` tokens; a twentieth of them is for validation, another for testing.
 
     Training images are cropped at random after padding and mirrored at random, as in the literature:
 
@@ -112,6 +90,11 @@ def load_data(
         seed: of the validation split. It is not the run's seed: leave it and all runs are judged by the same images.
         image_size: only for `folder`: side, or height and width, 224 by default.
         num_workers: only for `folder`: processes that decode images; None for one per core but at most four.
+        context: only for text: tokens of a row, 256 by default. `num_train` and `num_validation` are of rows there, by
+            default all; text is kept encoded in the folder `tokens` under `root`.
+        tokenizer: only for text: a tokenizer.json, or a folder that holds one; by default byte-pair encoding of 1,024
+            tokens, trained on `text:stdlib`.
+        epoch_rows: only for text: rows of an epoch, after which a run validates; by default all.
 
     Returns:
         The data set, split.
@@ -119,6 +102,21 @@ def load_data(
     Raises:
         ValueError: an argument is wrong, or files are missing or damaged; one sentence says which and what to do.
     """
+    if name.startswith(TEXT):
+        if image_size is not None:
+            raise ValueError(f"image_size={image_size} means nothing to text, such as {name!r}: leave it out")
+        return load_text(
+            name,
+            root=default_root() if root is None else _path(root),
+            context=context,
+            tokenizer=tokenizer,
+            num_train=num_train,
+            num_validation=num_validation,
+            epoch_rows=epoch_rows,
+        )
+    for argument, value in (("context", context), ("tokenizer", tokenizer), ("epoch_rows", epoch_rows)):
+        if value is not None:
+            raise ValueError(f"{argument}={value!r} is for text, and data={name!r} is none: leave it out")
     base, pairs = (name.removeprefix("pairs:"), True) if name.startswith("pairs:") else (name, False)
     if base not in data_names():
         raise ValueError(unknown_data(name))

@@ -20,9 +20,10 @@ from torchlocal.data.folders import read_image
 __all__ = ["Augmentation", "FolderSource", "ImageSource", "MemorySource", "Split", "make_generator"]
 
 # What a random stream is for: the first word of its key, so that no two purposes ever share a stream.
-_SHUFFLE, _AUGMENT, _PARTNERS, _FIXED_PARTNERS, VALIDATION_STREAM, FOLDER_STREAM, DIGITS_STREAM, LOADER_STREAM = range(
-    1, 9
-)
+(
+    SHUFFLE_STREAM, _AUGMENT, _PARTNERS, _FIXED_PARTNERS, VALIDATION_STREAM, FOLDER_STREAM, DIGITS_STREAM,
+    LOADER_STREAM, DOCUMENT_STREAM,
+) = range(1, 10)  # fmt: skip
 
 
 def make_generator(purpose: int, *, seed: int = 0, epoch: int = 0, index: int = 0) -> torch.Generator:
@@ -309,7 +310,7 @@ class _Pass(Dataset[tuple[Tensor, Tensor, str]]):
         self.batch_size, self.epoch, self.train, self.seed = batch_size, epoch, train, seed
         self.partners = split._fixed_partners
         if train:
-            self.order = _permutation(len(split), make_generator(_SHUFFLE, seed=seed, epoch=epoch))
+            self.order = _permutation(len(split), make_generator(SHUFFLE_STREAM, seed=seed, epoch=epoch))
             if self.partners is not None:
                 self.partners = _permutation(len(split), make_generator(_PARTNERS, seed=seed, epoch=epoch))
         else:

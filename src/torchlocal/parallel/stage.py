@@ -201,12 +201,13 @@ class Stage:
         """What the optimizer of a single process would have as its state; every rank has to call it.
 
         Args:
-            optimizer: this rank's, over ``parameters()`` in one group.
+            optimizer: this rank's, over ``parameters()`` in one group; or in several, as many on every rank, each in
+                the network's order, of which some may be empty.
 
         Returns:
             The state on the last stage, None elsewhere.
         """
-        own, numbers = optimizer.state_dict(), self._numbers(optimizer)
+        own, (numbers, groups) = optimizer.state_dict(), self._numbers(optimizer)
         part = {numbers[i]: tree_map_only(Tensor, Tensor.cpu, value) for i, value in own["state"].items()}
         first = self.replica * len(self.stages)
         parts: list[Any] | None = [None] * len(self.stages) if self.is_last else None
@@ -215,15 +216,16 @@ class Stage:
         if parts is None:
             return None
         merged = {number: value for part in parts for number, value in part.items()}
-        group = {**own["param_groups"][0], "params": list(range(len(list(self.net.parameters()))))}
-        return {"state": {number: merged[number] for number in sorted(merged)}, "param_groups": [group]}
+        joined = [{**group, "params": params} for group, params in zip(own["param_groups"], groups, strict=True)]
+        return {"state": {number: merged[number] for number in sorted(merged)}, "param_groups": joined}
 
     def load_optimizer_state(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-        """Load what belongs to this rank of the state of a single process's optimizer."""
-        numbers = self._numbers(optimizer)
+        """Load what belongs to this rank of the state of a single process's optimizer; every rank has to call it."""
+        numbers, _ = self._numbers(optimizer)
         own = {i: state["state"][number] for i, number in numbers.items() if number in state["state"]}
-        group = {**state["param_groups"][0], "params": list(numbers)}
-        optimizer.load_state_dict({"state": own, "param_groups": [group]})
+        groups = zip(state["param_groups"], optimizer.state_dict()["param_groups"], strict=True)
+        joined = [{**theirs, "params": ours["params"]} for theirs, ours in groups]
+        optimizer.load_state_dict({"state": own, "param_groups": joined})
 
     def sum_over_stages(self, values: Tensor) -> Tensor:
         """The sum of a tensor over the stages of this replica, on every one of them."""
@@ -287,12 +289,19 @@ class Stage:
         last = len(self.stages) - 1
         return {name: owner.get(id(tensor), last) for name, tensor in net.state_dict(keep_vars=True).items()}
 
-    def _numbers(self, optimizer: torch.optim.Optimizer) -> dict[int, int]:
-        """For every parameter of this rank's optimizer its number among all parameters."""
-        if len(optimizer.param_groups) != 1:
-            raise ValueError(
-                f"optimizer: its {len(optimizer.param_groups)} parameter groups cannot be joined over the ranks; make "
-                "one with a single group"
-            )
+    def _numbers(self, optimizer: torch.optim.Optimizer) -> tuple[dict[int, int], list[list[int]]]:
+        """For every parameter of this rank's optimizer its number in that of a single process, and those by group."""
         places = {id(parameter): i for i, parameter in enumerate(self.net.parameters())}
-        return {i: places[id(p)] for i, p in enumerate(optimizer.param_groups[0]["params"])}
+        own = [[places[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+        parts: list[Any] = [None] * len(self.stages)
+        with watched(self._others, self._timeout):
+            dist.all_gather_object(parts, own, group=self._control)
+        if len({len(part) for part in parts}) > 1 or any(places != sorted(places) for places in own):
+            raise ValueError(
+                "optimizer: its parameter groups cannot be joined over the ranks; make as many on every rank, each "
+                "with its parameters in the network's order"
+            )
+        joined = [sorted(place for group in groups for place in group) for groups in zip(*parts, strict=True)]
+        number = {place: i for i, place in enumerate(place for group in joined for place in group)}
+        own_numbers = dict(enumerate(number[place] for group in own for place in group))
+        return own_numbers, [[number[place] for place in group] for group in joined]

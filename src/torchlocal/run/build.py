@@ -103,19 +103,17 @@ def load_shared_data(config: FitConfig, own: Own, team: Team) -> DataBundle:
         )
     loaded: DataBundle | None = None
 
-    def load() -> dict[str, Any]:
+    def load() -> DataBundle:
         nonlocal loaded
         loaded = own.load(config)
-        sizes = {name: len(getattr(loaded, name)) for name in ("train", "validation", "test")}
-        fields = ("name", "num_classes", "shape", "classes", "checksum")
-        return {**{name: getattr(loaded, name) for name in fields}, **sizes}
+        splits: Any = {name: RemoteSplit(len(getattr(loaded, name))) for name in ("train", "validation", "test")}
+        return dataclasses.replace(loaded, **splits)
 
-    told = team.at_reader(load)
+    told: DataBundle = team.at_reader(load)
     if loaded is None and team.reads:  # the first stage of another replica
         loaded = own.load(config)
     if loaded is None:
-        splits = {name: RemoteSplit(told[name]) for name in ("train", "validation", "test")}
-        return DataBundle(**{**told, **splits})
+        return told
     share: Any = ShareOfSplit(loaded.train, team.replica, team.replicas)
     return dataclasses.replace(loaded, train=share)
 
@@ -155,7 +153,7 @@ def build_network(config: FitConfig, data: DataBundle, execution: Execution, own
             Tensor, lambda tensor: tensor.to(anchor.device), data.sample(config.optimisation.batch_size)
         ),
         rule=build_rule(config),
-        criterion=own.make_criterion(config),
+        criterion=own.make_criterion(config, data),
         prediction=own.make_prediction(),
         optimizer=partial(make_optimizer, config),
         autocast=execution.autocast,
@@ -166,11 +164,15 @@ def build_network(config: FitConfig, data: DataBundle, execution: Execution, own
 
 
 def build_optimizer(config: FitConfig, net: nn.Module | ParallelNetwork) -> torch.optim.Optimizer:
-    """Build the optimizer of a run over all parameters (of this rank), those of the auxiliary networks among them."""
-    return make_optimizer(config, net.parameters())
+    """Build the optimizer of a run over all parameters (of this rank), those of the auxiliary networks among them.
+
+    They are one group, or where the configuration tells them apart, four, some of which may be empty: of the backbone
+    and of the auxiliary networks those that decay and those that do not (see :func:`_groups`).
+    """
+    return make_optimizer(config, _groups(config, net))
 
 
-def make_optimizer(config: FitConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(config: FitConfig, parameters: Iterable[Any]) -> torch.optim.Optimizer:
     """Make the optimizer that the configuration asks for.
 
     Raises:
@@ -190,10 +192,11 @@ def make_optimizer(config: FitConfig, parameters: Iterable[nn.Parameter]) -> tor
             raise ValueError(f'optimizer={chosen.optimizer!r} cannot be used: give "sgd", "adamw", {", ".join(names)}')
     arguments = inspect.signature(kind).parameters
     options |= {name: getattr(chosen, name) for name in ("momentum", "weight_decay") if name in arguments}
-    if chosen.weight_decay and "weight_decay" not in arguments:
-        raise ValueError(
-            f"weight_decay={chosen.weight_decay} is unknown to optimizer={chosen.optimizer!r}: give weight_decay=0"
-        )
+    for name in ("weight_decay", "auxiliary_weight_decay"):
+        if getattr(chosen, name) and "weight_decay" not in arguments:
+            raise ValueError(
+                f"{name}={getattr(chosen, name)} is unknown to optimizer={chosen.optimizer!r}: give {name}=0"
+            )
     try:
         return kind(parameters, **options)
     except (TypeError, ValueError) as error:
@@ -204,7 +207,34 @@ def make_optimizer(config: FitConfig, parameters: Iterable[nn.Parameter]) -> tor
         ) from error
 
 
-def count_steps(config: FitConfig, num_images: int) -> tuple[int, int]:
+def _groups(config: FitConfig, net: nn.Module | ParallelNetwork) -> Iterable[Any]:
+    """The parameters, or groups of them, each in the network's order, so that those of several ranks can be joined.
+
+    Matrices decay. Vectors (norms, biases, a temperature) do not, nor does what an embedding holds, which may be the
+    read-out as well: its rows are moved by few batches, and decay would pull them to zero in all others.
+    """
+    chosen = config.optimisation
+    if chosen.weight_decay_of == "all" and chosen.auxiliary_lr is None and chosen.auxiliary_weight_decay is None:
+        return net.parameters()
+    whole: Any = net.net if isinstance(net, ParallelNetwork) else net
+    auxiliary = {id(parameter) for parameter in whole.auxiliary.parameters()}
+    still: set[int] = set()
+    if chosen.weight_decay_of == "matrices":
+        embeddings = (m for m in whole.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
+        still = {id(m.weight) for m in embeddings} | {id(p) for p in whole.parameters() if p.ndim < 2}
+    groups: list[dict[str, Any]] = []
+    other = chosen.auxiliary_weight_decay
+    given = (chosen.weight_decay, chosen.weight_decay if other is None else other)
+    for apart, decay in enumerate(given):
+        rate = chosen.auxiliary_lr if apart and chosen.auxiliary_lr is not None else chosen.lr
+        for decaying in (True, False):
+            found = [p for p in net.parameters() if (id(p) in auxiliary) == apart and (id(p) not in still) == decaying]
+            options = {"weight_decay": decay if decaying else 0.0} if any(given) else {}
+            groups.append({"params": found, "lr": rate, "lr_factor": rate / chosen.lr, **options})
+    return groups
+
+
+def count_steps(config: FitConfig, num_images: int, what: str = "training images") -> tuple[int, int]:
     """Count the optimizer steps of an epoch and of the whole run.
 
     An optimizer step never spans two epochs: the batches that do not fill an accumulation are dropped, as is an
@@ -218,12 +248,13 @@ def count_steps(config: FitConfig, num_images: int) -> tuple[int, int]:
     if steps_per_epoch == 0:
         accumulated = f" times accumulate={chosen.accumulate}" if chosen.accumulate > 1 else ""
         raise ValueError(
-            f"batch_size={chosen.batch_size}{accumulated} is more than the {num_images} training images: "
-            "make it smaller"
+            f"batch_size={chosen.batch_size}{accumulated} is more than the {num_images} {what}: make it smaller"
         )
     num_steps = chosen.steps or chosen.epochs * steps_per_epoch
     if num_steps > MOST_STEPS:
         raise ValueError(f"epochs={chosen.epochs} make {num_steps:,} steps, more than {MOST_STEPS:,}: make it smaller")
+    if chosen.warmup_steps is not None and chosen.warmup_steps >= num_steps:
+        raise ValueError(f"warmup_steps={chosen.warmup_steps} leaves nothing of the {num_steps} steps: make it smaller")
     if chosen.warmup_epochs * steps_per_epoch >= num_steps:
         raise ValueError(
             f"warmup_epochs={chosen.warmup_epochs} leaves nothing of the {num_steps} steps: make it smaller than "
@@ -241,7 +272,7 @@ def learning_rate(
     (:meth:`Guidance.decay`). `guidance` is the configuration's, bound to this run; without it, it is made.
     """
     chosen = config.optimisation
-    warmup = round(chosen.warmup_epochs * steps_per_epoch)
+    warmup = chosen.warmup_steps or round(chosen.warmup_epochs * steps_per_epoch)
     if chosen.schedule == "cosine":
         if chosen.decay is not None:
             decay = range(min(num_steps - round(chosen.decay * num_steps), num_steps - 1), max(num_steps, step + 1))
@@ -354,7 +385,12 @@ def _enough_for_batch_norm(batch_size: int) -> Iterator[None]:
 
 
 def _clip(net: DecoupledNetwork | ParallelNetwork, norm: float, guided: bool) -> None:
-    """Clip the gradient of each loss by itself, so that no local module depends on another."""
+    """Clip the gradient of each loss by itself, so that no local module depends on another.
+
+    In a local step that is the gradient of each local module with its auxiliary network: a norm over all of them would
+    make each wait for all, and shrink the steps of one for the sake of another. In a guided step it is the gradient of
+    the global loss, of the whole backbone as in ordinary training, and that of each auxiliary network.
+    """
     if guided and isinstance(net, ParallelNetwork):
         net.clip_guided(norm)
         return

@@ -11,7 +11,7 @@ from typing import Any
 from torchlocal.run.checkpoint import write_metrics
 from torchlocal.run.config import FitConfig
 
-__all__ = ["CSV", "Callback", "RunState", "TensorBoard"]
+__all__ = ["CSV", "Callback", "RunState", "TensorBoard", "validation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Callback:
         Args:
             state: where the run is.
             values: means since the last call: `loss/global`, `loss/module_1` to `loss/module_{K-1}` (without those
-                that no step measured), `lr`, `guided_share`, `images_per_second`.
+                that no step measured), `lr`, `guided_share`, `images_per_second` (of text `tokens_per_second`).
         """
 
     def on_epoch(self, state: RunState, row: Mapping[str, float]) -> None:
@@ -66,6 +66,12 @@ class Callback:
 
     def on_end(self, state: RunState, result: Mapping[str, Any] | None) -> None:
         """The run is over, with what result.json holds, or was stopped or failed (None)."""
+
+
+def validation(row: Mapping[str, float]) -> dict[str, float]:
+    """What was measured on the validation data, by names such as `validation/loss`."""
+    found = {name.replace("validation_", "validation/"): row[name] for name in row if name.startswith("validation_")}
+    return {name: value for name, value in found.items() if value == value}
 
 
 class CSV(Callback):
@@ -100,7 +106,7 @@ class TensorBoard(Callback):
         self._write(state.step, values)
 
     def on_epoch(self, state: RunState, row: Mapping[str, float]) -> None:
-        self._write(state.step, {f"validation/{name}": row[f"validation_{name}"] for name in ("loss", "accuracy")})
+        self._write(state.step, validation(row))
 
     def on_end(self, state: RunState, result: Mapping[str, Any] | None) -> None:
         if self._writer is None:

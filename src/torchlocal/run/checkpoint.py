@@ -8,6 +8,7 @@ import json
 import math
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -17,11 +18,15 @@ import yaml
 from torch import Tensor, nn
 
 from torchlocal.checks import shorten
+from torchlocal.data import DataBundle, TextBundle
 from torchlocal.run.config import fit_options, short_names
 from torchlocal.run.folder import temporary_name
 
 __all__ = [
     "check_same_config",
+    "check_same_tokens",
+    "data_identity",
+    "find_checkpoint",
     "fixed_fields",
     "load_backbone",
     "load_checkpoint",
@@ -52,6 +57,57 @@ _DATA_FIELDS = ("num_train", "num_validation", "num_classes", "shape")
 _RESUMED_FIELDS: dict[str, Any] = {
     "optimizer": dict, "random": dict, "position": dict, "rows": list, "loss_sums": Tensor,
 }  # fmt: skip
+
+
+def data_identity(data: DataBundle) -> dict[str, Any]:
+    """What a checkpoint notes of the data, to refuse others."""
+    found = {
+        "num_train": len(data.train),
+        "num_validation": len(data.validation),
+        "num_classes": data.num_classes,
+        "shape": list(data.shape),
+        "checksum": data.checksum,
+        "classes": list(data.classes),
+    }
+    if isinstance(data, TextBundle):
+        found |= {
+            "vocabulary": data.vocabulary,
+            "context": data.context,
+            "tokenizer": f"{zlib.crc32(data.tokenizer.encode()):08x}",
+        }
+    return found
+
+
+def check_same_tokens(path: Path, saved: Mapping[str, Any], data: TextBundle) -> None:
+    """Refuse text of other tokens than a checkpoint was trained on.
+
+    Raises:
+        ValueError: the vocabulary, the context or the tokenizer is another.
+    """
+    here = data_identity(data)
+    for name in ("vocabulary", "context", "tokenizer"):
+        if saved.get(name) != here[name]:
+            raise ValueError(
+                f"{path} was trained on other tokens: {name} is {saved.get(name)} there and {here[name]} here; give "
+                "the tokenizer and the context that it was trained with"
+            )
+
+
+def find_checkpoint(run: str | Path) -> Path:
+    """The best checkpoint of a run folder, or the checkpoint that is given.
+
+    Raises:
+        FileNotFoundError: the folder holds none.
+    """
+    path = Path(run).expanduser()
+    if not path.is_dir():
+        return path
+    kept = [path / name for name in ("best.pt", "last.pt") if (path / name).exists()]
+    if not kept:
+        runs = sorted(path.glob("*/seed*/best.pt"))
+        such = f", such as {runs[0].parent}" if runs else ""
+        raise FileNotFoundError(f"{path} holds no checkpoint (best.pt, last.pt): give the folder of a run{such}")
+    return kept[0]
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:

@@ -409,7 +409,8 @@ class DataConfig(Section):
     name: str = option(
         "fashion-mnist-small",
         "Data set: fashion-mnist-small (shipped), digits, fashion-mnist, cifar10, cifar100, svhn, stl10, folder (class "
-        "folders under --data-root), or pairs:NAME for pairs of images labelled with the sum of their classes.",
+        "folders under --data-root), or pairs:NAME for pairs of images labelled with the sum of their classes. Text: "
+        "text:stdlib (the source of Python's library), text:PATH (a file or folder), tokens:PATH.bin or dataset:PATH.",
         text,
         "data",
         common=True,
@@ -422,9 +423,14 @@ class DataConfig(Section):
         free=True,
         common=True,
     )
-    num_train: int | None = option(None, "Use only the first so many training images.", _COUNT_OR_NONE, common=True)
+    num_train: int | None = option(
+        None, "Use only the first so many training images, or rows of text.", _COUNT_OR_NONE, common=True
+    )
     num_validation: int | None = option(
-        None, "Number of validation images; by default a tenth of the training images.", _COUNT_OR_NONE, common=True
+        None,
+        "Number of validation images, by default a tenth of the training images; or of rows of text, by default all.",
+        _COUNT_OR_NONE,
+        common=True,
     )
     augment: bool = option(True, "Augment the training images as the literature does for the data set.", _SWITCH)
     image_size: int | None = option(
@@ -438,6 +444,22 @@ class DataConfig(Section):
         "Processes that read data folder; by default as many as there are cores, up to a few.",
         partial(whole, most=1024, none=True),
         free=True,
+    )
+    context: int | None = option(
+        None, "Text: tokens of a row, by default 256.", partial(_COUNT_OR_NONE, most=2**24), common=True
+    )
+    tokenizer: str | None = option(
+        None,
+        "Text: a tokenizer.json; by default byte-pair encoding of 1,024 tokens, which is shipped.",
+        partial(text, none=True),
+        free=True,
+        common=True,
+    )
+    epoch_rows: int | None = option(
+        None,
+        "Text: rows of an epoch, after which is validated; by default all that are trained on.",
+        _COUNT_OR_NONE,
+        common=True,
     )
 
 
@@ -466,6 +488,21 @@ class OptimisationConfig(Section):
     lr: float = option(0.1, "Learning rate at the top of the schedule.", _POSITIVE)
     momentum: float = option(0.9, "Momentum, of optimizers that have it.", _FRACTION)
     weight_decay: float = option(1e-4, "Weight decay, of optimizers that have it.", partial(number, single=True))
+    weight_decay_of: str = option(
+        "all",
+        "What weight_decay is of: all parameters, or matrices, without norms, biases, other vectors and embeddings.",
+        _choice("all", "matrices"),
+    )
+    auxiliary_lr: float | None = option(
+        None,
+        "Learning rate of the auxiliary networks at the top of the schedule; by default lr.",
+        partial(_POSITIVE, none=True),
+    )
+    auxiliary_weight_decay: float | None = option(
+        None,
+        "Weight decay of the auxiliary networks; by default weight_decay.",
+        partial(number, single=True, none=True),
+    )
     label_smoothing: float = option(0.0, "Label smoothing of every loss, at least 0 and below 1.", _FRACTION)
     schedule: str = option(
         "cosine",
@@ -474,16 +511,20 @@ class OptimisationConfig(Section):
     )
     decay: float | None = option(
         None,
-        "Cosine: share of training, at its end, over which it falls; before that it stays at lr. By default all of it, "
-        "or with phased guidance each guided phase.",
+        "Cosine: share of training, at its end, over which it falls; before that it stays at lr (warm-up, stable, "
+        "decay: WSD). By default all of it, or with phased guidance each guided phase.",
         partial(number, what="a number above 0 and at most 1", above=0, most=1, none=True),
         guided=True,
     )
     warmup_epochs: float = option(0.0, "Epochs over which the learning rate rises linearly.", number)
+    warmup_steps: int | None = option(None, "The same in steps, instead of warmup_epochs.", _COUNT_OR_NONE)
     milestones: list[float] = option([], "Epochs of the step schedule, increasing.", _milestones)
     gamma: float = option(0.1, "Factor of the step schedule.", _POSITIVE)
     clip: float | None = option(
-        None, "Largest norm of the gradient of each loss; by default it is not clipped.", partial(_POSITIVE, none=True)
+        None,
+        "Largest norm of the gradient of each loss: of each local module by itself, in guided steps of the whole "
+        "network; by default it is not clipped.",
+        partial(_POSITIVE, none=True),
     )
 
     def __post_init__(self) -> None:
@@ -497,6 +538,10 @@ class OptimisationConfig(Section):
             raise ValueError(
                 f'milestones={self.milestones!r} and schedule={self.schedule!r} do not fit: give schedule="step" with '
                 "at least one milestone, and another schedule without milestones"
+            )
+        if self.warmup_steps is not None and self.warmup_epochs:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} and warmup_epochs={self.warmup_epochs}: give one of them, not both"
             )
         if self.steps is None and self.warmup_epochs >= self.epochs:
             raise ValueError(

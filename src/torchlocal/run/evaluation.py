@@ -1,4 +1,4 @@
-"""What a trained network is worth: accuracy and loss of a split, also by depth."""
+"""What a trained network is worth: accuracy and loss of a split, of text perplexity, also by depth."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchlocal.cut.batches import num_examples as count_examples
-from torchlocal.data import DataBundle, Split
+from torchlocal.data import DataBundle, Split, TextBundle
+from torchlocal.data.text import IGNORED
 from torchlocal.network import DecoupledNetwork
 from torchlocal.parallel.network import ParallelNetwork
 from torchlocal.run import checkpoint
 from torchlocal.run.build import Execution, build_network, resolve_execution
 from torchlocal.run.config import FitConfig
 from torchlocal.run.own import Own
+from torchlocal.tokens import TokenCrossEntropy
 
-__all__ = ["are_classes", "evaluate", "load_run", "measure_split", "plain"]
+__all__ = ["are_classes", "evaluate", "load_run", "measure_split", "plain", "quality"]
 
 _NAMED = Own()
 
@@ -52,7 +54,8 @@ def evaluate(
         data_root: folder of the data set's files, if it is not the run's.
 
     Returns:
-        What :func:`measure_split` returns, with the checkpoint and the split.
+        What :func:`measure_split` returns, with the checkpoint and the split; of text, whose examples are tokens, with
+        perplexity and bits per byte in place of accuracy.
 
     Raises:
         ValueError: if the split is unknown or the checkpoint does not fit.
@@ -60,22 +63,17 @@ def evaluate(
     """
     if split not in ("train", "validation", "test"):
         raise ValueError(f'split={split!r} is unknown: give "train", "validation" or "test"')
-    path = Path(run).expanduser()
-    if path.is_dir():
-        kept = [path / name for name in ("best.pt", "last.pt") if (path / name).exists()]
-        if not kept:
-            runs = sorted(path.glob("*/seed*/best.pt"))
-            such = f", such as {runs[0].parent}" if runs else ""
-            raise FileNotFoundError(f"{path} holds no checkpoint (best.pt, last.pt): give the folder of a run{such}")
-        path = kept[0]
+    path = checkpoint.find_checkpoint(run)
     own = Own(model=model, data=data, criterion=criterion, prediction=prediction)
     config, execution, found, net = load_run(path, device=device, data_root=data_root, own=own)
     part = getattr(found, split)
     if part is None:
         raise ValueError(f"split={split!r}: the data that were handed in have no such part: give another split")
-    measured = measure_split(net, part, config, execution, criterion=criterion, by_depth=True)
-    told = {name: plain(value) for name, value in measured.items()}
-    return {"checkpoint": str(path), "split": split, "num_images": told.pop("num_examples"), **told}
+    text = isinstance(found, TextBundle)
+    measured = measure_split(net, part, config, execution, criterion=criterion, by_depth=True, text=text)
+    size = {"num_tokens" if text else "num_images": measured["num_examples"]}
+    told = {**size, **quality(measured, found, split), **quality(measured, found, split, depth=True)}
+    return {"checkpoint": str(path), "split": split, **{name: plain(value) for name, value in told.items()}}
 
 
 def load_run(
@@ -100,6 +98,8 @@ def load_run(
     execution = resolve_execution(config)
     data = own.load(config)
     _check_classes(path, saved["data"].get("classes", data.classes), data.classes)
+    if isinstance(data, TextBundle):
+        checkpoint.check_same_tokens(path, saved["data"], data)
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten
         net = build_network(config, data, execution, own)
     checkpoint.load_network(net, saved, path)
@@ -125,6 +125,7 @@ def measure_split(
     *,
     criterion: Callable[[Tensor, Any], Tensor] | None = None,
     by_depth: bool = False,
+    text: bool = False,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Measure a network on a split.
@@ -136,6 +137,7 @@ def measure_split(
         execution: where it runs.
         criterion: gives the loss of a batch; None: cross-entropy without label smoothing.
         by_depth: also through the auxiliary networks.
+        text: an example is a token, as far as its target counts.
         check: called after every batch.
 
     Returns:
@@ -143,10 +145,12 @@ def measure_split(
         the loss (mean over examples), and by depth both from the first local module to the whole network.
     """
     net.eval()
-    last, num_examples = net.num_modules - 1, 0
+    last = net.num_modules - 1
+    num_examples = torch.zeros((), dtype=torch.int64, device=execution.device)
+    cross_entropy = TokenCrossEntropy(reduction="sum") if text else partial(F.cross_entropy, reduction="sum")
     right = torch.zeros(net.num_modules, dtype=torch.int64, device=execution.device)
     loss = torch.zeros(net.num_modules, device=execution.device)
-    num_targets: int | None = 0
+    num_targets: int | None = None if text else 0  # also on ranks that predict nothing
     autocast = partial(
         torch.autocast, execution.device.type, execution.autocast, enabled=execution.autocast is not None
     )
@@ -158,25 +162,52 @@ def measure_split(
             else:
                 outputs = dict(enumerate(net.depth_outputs(x))) if by_depth else {last: net.chain.call(x)}
         size = len(y) if isinstance(y, Tensor) and y.ndim else count_examples(x)
+        size = (y != IGNORED).sum() if text else size
         num_examples += size
         for k, output in outputs.items():
-            if not are_classes(output.shape, y):
+            if num_targets is not None and not are_classes(output.shape, y):
                 num_targets = None
-            elif num_targets is not None:
+            if num_targets is not None:
                 right[k] += (output.argmax(1) == y).sum()
             if criterion is not None:
                 loss[k] += criterion(output.float() if output.is_floating_point() else output, y) * size
             else:
-                loss[k] += F.cross_entropy(output.float(), y, reduction="sum")
+                loss[k] += cross_entropy(output.float(), y)
         if num_targets is not None:
             num_targets += y.numel()
         check()
     if isinstance(net, ParallelNetwork):
         right, loss = net.sum_over_stages(right), net.sum_over_stages(loss)
     accuracies = [int(number) / num_targets if num_targets else math.nan for number in right.tolist()]
-    losses = [value / num_examples for value in loss.tolist()]
-    measured: dict[str, Any] = {"num_examples": num_examples, "accuracy": accuracies[-1], "loss": losses[-1]}
+    count = int(num_examples)
+    losses = [value / count for value in loss.tolist()]
+    measured: dict[str, Any] = {"num_examples": count, "accuracy": accuracies[-1], "loss": losses[-1]}
     return measured | {"depth_accuracy": accuracies, "depth_loss": losses} if by_depth else measured
+
+
+def quality(measured: dict[str, Any], data: DataBundle, part: str, *, depth: bool = False) -> dict[str, Any]:
+    """What was measured, in the terms of the data: loss, and accuracy, or of text perplexity and bits per byte.
+
+    Args:
+        measured: what :func:`measure_split` returned.
+        data: what the split is of.
+        part: "train", "validation" or "test".
+        depth: by depth.
+    """
+    if not isinstance(data, TextBundle):
+        names = ("depth_loss", "depth_accuracy") if depth else ("loss", "accuracy")
+        return {name: measured[name] for name in names}
+    losses = measured["depth_loss"] if depth else [measured["loss"]]
+    found = {"loss": losses, "perplexity": [_exp(loss) for loss in losses]}
+    if part in data.bytes_per_token:
+        bits = math.log(2) * data.bytes_per_token[part]
+        found["bits_per_byte"] = [loss / bits for loss in losses]
+    return {f"depth_{name}": values for name, values in found.items()} if depth else {n: v[0] for n, v in found.items()}
+
+
+def _exp(loss: float) -> float:
+    """Of a loss that is too large for it, NaN."""
+    return math.exp(loss) if loss < 700 else math.nan
 
 
 def are_classes(shape: torch.Size, target: Any) -> bool:

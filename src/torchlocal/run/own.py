@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchlocal.cut.batches import as_prediction
-from torchlocal.data import DataBundle, LoaderBundle, bundle, load_data
+from torchlocal.data import DataBundle, LoaderBundle, TextBundle, bundle, load_data
 from torchlocal.models import build_language_model, build_model
 from torchlocal.run.config import DataConfig, FitConfig, declared
+from torchlocal.tokens import TokenCrossEntropy
 
 __all__ = ["OWN", "Own"]
 
@@ -109,8 +110,11 @@ class Own:
             augment=config.data.augment,
             image_size=config.data.image_size,
             num_workers=config.data.num_workers,
+            context=config.data.context,
+            tokenizer=config.data.tokenizer,
+            epoch_rows=config.data.epoch_rows,
         )
-        if data.num_classes < 2:
+        if data.num_classes < 2 and not isinstance(data, TextBundle):
             raise ValueError(
                 f"data={config.data.name!r} has a single class ({', '.join(data.classes)}), of which nothing can be "
                 "learned: give every class a folder of its own in train"
@@ -136,12 +140,9 @@ class Own:
                 f"model={config.model.name!r} is made for a number of classes, which loaders do not tell: give model= "
                 "an nn.Module as well"
             )
-        if (vocabulary := getattr(data, "vocabulary", None)) is not None:
+        if isinstance(data, TextBundle):
             return build_language_model(
-                config.model.name,
-                vocabulary=vocabulary,
-                context=data.context,  # type: ignore[attr-defined]
-                options=config.model.options,
+                config.model.name, vocabulary=data.vocabulary, context=data.context, options=config.model.options
             )
         if config.model.options:
             raise ValueError(
@@ -152,9 +153,12 @@ class Own:
             config.model.name, num_classes=data.num_classes, in_channels=channels, image_size=(height, width)
         )
 
-    def make_criterion(self, config: FitConfig) -> Callable[[Tensor, Any], Tensor]:
+    def make_criterion(self, config: FitConfig, data: DataBundle) -> Callable[[Tensor, Any], Tensor]:
         """The loss that is trained on."""
-        return self.criterion or partial(F.cross_entropy, label_smoothing=config.optimisation.label_smoothing)
+        smoothing = config.optimisation.label_smoothing
+        if isinstance(data, TextBundle):
+            return self.criterion or TokenCrossEntropy(label_smoothing=smoothing)
+        return self.criterion or partial(F.cross_entropy, label_smoothing=smoothing)
 
     @property
     def criterion_name(self) -> str:

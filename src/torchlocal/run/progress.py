@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,12 @@ def compact(losses: Sequence[float]) -> str:
     low, high = min(known), max(known)
     bars = "".join(_BARS[round((loss - low) / ((high - low) or 1) * (len(_BARS) - 1))] for loss in known)
     return f"{known[0]:.2f} {bars} {known[-1]:.2f}"
+
+
+def _speed(values: Mapping[str, float]) -> str:
+    """Images or tokens per second."""
+    name = next(name for name in values if name.endswith("_per_second"))
+    return f"{values[name]:.0f} {name.removesuffix('_per_second')}/s"
 
 
 class Progress(Callback):
@@ -70,19 +77,20 @@ class Progress(Callback):
         losses = [value for name, value in values.items() if name.startswith("loss/module_")]
         if losses:
             told += f" · modules {compact([*losses, values['loss/global']])}"
-        told += f" · guided {values['guided_share']:.0%} · {values['images_per_second']:.0f} images/s"
+        told += f" · guided {values['guided_share']:.0%} · {_speed(values)}"
         self._bar.update(self._task, told=told)
 
     def on_epoch(self, state: RunState, row: Mapping[str, float]) -> None:
         """Tell one epoch: into the scroll-back above a bar, as a plain line otherwise."""
         losses = [value for name, value in row.items() if name.startswith("loss_")]
-        accuracy = row["validation_accuracy"]
+        accuracy = row.get("validation_accuracy", math.nan)
         told = (
             f"epoch {row['epoch']}/{state.num_epochs}  loss {row['train_loss']:.3f}"
             + (f"  modules {compact(losses)}" if len(losses) > 1 else "")
             + (f"  validation accuracy {accuracy:.4f}" if accuracy == accuracy else "")
             + (f"  validation loss {row['validation_loss']:.4f}" if accuracy != accuracy else "")
-            + f"  guided {row['guided_share']:.0%}  lr {row['lr']:.2g}  {row['images_per_second']:.0f} images/s"
+            + (f"  perplexity {row['validation_perplexity']:.2f}" if "validation_perplexity" in row else "")
+            + f"  guided {row['guided_share']:.0%}  lr {row['lr']:.2g}  {_speed(row)}"
         )
         if self._bar is not None:
             self._bar.console.print(Text(told))

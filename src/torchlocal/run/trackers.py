@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from torchlocal.run.callbacks import Callback, RunState
+from torchlocal.run.callbacks import Callback, RunState, validation
 from torchlocal.run.config import short_names
 
 __all__ = ["MLflow", "WandB"]
@@ -33,7 +33,7 @@ class WandB(Callback):
         self._run.log(dict(values), step=state.step)
 
     def on_epoch(self, state: RunState, row: Mapping[str, float]) -> None:
-        self._run.log(_validation(row), step=state.step)
+        self._run.log(validation(row), step=state.step)
 
     def on_end(self, state: RunState, result: Mapping[str, Any] | None) -> None:
         if self._run is None:
@@ -76,7 +76,7 @@ class MLflow(Callback):
         self._mlflow.log_metrics(dict(values), step=state.step)
 
     def on_epoch(self, state: RunState, row: Mapping[str, float]) -> None:
-        self._mlflow.log_metrics(_validation(row), step=state.step)
+        self._mlflow.log_metrics(validation(row), step=state.step)
 
     def on_end(self, state: RunState, result: Mapping[str, Any] | None) -> None:
         if not self._started:
@@ -91,11 +91,6 @@ def _import(name: str, kind: str) -> Any:
         return import_module(name)
     except ImportError as error:  # of the package itself, or of one that it needs
         raise ValueError(f"{kind} needs {name} ({error}): pip install 'torchlocal[{name}]'") from error
-
-
-def _validation(row: Mapping[str, float]) -> dict[str, float]:
-    values = {f"validation/{name}": row[f"validation_{name}"] for name in ("loss", "accuracy")}
-    return {name: value for name, value in values.items() if value == value}
 
 
 def _numbers(result: Mapping[str, Any]) -> dict[str, float]:

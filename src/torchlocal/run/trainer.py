@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from torchlocal.data import TextBundle
 from torchlocal.guidance import Guidance
 from torchlocal.lifetime import on_signals
 from torchlocal.network import DecoupledNetwork
@@ -39,7 +40,7 @@ from torchlocal.run.build import (
 )
 from torchlocal.run.callbacks import CSV, Callback, RunState, TensorBoard
 from torchlocal.run.config import FitConfig, build_guidance
-from torchlocal.run.evaluation import measure_split, plain
+from torchlocal.run.evaluation import measure_split, plain, quality
 from torchlocal.run.folder import Owned, Ownership, expand
 from torchlocal.run.own import Own
 from torchlocal.run.progress import Progress
@@ -266,7 +267,9 @@ class _Run:
         if saved is not None:
             self._check_config(saved)
         self.data = load_shared_data(config, own, team)
-        self.steps_per_epoch, self.num_steps = count_steps(config, len(self.data.train))
+        self.text = isinstance(self.data, TextBundle)
+        what = "rows of text" if self.text else "training images"
+        self.steps_per_epoch, self.num_steps = count_steps(config, len(self.data.train), what)
         self.num_epochs = -(-self.num_steps // self.steps_per_epoch)
         self.network = build_network(config, self.data, self.execution, own)
         self.parallel = share_out(self.network, config, self.data, self.execution, team) if team.parallel else None
@@ -306,6 +309,7 @@ class _Run:
 
     def _begin_telling(self, ending: contextlib.ExitStack) -> None:
         self._write_config(self.out, self.config)
+        self._write_tokenizer(self.out)
         for callback in self.callbacks:
             ending.callback(self._end_telling, callback)
             callback.on_start(self._told())
@@ -348,7 +352,7 @@ class _Run:
                 if branch.step == step:
                     self._begin(branch.config)
             for group in self.optimizer.param_groups:
-                group["lr"] = self._learning_rate(step)
+                group["lr"] = self._learning_rate(step) * group.get("lr_factor", 1.0)
             guided = self.guidance(step)
             parts: Iterable[tuple[Any, Any]] = islice(batches, config.optimisation.accumulate)
             if self.plans:
@@ -399,12 +403,11 @@ class _Run:
                 position.epoch_full - full,
                 position.step - step,
             )
-            images = (position.step - step) * self.config.optimisation.batch_size * self.config.optimisation.accumulate
             values = {f"loss/module_{k}": loss for k, loss in enumerate(losses[:-1], start=1) if loss == loss} | {
                 "loss/global": losses[-1],
                 "lr": self._learning_rate(position.step - 1),
                 "guided_share": position.num_guided / position.step,
-                "images_per_second": images / (now - clock),
+                **self._speed(position.step - step, now - clock),
             }
             for callback in self.callbacks:
                 callback.on_step(self._told(), values)
@@ -423,6 +426,7 @@ class _Run:
             config,
             self.execution,
             criterion=self.own.criterion,
+            text=self.text,
             check=partial(self._leave, save=True),
         )
         if self.team.replicas > 1:  # BatchNorm statistics are each replica's own: what is best is for one to say
@@ -431,20 +435,14 @@ class _Run:
         row = {
             "epoch": epoch + 1,
             "step": position.step,
+            **({"tokens": self._seen(position.step)} if self.text else {}),
             "seconds": round(position.seconds, 3),
             "train_loss": losses[-1],
             **{f"loss_{k}": loss for k, loss in enumerate(losses, start=1)},
             "guided_share": position.epoch_guided / num_steps,
             "lr": self._learning_rate(position.step - 1),
-            "images_per_second": round(
-                num_steps
-                * config.optimisation.batch_size
-                * config.optimisation.accumulate
-                / max(position.epoch_seconds, 1e-9),
-                1,
-            ),
-            "validation_loss": measured["loss"],
-            "validation_accuracy": measured["accuracy"],
+            **self._speed(num_steps, position.epoch_seconds, digits=1),
+            **{f"validation_{name}": value for name, value in quality(measured, self.data, "validation").items()},
         }
         self.rows.append(row)
         position.epoch_full, position.epoch_guided, position.epoch_seconds = 0, 0, 0.0
@@ -474,11 +472,11 @@ class _Run:
                 self.execution,
                 criterion=self.own.criterion,
                 by_depth=True,
+                text=self.text,
                 check=partial(self._leave, save=False),  # last.pt is complete, and the weights are not its own any more
             )
         best_row = self.rows[position.best_epoch - 1]
         self._read_clock(training=False)
-        images = position.step * config.optimisation.batch_size * config.optimisation.accumulate
         result = {
             "config": config.plain(),
             "data_checksum": self.data.checksum,
@@ -488,14 +486,14 @@ class _Run:
             "guided_share": position.num_guided / position.step,
             "best_epoch": position.best_epoch,
             "num_modules": self.net.num_modules,
-            "validation_accuracy": best_row["validation_accuracy"],
+            "validation_accuracy": best_row.get("validation_accuracy"),
             "validation_loss": best_row["validation_loss"],
             "test_accuracy": measured.get("accuracy"),
             "test_loss": measured.get("loss"),
             "depth_accuracy": measured.get("depth_accuracy"),
             "depth_loss": measured.get("depth_loss"),
             "seconds": round(position.seconds, 3),
-            "images_per_second": round(images / max(position.train_seconds, 1e-9), 1),
+            **self._speed(position.step, position.train_seconds, digits=1),
             "num_parameters": {
                 "backbone": sum(parameter.numel() for parameter in self.net.backbone.parameters()),
                 "auxiliary": sum(parameter.numel() for parameter in self.net.auxiliary.parameters()),
@@ -503,10 +501,36 @@ class _Run:
             "device": str(self.execution.device),
             "precision": self.execution.precision,
         }
+        result |= self._text_result(best_row, measured)
         result = {name: plain(value) for name, value in result.items()}
         if self.team.writes:
             checkpoint.write_json(self.out / "result.json", result)
         return result
+
+    def _text_result(self, best_row: dict[str, float], measured: dict[str, Any]) -> dict[str, Any]:
+        """What result.json holds of text beside; nothing of other data."""
+        if not isinstance(self.data, TextBundle):
+            return {}
+        found: dict[str, Any] = {
+            "text": self.data.told,
+            "tokens": self._seen(self.position.step),
+            "bytes_per_token": dict(self.data.bytes_per_token),
+        }
+        found |= {name: value for name, value in best_row.items() if name.startswith("validation_")}
+        if measured:
+            found |= {f"test_{name}": value for name, value in quality(measured, self.data, "test").items()}
+            found |= quality(measured, self.data, "test", depth=True)
+        return found
+
+    def _seen(self, num_steps: int) -> int:
+        """Number of images, or tokens, that so many steps train on."""
+        rows = num_steps * self.config.optimisation.batch_size * self.config.optimisation.accumulate
+        return rows * self.data.context if isinstance(self.data, TextBundle) else rows
+
+    def _speed(self, num_steps: int, seconds: float, digits: int | None = None) -> dict[str, float]:
+        speed = self._seen(num_steps) / max(seconds, 1e-9)
+        name = "tokens_per_second" if self.text else "images_per_second"
+        return {name: speed if digits is None else round(speed, digits)}
 
     def _identity(self) -> dict[str, Any]:
         """What best.pt and last.pt both hold: weights, configuration, and what the data and the network are."""
@@ -515,14 +539,7 @@ class _Run:
             "config": self.config.plain(),
             "precision": self.execution.precision,
             "criterion": self.own.criterion_name,
-            "data": {
-                "num_train": len(self.data.train),
-                "num_validation": len(self.data.validation),
-                "num_classes": self.data.num_classes,
-                "shape": list(self.data.shape),
-                "checksum": self.data.checksum,
-                "classes": list(self.data.classes),
-            },
+            "data": checkpoint.data_identity(self.data),
             "modules": [[group.start, group.stop] for group in self.net.partition.groups],
             "step": self.position.step,
             "net": self.net.state_dict(),
@@ -550,6 +567,7 @@ class _Run:
         if best is not None and best["step"] > self.rows[-1]["step"]:
             return  # killed between best.pt and last.pt: the best until here is gone, and that run trains by itself
         self._write_config(out, config)
+        self._write_tokenizer(out)
         if self.rows:
             checkpoint.write_metrics(out / "metrics.csv", list(self.rows[0]), self.rows)
         if best is not None:
@@ -657,6 +675,11 @@ class _Run:
         execution = self.execution
         chosen = f"{execution.device}, {execution.precision}{', channels_last' if execution.channels_last else ''}"
         checkpoint.write_config(out / "config.yaml", config.plain(), [f"ran on {chosen}, torch {torch.__version__}"])
+
+    def _write_tokenizer(self, out: Path) -> None:
+        """Beside the checkpoints, which mean nothing without it."""
+        if isinstance(self.data, TextBundle) and self.data.tokenizer:
+            checkpoint.write_file(out / "tokenizer.json", self.data.tokenizer)
 
     def _check_losses(self) -> list[float]:
         sums: list[float] = self._loss_sums().tolist()
