@@ -30,7 +30,7 @@ from torchlocal.cli.options import (
     with_dashes,
 )
 from torchlocal.lifetime import end_with_parent, on_signals, unbroken_streams
-from torchlocal.names import TEXT, check_names
+from torchlocal.names import check_names
 from torchlocal.run.config import FitConfig, Option, declared, fit_options, sections
 from torchlocal.run.folder import expand
 
@@ -279,11 +279,6 @@ def _compare(argv: Sequence[str]) -> int:
     chosen |= {name: tuple(value) for name, value in chosen.items() if isinstance(value, list)}
     config = CompareConfig(**chosen, fit=_config({name: values[name] for name in run}))
     _check_names(config.fit)
-    if config.fit.data.name.startswith(TEXT):
-        raise ValueError(
-            f"data={config.fit.data.name!r} is text, and compare reports accuracies: train each method with fit, and "
-            "compare what evaluate tells"
-        )
 
     from torchlocal.compare.comparison import compare
     from torchlocal.compare.report import terminal_table

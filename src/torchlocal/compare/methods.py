@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from torchlocal.checks import whole
+from torchlocal.names import TEXT
 from torchlocal.run.config import (
     MOST_STEPS,
     CutConfig,
@@ -192,6 +193,11 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.fit.data.name.startswith(TEXT):
+            raise ValueError(
+                f"data={self.fit.data.name!r} is text, and compare reports accuracies: train each method with fit, and "
+                "compare what evaluate tells"
+            )
         if not self.timing_rounds and self.methods == _DEFAULT:
             object.__setattr__(self, "methods", tuple(method for method in _DEFAULT if method != "equal-time"))
         known = [*METHODS, *self.variants]
