@@ -256,7 +256,6 @@ TEXTS = ("text-gpt", "text-gpt-local")
 _NETWORKS: dict[Any, DecoupledNetwork] = {}  # recipes that differ in their length only share one
 
 
-@pytest.mark.filterwarnings("ignore:memory='local'. no guided step")  # of a batch of four
 @pytest.mark.parametrize("command", ["fit", "compare"])
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_command_takes_a_recipe(name: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,6 +263,7 @@ def test_a_command_takes_a_recipe(name: str, command: str, capsys: pytest.Captur
     assert "epochs=0 must be" in refused([command, "--config", name, "--epochs", "0"], capsys)
 
 
+@pytest.mark.filterwarnings("ignore:memory='local'. no guided step")  # of a batch of four
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name not in TEXTS])
 def test_a_recipe_trains(name: str) -> None:
     own = {one.name: one for one in declared(CompareConfig)}
