@@ -13,7 +13,7 @@ process trains are left to it: two cores are used by two of these commands side 
 same tokens in the same order, and the learning rate falls over the same steps, whatever the guidance.
 
     python benchmarks/language.py --list                           # the rows, and about how long they take here
-    python benchmarks/language.py                                  # all of them: days on one core
+    python benchmarks/language.py                                  # all of them: some 35 core-hours
     python benchmarks/language.py --rows end-to-end 'k8-shared-d0-*' --seeds 0 1 2
     python benchmarks/language.py --rows 'k8-*-d0-*20' --share 0.2 # a fifth of the steps guided
     python benchmarks/language.py --times 20                       # at equal memory: steps of all, taking turns
