@@ -13,9 +13,12 @@ one step to the end of a later one, so that the pipeline is full; the medians ov
     1f1b, gpipe       two processes, end-to-end by torch.distributed.pipelining, 4 micro-batches, on the same stages
     1f1b balanced     the same on stages that are balanced without the auxiliary networks
 
-    python benchmarks/parallel.py                                        # three networks on this machine
+    python benchmarks/parallel.py                                        # four networks on this machine
     python benchmarks/parallel.py --links loopback 10gbit 1gbit 100mbit 20ms 100mbit+20ms   # needs root, ip and tc
     python benchmarks/parallel.py --tiny                                 # a trial of everything, of no meaning
+
+The networks are three for images and ``gpt``, a decoder (gpt-tiny, its read-out not tied, which would make the first
+stage wait for the last one in every step; local losses read copies of the read-out that are refreshed every ten steps).
 
 A link is ``loopback`` (no namespaces), or a rate (``1gbit``) and a one-way delay (``20ms``), joined by ``+``. Rates are
 tc's token bucket on a veth pair. Delays are netem's where the kernel has it, otherwise two TUN devices and a relay.
@@ -50,11 +53,15 @@ from torch import Tensor, nn
 
 import torchlocal as tl
 from torchlocal import parallel
-from torchlocal.models import build_model
+from torchlocal.models import build_language_model, build_model
+from torchlocal.rules import SoloRule
+from torchlocal.tokens import TokenCrossEntropy
 
 ALONE = ("one", "one end-to-end", "both cores", "both end-to-end")
 METHODS = (*ALONE, "local", "pgl", "1f1b", "gpipe", "1f1b balanced")
-NETWORKS = {"resnet32": 16, "vgg11b": 8, "vit": 12}  # and their local modules
+NETWORKS = {"resnet32": 16, "vgg11b": 8, "vit": 12, "gpt": 8}  # and their local modules
+BATCH_SIZES = {"gpt": 8}  # rows of text; others take 64 images
+VOCABULARY, CONTEXT = 1024, 256  # of gpt
 PERIOD = 10  # of the guided steps of PGL
 MICRO_BATCHES = 4
 
@@ -62,23 +69,45 @@ MICRO_BATCHES = 4
 # --- what is measured ---
 
 
+def batch_size_of(network: str, options: argparse.Namespace) -> int:
+    """Images or rows of text in a batch."""
+    return int(options.batch_size or BATCH_SIZES.get(network, 64))
+
+
+def unit_of(network: str, options: argparse.Namespace) -> tuple[str, int]:
+    """In what throughput is told, and how many of these a batch has."""
+    size = batch_size_of(network, options)
+    return ("token", size * CONTEXT) if network == "gpt" else ("image", size)
+
+
 def make_network(name: str, auxiliary: str, options: argparse.Namespace) -> tl.DecoupledNetwork:
-    """The network, cut; the same on every rank."""
+    """The network, cut, with auxiliary networks as one trains with (``conv``) or of next to no cost (``linear``).
+
+    It is the same on every rank.
+    """
     torch.manual_seed(0)
+    if name == "gpt":
+        gpt = build_language_model("gpt-tiny", vocabulary=VOCABULARY, context=CONTEXT, options={"tied": False})
+        rule = SoloRule(0, lag=PERIOD) if auxiliary == "conv" else SoloRule(0, read_out="private", rank=1)
+        sample = torch.zeros(batch_size_of(name, options), CONTEXT, dtype=torch.int64)
+        return tl.decouple(gpt, NETWORKS[name], sample=sample, rule=rule, criterion=TokenCrossEntropy(), cost="flops")
     if name == "vit":
         model: nn.Module = torchvision.models.VisionTransformer(
             image_size=32, patch_size=4, num_layers=12, num_heads=3, hidden_dim=192, mlp_dim=768, num_classes=10
         )
     else:
         model = build_model(name, num_classes=10, in_channels=3, image_size=(32, 32))
-    shape = (options.batch_size, 3, 32, 32)
+    shape = (batch_size_of(name, options), 3, 32, 32)
     return tl.decouple(model, NETWORKS[name], sample=shape, rule=tl.GreedyRule(auxiliary), cost="flops")
 
 
-def make_batches(options: argparse.Namespace) -> list[tuple[Tensor, Tensor]]:
+def make_batches(name: str, options: argparse.Namespace) -> list[tuple[Tensor, Tensor]]:
     """A few batches of noise."""
     generator = torch.Generator().manual_seed(0)
-    size = options.batch_size
+    size = batch_size_of(name, options)
+    if name == "gpt":
+        tokens = torch.randint(VOCABULARY, (4, size, CONTEXT + 1), generator=generator)
+        return [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()) for ids in tokens]
     return [
         (torch.randn(size, 3, 32, 32, generator=generator), torch.randint(10, (size,), generator=generator))
         for _ in range(4)
@@ -89,12 +118,13 @@ class Worker:
     """One of the two processes."""
 
     def __init__(self, network: str, options: argparse.Namespace) -> None:
-        self.options, self.batches = options, make_batches(options)
+        self.options, self.batches = options, make_batches(network, options)
+        self.unit = unit_of(network, options)
         net = make_network(network, "conv", options)
         self.alone = make_network(network, "conv", options) if dist.get_rank() == 0 else None
         self.seconds = parallel.measure_seconds(net, *self.batches[0])
         self.net = parallel.distribute(net, assignment="time", sample=self.batches[0], timeout=600)
-        # With linear auxiliary networks, which cost next to nothing, the time of a local step is the backbone's.
+        # With the other auxiliary networks, which cost next to nothing, the time of a local step is the backbone's.
         self.bare = parallel.distribute(
             make_network(network, "linear", options), assignment="time", sample=self.batches[0], timeout=600
         )
@@ -161,8 +191,8 @@ class Worker:
                 dist.all_gather_object(gathered, self.time(method))
                 times[method].append(gathered[0 if method in ALONE else 1])
         before = self.net.bytes_sent
-        x, y = self.batches[0]
-        self.net.local_step(*((x, y) if self.net.is_first else ()))
+        for i in range(PERIOD):  # in which a read-out travels back once
+            self.net.local_step(*(self._batch(i) if self.net.is_first else ()))
         sent: list[Any] = [None] * 2
         dist.all_gather_object(sent, self.net.bytes_sent - before)
         self.net.close()
@@ -175,7 +205,7 @@ class Worker:
             "all_seconds": times,
             "stages": [[stage.start, stage.stop] for stage in self.net.stages],
             "possible": sum(stages) / max(stages),
-            "bytes_per_image": sent[0] / self.options.batch_size,
+            f"bytes_per_{self.unit[0]}": sum(sent) / PERIOD / self.unit[1],
         }
 
 
@@ -294,7 +324,7 @@ def measure(network: str, link: str, options: argparse.Namespace) -> dict[str, A
     around: Any = contextlib.nullcontext(here) if link == "loopback" else namespaces(link)
     with tempfile.TemporaryDirectory() as folder, around as prefixes:
         own = ["--networks", network, "--store", f"{folder}/store", "--result", f"{folder}/result"]
-        own += ["--batch-size", str(options.batch_size), "--steps", str(options.steps)]
+        own += ["--batch-size", str(batch_size_of(network, options)), "--steps", str(options.steps)]
         own += ["--rounds", str(options.rounds), "--methods", *options.methods]
         processes = []
         for rank, prefix in enumerate(prefixes):
@@ -313,14 +343,19 @@ def measure(network: str, link: str, options: argparse.Namespace) -> dict[str, A
         return result
 
 
-def tell(network: str, link: str, result: dict[str, Any], batch_size: int) -> None:
-    """Print what was measured of one network over one link."""
-    seconds = result["seconds"]
+def tell(
+    network: str, link: str, result: dict[str, Any], unit: tuple[str, int], undisturbed: dict[str, Any] | None
+) -> None:
+    """Print what was measured of one network over one link, also as a share of what it is without one."""
+    seconds, (what, size) = result["seconds"], unit
     stages = " | ".join(f"{start + 1}–{stop}" for start, stop in result["stages"])
-    print(f"\n{network}, {link}: local modules {stages}, {result['bytes_per_image']:,.0f} bytes per image")
+    print(f"\n{network}, {link}: local modules {stages}, {result[f'bytes_per_{what}']:,.0f} bytes per {what}")
     for method, value in seconds.items():
         ratio = f"  {seconds['one'] / value:5.2f} × one process" if "one" in seconds else ""
-        print(f"  {method:<16}{batch_size / value:9.1f} images/s{ratio}")
+        share = ""
+        if undisturbed is not None and link != "loopback":
+            share = f"  {100 * undisturbed['seconds'][method] / value:4.0f} % of itself on loopback"
+        print(f"  {method:<16}{size / value:9.1f} {what}s/s{ratio}{share}")
     if {"one", "local"} <= seconds.keys():
         speedup = seconds["one"] / seconds["local"]
         print(f"  local: {speedup:.2f} × one process (aim 1.8), {speedup / result['possible']:.2f} of the", end=" ")
@@ -331,7 +366,7 @@ def tell(network: str, link: str, result: dict[str, Any], batch_size: int) -> No
         print(f"  local: {seconds['1f1b'] / seconds['local']:.2f} × 1f1b with {MICRO_BATCHES} micro-batches (aim 1.3)")
 
 
-def draw(results: dict[str, Any], batch_size: int) -> Figure:
+def draw(results: dict[str, Any], options: argparse.Namespace) -> Figure:
     """Throughput relative to one process, by link: a panel for each network."""
     networks = list(dict.fromkeys(key.split(", ")[0] for key in results))
     figure = Figure(figsize=(4.2 * len(networks), 3.6), layout="constrained")
@@ -347,7 +382,7 @@ def draw(results: dict[str, Any], batch_size: int) -> Figure:
             axes.bar(at, heights, width=0.25, label=method, hatch=hatch, color=colour, edgecolor="white")
         axes.axhline(1, color="black", lw=1, linestyle="--")
         axes.set_xticks(range(len(links)), [link.replace("+", "\n+ ") for link in links], fontsize="small")
-        axes.set_title(f"{network}, batch {batch_size}", loc="left", fontsize="medium")
+        axes.set_title(f"{network}, batch {batch_size_of(network, options)}", loc="left", fontsize="medium")
         axes.set_ylabel("throughput, × one process" if column == 1 else "")
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
@@ -360,7 +395,9 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS, help="default: all")
     parser.add_argument("--links", nargs="+", default=["loopback"], metavar="LINK", help="default: loopback")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="default: all")
-    parser.add_argument("--batch-size", type=int, default=64, help="images per step (default: 64)")
+    parser.add_argument(
+        "--batch-size", type=int, default=None, help="images per step (default: 64), or rows of 256 tokens (8)"
+    )
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a method in a round, a multiple of 10")
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument("--tiny", action="store_true", help="small numbers, to see whether everything runs")
@@ -389,12 +426,12 @@ def main() -> None:
             except OSError as error:
                 print(f"\n{link} is skipped, since namespaces or tc are not to be had here: {error}")
                 break
-            tell(network, link, result, options.batch_size)
+            tell(network, link, result, unit_of(network, options), results.get(f"{network}, loopback"))
             sys.stdout.flush()
             if options.json:
                 Path(options.json).write_text(json.dumps(results, indent=2))
     if options.figure and results:
-        draw(results, options.batch_size).savefig(options.figure, dpi=150)
+        draw(results, options).savefig(options.figure, dpi=150)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""The benchmark for accelerators, in its tiny form on the CPU."""
+"""Benchmarks, in their tiny form on the CPU."""
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,3 +33,57 @@ def test_the_checks_for_accelerators_hold_on_the_cpu(tmp_path: Path) -> None:
     report = (tmp_path / "results.md").read_text()
     assert "## right (finished" in report and "| resnet32 | guided = plain | 85 | 0 |" in report
     assert "right" not in run_gpu(tmp_path)  # a section that is finished is not run again
+
+
+@pytest.fixture(scope="module")
+def language() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "benchmarks" / "language.py"))
+
+
+def run_language(monkeypatch: pytest.MonkeyPatch, language: dict[str, Any], folder: Path, *arguments: str) -> None:
+    argv = ["language.py", "--tiny", "--out", str(folder), "--seeds", "0", "1", *arguments]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert language["main"]() == 0
+
+
+def test_the_grid_of_language_models_goes_on_and_reports(
+    language: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ("--rows", "end-to-end", "k2-rank12-d0-local", "k2-rank12-d0-halves40", "end-to-end-5")
+    run_language(monkeypatch, language, tmp_path, *rows[:2])
+    assert capsys.readouterr().out.count("validation loss") == 2
+    run_language(monkeypatch, language, tmp_path, *rows)
+    told = capsys.readouterr().out
+    assert told.count("validation loss") == 6 and "end-to-end, seed" not in told  # that is finished
+    run_language(monkeypatch, language, tmp_path, "--report")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == (tmp_path / "report.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][1:]
+    assert [row[:2] for row in cells] == [
+        ["end-to-end", "2"], ["K=2, rank12, 0 blocks, local", "2"], ["K=2, rank12, 0 blocks, halves", "2"],
+        ["end-to-end, 5 steps", "2"],
+    ]  # fmt: skip
+    result = json.loads((tmp_path / "k2-rank12-d0-halves40" / "seed1" / "result.json").read_text())
+    assert result["guided_steps"] == 2 and result["config"]["rule"]["options"]["rank"] == 12
+    assert result["steps"] == 4 and json.loads((tmp_path / "end-to-end-5/seed0/result.json").read_text())["steps"] == 5
+    assert [row[5] for row in cells] == ["100 %", "0 %", "50 %", "100 %"]
+    # One head of 64 x 12 + 12 x 1024 in a network of four blocks and a read-out, all products of each position.
+    assert cells[0][6:8] == ["1.00", "1.00"] and cells[1][6] == cells[2][6] == "1.05"
+    assert cells[0][9] == cells[3][9] == "-" and cells[1][9] == cells[2][9] == cells[3][2]
+    for name in ("loss.svg", "depth.svg"):
+        assert "</svg>" in (tmp_path / name).read_text()
+
+
+def test_a_gap_is_closed_only_where_seeds_can_tell(language: dict[str, Any]) -> None:
+    def row(name: str, losses: list[float], baseline: str | None = None) -> Any:
+        results = [{"validation_loss": loss} for loss in losses]
+        return language["Finished"](
+            row=language["Row"](name=name, told=name, baseline=baseline), results=results, curves=[], minutes=[]
+        )
+
+    guided = row("guided", [3.25, 3.23], "local")
+    found = {"end-to-end": row("end-to-end", [3.2, 3.18]), "local": row("local", [3.3, 3.28])}
+    assert language["gap_closed"](guided, found) == pytest.approx(0.5)
+    assert language["gap_closed"](guided, found | {"local": row("local", [3.3])}) is None  # one seed
+    assert language["gap_closed"](guided, found | {"local": row("local", [3.4, 3.1])}) is None  # too far apart
+    assert language["gap_closed"](guided, found | {"local": row("local", [3.1, 3.08])}) is None  # no gap

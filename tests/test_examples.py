@@ -207,6 +207,54 @@ def test_huggingface_says_that_transformers_is_missing(monkeypatch: pytest.Monke
         run_example(monkeypatch, "huggingface.py")
 
 
+@pytest.mark.filterwarnings("ignore:memory='local'. no guided step")  # of a network this small
+@pytest.mark.parametrize("options", [[], ["--trainer"], ["--lora"], ["--lora", "--trainer"]], ids=" ".join)
+def test_lopt_finetunes_own_weights(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    tokenizers = pytest.importorskip("tokenizers")
+    if "--lora" in options:
+        pytest.importorskip("peft")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=8, max_position_embeddings=16, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained("weights")
+    words = {"<unk>": 0, **{word: i for i, word in enumerate("abcdef", start=1)}}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained("weights")
+    Path("text.txt").write_text("a b c d e f " * 200)
+    budget = ["--steps", 8, "--share", 0.25, "--length", 16, "--lr", 0.02, "--out", "tuned"]
+    run_example(monkeypatch, "lopt_finetune.py", "--model", "weights", "--text", "text.txt", *budget, *options)
+    printed = capsys.readouterr().out
+    whole, lopt = (float(size) for size in re.findall(r"a step takes (\d+\.\d) MiB", printed))
+    assert lopt < whole
+    found = re.search(r"validation loss (\d\.\d{3}) before, (\d\.\d{3}) after 8 steps\n", printed)
+    assert found is not None and float(found[2]) < float(found[1]), printed
+    assert printed.endswith("saved in tuned; loaded again it gives the same logits\n")
+    before = transformers.LlamaForCausalLM.from_pretrained("weights").state_dict()
+    after = transformers.LlamaForCausalLM.from_pretrained("tuned").state_dict()
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name for name in before if "proj" in name} <= moved
+    assert ("model.embed_tokens.weight" in moved) == ("--lora" not in options)
+    assert transformers.AutoTokenizer.from_pretrained("tuned")("b a").input_ids == [2, 1]
+
+
+def test_lopt_finetune_refuses_what_cannot_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    Path("text.txt").write_text("short")
+    name = "lopt_finetune.py"
+    assert "--steps: must be at least 1, not 0" in refused(monkeypatch, capsys, name, "--steps", 0)
+    assert "--share: must be" in refused(monkeypatch, capsys, name, "--share", 2)
+    assert "0 pieces of 128 tokens are too few" in refused(monkeypatch, capsys, name, "--text", "text.txt")
+
+
 def readme_listings() -> list[str]:
     listings = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     return [listing for listing in listings if "import torchlocal as tl" in listing]

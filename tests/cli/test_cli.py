@@ -25,7 +25,7 @@ from torchlocal.cli.commands import main
 from torchlocal.cli.options import recipe_names, recipe_options
 from torchlocal.compare.comparison import CompareConfig
 from torchlocal.data import TextBundle
-from torchlocal.models import build_model
+from torchlocal.models import build_language_model, build_model
 from torchlocal.names import check_names
 from torchlocal.network import DecoupledNetwork, decouple
 from torchlocal.run import trainer
@@ -252,7 +252,7 @@ def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
 
 # --- recipes ---
 
-TEXTS = ("text-gpt", "text-gpt-local")
+TEXTS = ("text-gpt", "text-gpt-local", "hf-llama-tiny", "lopt-finetune")
 _NETWORKS: dict[Any, DecoupledNetwork] = {}  # recipes that differ in their length only share one
 
 
@@ -303,7 +303,9 @@ def test_a_recipe_trains(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_a_recipe_for_text_trains(name: str) -> None:
+def test_a_recipe_for_text_trains(name: str, tmp_path: Path) -> None:
+    if "gpt" not in name:
+        pytest.importorskip("transformers")
     config = FitConfig.of(**recipe_options(name, section=None, known=fit_options()))
     check_names(model=config.model.name, data=config.data.name)
     text = TextBundle(
@@ -312,17 +314,27 @@ def test_a_recipe_for_text_trains(name: str) -> None:
     torch.manual_seed(0)
     assert (config.data.epoch_rows, config.optimisation.batch_size) == (1200, 8)
     config = config.changed(batch_size=2, device="cpu", precision="fp32")
+    if name == "lopt-finetune":  # goes on with what another recipe was exported as
+        before = FitConfig.of(**recipe_options("hf-llama-tiny", section=None, known=fit_options()))
+        model: Any = build_language_model("hf:llama", vocabulary=1024, context=32, options=before.model.options)
+        assert config.cut.after == [f"model.layers.{model.config.num_hidden_layers // 2 - 1}"]
+        model.save_pretrained(tmp_path)
+        config = config.changed(model=f"hf:{tmp_path}")
     net = build_network(config, text, resolve_execution(config))
-    assert net.num_modules == config.cut.modules == 8 and isinstance(net.criterion, TokenCrossEntropy)
+    expected = {"lopt-finetune": (2, 300, 0.2), "text-gpt-local": (8, 900, 0.0)}.get(name, (8, 900, 0.4))
+    num_modules, num_steps, share = expected
+    assert net.num_modules == num_modules and isinstance(net.criterion, TokenCrossEntropy)
     steps_per_epoch = 1200 // 8
-    guidance = build_guidance(config).bind(num_steps=900, steps_per_epoch=steps_per_epoch)
-    shares = {"text-gpt": 0.4, "text-gpt-local": 0.0}
-    assert steps_per_epoch * config.optimisation.epochs == 900 and guidance.share == shares[name]
+    guidance = build_guidance(config).bind(num_steps=num_steps, steps_per_epoch=steps_per_epoch)
+    assert steps_per_epoch * config.optimisation.epochs == num_steps and guidance.share == share
+    first = num_steps - round(share * num_steps)
+    assert [guidance(step) for step in range(num_steps)] == [step >= first for step in range(num_steps)]
     ids = torch.randint(1024, (2, 33), generator=torch.Generator().manual_seed(0))
     for step in (net.local_step, partial(net.guided_step, **guided_memory(config))):
         net.zero_grad(set_to_none=True)
         losses = step(ids[:, :-1], ids[:, 1:])
-        assert len(losses) == 8 and all(6 < loss < 8 for loss in losses)  # ln 1024 = 6.9
+        assert len(losses) == num_modules and 6 < losses[-1] < 8  # ln 1024 = 6.9
+        assert name == "lopt-finetune" or all(6 < loss < 8 for loss in losses)  # which reconstructs
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
 
 

@@ -181,6 +181,26 @@ def test_a_network_of_transformers_by_its_configuration(folder: Path) -> None:
     assert len(net.partition.units) == 4 and len(net.local_step(TOKENS, TOKENS)) == 3
 
 
+def test_a_network_of_transformers_by_its_type_and_sizes(folder: Path) -> None:
+    sizes = {name: value for name, value in LLAMA.items() if name not in ("model_type", "architectures")}
+    found = []
+    for name, options in ((f"hf:{folder}", {}), ("hf:llama", {"config": sizes})):
+        torch.manual_seed(0)
+        found.append(build_language_model(name, vocabulary=50, context=16, options=options).state_dict())
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    for name, options, message in [
+        ("hf:lama", {"config": sizes}, "transformers has no type 'lama' .did you mean llama"),
+        ("hf:llama", {"config": {"hiden_size": 8}}, "config: 'llama' has no 'hiden_size' .did you mean hidden_size"),
+        ("hf:llama", {"config": {"hidden_size": "x"}}, "^model_options.config: .*hidden_size"),
+        ("hf:llama", {"config": [8]}, r"^model_options.config: must be `name: value` pairs, not \[8\]"),
+        ("hf:llama", {"config": sizes, "pretrained": True}, "^model_options.pretrained: a network that is made of a"),
+        ("hf:llama", {}, "or give sizes as model_options.config to a type such as hf:llama"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            build_language_model(name, vocabulary=50, context=16, options=options)
+
+
 def test_its_weights_where_they_are(folder: Path) -> None:
     torch.manual_seed(0)
     made: Any = build_language_model(f"hf:{folder}", vocabulary=50, context=16)

@@ -17,7 +17,7 @@ from torchlocal.names import DECODERS, NETWORKS, unknown_network
 __all__ = ["build_language_model"]
 
 _GPT_OPTIONS = tuple(name for name in inspect.signature(GPT).parameters if name not in ("vocabulary", "context"))
-_HF_OPTIONS = ("pretrained",)
+_HF_OPTIONS = ("pretrained", "config")
 
 
 def build_language_model(
@@ -28,7 +28,8 @@ def build_language_model(
     Names: `gpt-nano`, `gpt-tiny`, `gpt-mini`, `gpt-small`, `gpt-medium`, `gpt-large`, `gpt-xl` (see `SIZES`), with the
     options `layers`, `width`, `heads` and `tied`; `hf:PATH` for any causal model of the transformers library: a folder
     with its `config.json`, or the name of one in the library's cache, with the option `pretrained` for the weights
-    that lie there. Nothing is downloaded.
+    that lie there. `hf:TYPE` with the option `config` is a network of that type (`hf:llama`) with random weights, and
+    of these sizes, named as in its `config.json`. Nothing is downloaded.
 
     Args:
         name: see above.
@@ -67,47 +68,40 @@ def _refuse_unknown(name: str, options: Mapping[str, Any], known: tuple[str, ...
             raise ValueError(f"model_options: {name!r} has no option {option!r}{hint}")
 
 
-def _of_transformers(name: str, vocabulary: int, context: int, pretrained: bool = False) -> nn.Module:
+def _of_transformers(
+    name: str, vocabulary: int, context: int, pretrained: bool = False, config: Mapping[str, Any] | None = None
+) -> nn.Module:
     if not isinstance(pretrained, bool):
         raise ValueError(f"model_options.pretrained: must be true or false, not {pretrained!r}")
+    if config is not None and pretrained:
+        raise ValueError("model_options.pretrained: a network that is made of a config has no weights; leave one out")
     try:
         import transformers
     except ImportError as error:
         raise ValueError(
             f"model {name!r} needs transformers, which is not installed: pip install 'torchlocal[transformers]'"
         ) from error
-    place = name.removeprefix("hf:")
-    folder = Path(place).expanduser()
-    where = str(folder) if folder.is_dir() else place
-    if not place or (folder.is_dir() and not (folder / "config.json").is_file()):
-        raise ValueError(f"model {name!r} has no config.json: give hf: and a folder that holds one")
-    try:
-        config = transformers.AutoConfig.from_pretrained(where, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"model {name!r} is neither a folder with a config.json that transformers reads nor in its cache "
-            f"({_first_line(error)}): nothing is downloaded here, so put it there first"
-        ) from error
-    longest = getattr(config, "max_position_embeddings", None)
+    found = _configured(name, config) if config is not None else _read_config(name)
+    longest = getattr(found, "max_position_embeddings", None)
     if longest is not None and longest < context:
         raise ValueError(
             f"model {name!r} takes sequences of {longest} tokens at most, not of {context}: give a smaller context"
         )
-    config.use_cache = False  # keys and values for generation would be held until the end of a step
+    found.use_cache = False  # keys and values for generation would be held until the end of a step
     auto = transformers.AutoModelForCausalLM
     try:
         if not pretrained:
-            config.vocab_size = vocabulary
+            found.vocab_size = vocabulary
             for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
-                value = getattr(config, token, None)
+                value = getattr(found, token, None)
                 if isinstance(value, int) and value >= vocabulary:
-                    setattr(config, token, None)
-            model: nn.Module = auto.from_config(config, dtype=torch.float32)
+                    setattr(found, token, None)
+            model: nn.Module = auto.from_config(found, dtype=torch.float32)
             return model
-        if config.vocab_size < vocabulary:
-            raise ValueError(f"its weights are for {config.vocab_size} tokens, and the data have {vocabulary}")
+        if found.vocab_size < vocabulary:
+            raise ValueError(f"its weights are for {found.vocab_size} tokens, and the data have {vocabulary}")
         model = auto.from_pretrained(
-            where, config=config, dtype=torch.float32, local_files_only=True, use_safetensors=True
+            _place(name), config=found, dtype=torch.float32, local_files_only=True, use_safetensors=True
         )
         return model.train()
     except (OSError, ValueError, KeyError, AssertionError) as error:
@@ -115,6 +109,52 @@ def _of_transformers(name: str, vocabulary: int, context: int, pretrained: bool 
             f"model {name!r} cannot be made ({_first_line(error)}): give a causal language model"
             + (" whose weights are beside its config.json as .safetensors" if pretrained else "")
         ) from error
+
+
+def _place(name: str) -> str:
+    """Folder, or name in the library's cache."""
+    place = name.removeprefix("hf:")
+    folder = Path(place).expanduser()
+    return str(folder) if folder.is_dir() else place
+
+
+def _read_config(name: str) -> Any:
+    """The configuration that lies in a folder or in the library's cache."""
+    import transformers
+
+    where = _place(name)
+    if not where or (Path(where).is_dir() and not (Path(where) / "config.json").is_file()):
+        raise ValueError(f"model {name!r} has no config.json: give hf: and a folder that holds one")
+    try:
+        return transformers.AutoConfig.from_pretrained(where, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"model {name!r} is neither a folder with a config.json that transformers reads nor in its cache "
+            f"({_first_line(error)}): nothing is downloaded here, so put it there first, or give sizes as "
+            "model_options.config to a type such as hf:llama"
+        ) from error
+
+
+def _configured(name: str, config: Mapping[str, Any]) -> Any:
+    """The configuration of a type of network, with sizes that are given."""
+    import transformers
+
+    kind = name.removeprefix("hf:")
+    if not isinstance(config, Mapping):
+        raise ValueError(f"model_options.config: must be `name: value` pairs, not {config!r}")
+    if kind not in transformers.CONFIG_MAPPING:
+        raise ValueError(
+            f"model {name!r}: transformers has no type {kind!r}{suggestion(kind, list(transformers.CONFIG_MAPPING))}"
+        )
+    plain = transformers.AutoConfig.for_model(kind)
+    for option in config:
+        if not hasattr(plain, str(option)):  # which transformers would pass over
+            hint = suggestion(str(option), list(plain.to_dict()))
+            raise ValueError(f"model_options.config: {kind!r} has no {option!r}{hint}")
+    try:
+        return transformers.AutoConfig.for_model(kind, **config)
+    except Exception as error:  # of whatever kind the library's checks raise
+        raise ValueError(f"model_options.config: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

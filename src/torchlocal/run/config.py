@@ -194,7 +194,8 @@ class ModelConfig(Section):
     )
     options: dict[str, Any] = option(
         {},
-        "Options of the network as {name: value}: layers, width, heads and tied of gpt-..., pretrained of hf:PATH.",
+        "Options of the network as {name: value}: layers, width, heads and tied of gpt-..., pretrained of hf:PATH, "
+        "config of hf:TYPE.",
         partial(_options, example="{'layers': 6}", own="a network of your own is given to torchlocal.fit"),
         "model_options",
     )
