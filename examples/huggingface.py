@@ -121,9 +121,7 @@ def main() -> None:
     train, validation = source_code()
     sample = {"input_ids": train.pieces[:BATCH_SIZE]}
     net = tl.decouple(model, modules=4, sample=sample, criterion=next_token)
-    guidance = tl.PhasedGuidance(
-        num_steps=options.steps
-    )  # a fifth of the steps is guided: half of these spread, half at the end
+    guidance = tl.PhasedGuidance(num_steps=options.steps)  # the last fifth of the steps is guided
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.1)
     # Stays high over the local steps and falls to zero over the guided ones.
     scheduler = torch.optim.lr_scheduler.LambdaLR(

@@ -156,7 +156,7 @@ def main() -> None:
     if options.steps < 1:
         parser.error(f"--steps: must be at least 1, not {options.steps}")
     try:
-        guidance = tl.PhasedGuidance(share=options.share, spread=0.0, num_steps=options.steps)
+        guidance = tl.PhasedGuidance(share=options.share, num_steps=options.steps)
     except ValueError as error:
         parser.error(f"--{error}")
 

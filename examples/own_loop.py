@@ -26,7 +26,7 @@ torch.manual_seed(0)
 data = load_data("fashion-mnist-small")
 model = build_model("resnet20", num_classes=10, in_channels=1, image_size=data.shape[1:])  # any nn.Module
 net = tl.decouple(model, modules=10, sample=(128, *data.shape))
-guidance = tl.PhasedGuidance(num_steps=steps)  # a fifth of the steps is guided: half of these spread, half at the end
+guidance = tl.PhasedGuidance(num_steps=steps)  # the last fifth of the steps is guided
 optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
 # Stays high over the local steps and falls to zero over the guided ones.
 scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: guidance.cosine(step, steps))

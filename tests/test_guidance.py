@@ -114,8 +114,7 @@ def test_phased_guides_the_end_of_each_part_of_training() -> None:
     assert guided(tl.PhasedGuidance(share=0.0, num_steps=9), 12) == []
     assert guided(tl.PhasedGuidance(share=1.0, periods=3, num_steps=9), 12) == list(range(12))
     assert guided(tl.PhasedGuidance(share=0.2, periods=5, num_steps=10), 10) == [1, 3, 5, 7, 9]  # at least one
-    half = tl.PhasedGuidance(share=0.4, num_steps=20)
-    assert half.spread == 0.5
+    half = tl.PhasedGuidance(share=0.4, spread=0.5, num_steps=20)
     assert guided(half, 20) == [3, 7, 11, 15, *range(16, 20)]
     assert guided(replace(half, periods=2), 20) == [3, 7, 8, 9, 13, 17, 18, 19]
     assert guided(replace(half, spread=1.0), 25) == [2, 4, 7, 9, 12, 14, 17, 19, 22, 24]  # later steps, too

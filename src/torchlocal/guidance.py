@@ -217,12 +217,12 @@ class AnnealedGuidance(Guidance):
 
 @dataclass(frozen=True, kw_only=True)
 class PhasedGuidance(Guidance):
-    """Periodic guidance with a guided end: half of the guided steps are spread over training, half are its last ones.
+    """Local steps first, and a guided end: the last ``share`` of the steps, in which the learning rate falls to zero.
 
-    The learning rate stays high, and falls to zero over the last ``share`` of the steps (:meth:`cosine`), which is
-    where the guided phase lies: so the network settles under the global loss and not under the local ones.
-    ``spread=1`` spreads all guided steps evenly; with ``spread=0`` all are in the phase, and modules that train apart
-    meet but once, at the end. Why this is the default: docs/guidance.md.
+    So the network settles under the global loss and not under the local ones (:meth:`cosine` is the factor of the
+    rate), and modules that train apart meet but once. With several ``periods`` each of so many equal parts of training
+    ends so; with ``spread`` a share of the guided steps lies evenly among the local ones instead, all of them with
+    ``spread=1``. Why the end is the default: docs/guidance.md.
 
     Args:
         share: guided share of every period, 0 to 1.
@@ -237,7 +237,7 @@ class PhasedGuidance(Guidance):
 
     share: float = 0.2
     periods: int = 1
-    spread: float = 0.5
+    spread: float = 0.0
     num_steps: int | None = None
 
     def __post_init__(self) -> None:
