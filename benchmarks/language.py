@@ -60,6 +60,7 @@ HEADS: dict[str, dict[str, Any]] = {
 SPREADS = {"pgl": 0.0, "halves": 0.5, "periodic": 1.0}  # share of the guided steps that lie before the end
 EPOCHS = 6  # of a run of the usual length: so often is validated
 PARTS = 18  # runs of equal FLOPs are a whole number of such parts of the usual length long, rounded up
+MOST_TIMES = 10  # as many FLOPs as end-to-end no row takes
 VOCABULARY = 1024
 MOST_LINES = 8  # in a figure
 
@@ -180,13 +181,20 @@ class Grid:
         Raises:
             ValueError: a pattern fits none.
         """
-        rows, patterns = self.all(), self.options.rows
+        patterns = self.options.rows
         if not patterns:
-            return rows
+            return self.all()
+
+        def wanted(name: str) -> bool:
+            return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+        rows = [row for group in self.grouped() for row in group]
+        if any(wanted(f"end-to-end-{steps}") for steps in range(1, MOST_TIMES * self.options.steps)):
+            rows = self.all()  # for which all FLOPs have to be counted
         for pattern in patterns:
             if not any(fnmatch.fnmatchcase(row.name, pattern) for row in rows):
                 raise ValueError(f"--rows: no row is named {pattern!r}: --list names them")
-        return [row for row in rows if any(fnmatch.fnmatchcase(row.name, pattern) for pattern in patterns)]
+        return [row for row in rows if wanted(row.name)]
 
     def config(self, row: Row, seed: int) -> tl.FitConfig:
         """The configuration of a run."""
@@ -527,10 +535,10 @@ def main() -> int:
         parser.error(f"--share: must be between 0 and 1, not {options.share}")
     grid = Grid(options)
     try:
-        rows = grid.chosen()
-    except ValueError as error:
-        parser.error(str(error))
-    try:
+        try:
+            rows = grid.chosen()
+        except ValueError as error:
+            parser.error(str(error))
         if options.list:
             tell_rows(grid, rows, options.seeds)
         elif options.times:
@@ -542,6 +550,8 @@ def main() -> int:
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signum
+    except KeyboardInterrupt:  # between two runs
+        return 130
     return 0
 
 
