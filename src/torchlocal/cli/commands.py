@@ -311,8 +311,7 @@ def _evaluate(argv: Sequence[str]) -> int:
     if split not in ("test", "validation", "train"):
         raise ValueError(f"--split {split} is unknown: choose test, validation or train")
 
-    from torchlocal.cli.tables import perplexity_table
-    from torchlocal.compare.tables import depth_table
+    from torchlocal.compare.tables import depth_table, perplexity_table
     from torchlocal.run.evaluation import evaluate
 
     result = evaluate(expand(values["run"]), split, device=values["device"], data_root=values["data_root"])

@@ -1,4 +1,4 @@
-"""Tables of the terminal: accuracy by depth, where a network is cut, and what fits a memory budget."""
+"""Tables of the terminal: accuracy, or perplexity, by depth, where a network is cut, and what fits a memory budget."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torchlocal.budget import MemoryPlan
     from torchlocal.network import DecoupledNetwork
 
-__all__ = ["depth_table", "partition_tables", "plan_table"]
+__all__ = ["depth_table", "partition_tables", "perplexity_table", "plan_table"]
 
 
 def depth_table(result: Mapping[str, Any], *, split: str) -> Table:
@@ -32,6 +32,28 @@ def depth_table(result: Mapping[str, Any], *, split: str) -> Table:
         by = "the backbone" if k == len(depths) else "its auxiliary network"
         table.add_row(f"{k} of {len(depths)}", f"{100 * accuracy:.2f}", by)
     return table
+
+
+def perplexity_table(result: Mapping[str, Any], *, split: str) -> Table:
+    """What `evaluate` found of text, as a rich table: perplexity through every auxiliary network."""
+    bits = "" if "bits_per_byte" not in result else f", {result['bits_per_byte']:.4f} bits per byte"
+    table = new_table(
+        f"{result['checkpoint']}: {split} perplexity {_told(result['perplexity'])}, loss {result['loss']:.4f}{bits} "
+        f"({result['num_tokens']:,} tokens)"
+    )
+    table.add_column("Local module", justify="right")
+    table.add_column("Perplexity", justify="right")
+    table.add_column("Loss", justify="right")
+    table.add_column("Predicted by")
+    depths = list(zip(result["depth_perplexity"], result["depth_loss"], strict=True))
+    for k, (perplexity, loss) in enumerate(depths, start=1):
+        by = "the backbone" if k == len(depths) else "its auxiliary network"
+        table.add_row(f"{k} of {len(depths)}", _told(perplexity), f"{loss:.4f}", by)
+    return table
+
+
+def _told(perplexity: float | None) -> str:
+    return "beyond counting" if perplexity is None else f"{perplexity:.2f}"
 
 
 def partition_tables(net: DecoupledNetwork, *, batch_size: int, title: str) -> list[Table]:
