@@ -1,7 +1,23 @@
-"""Networks for tests that train whole runs."""
+"""Networks for tests that train whole runs, and what tests ask of any."""
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor | None]:
+    """Copies of the gradients that are there."""
+    return {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
+
+
+def assert_equal(first: Mapping[str, Tensor | None], second: Mapping[str, Tensor | None]) -> None:
+    """Bit for bit, by name."""
+    assert first.keys() == second.keys()
+    for name, a in first.items():
+        b = second[name]
+        assert (a is None) == (b is None) and (a is None or torch.equal(a, b)), name  # type: ignore[arg-type]
 
 
 class SmallNet(nn.Module):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import gradients
 from torch import Tensor, nn
 
 import torchlocal as tl
@@ -104,10 +105,6 @@ def build(name: str, **changes: Any) -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = getattr(transformers, family.replace("*", ""))(config)
     return model.train()
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor | None]:
-    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 
 def assert_same(first: dict[str, Tensor | None], second: dict[str, Tensor | None]) -> None:

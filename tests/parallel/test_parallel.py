@@ -127,13 +127,6 @@ def assert_same(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert not different, f"{len(different)} of {len(state)} tensors differ: {different[:5]}"
 
 
-@pytest.fixture(scope="module")
-def pool() -> Any:
-    pool = Pool()
-    yield pool
-    pool.close()
-
-
 def train_in_parallel(
     build_options: dict[str, Any],
     steps: list[str],

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +43,6 @@ def small_config(out: Path, **changes: Any) -> FitConfig:
 
 def fit(config: FitConfig, **options: Any) -> dict[str, Any]:
     return trainer.fit(config, model=lambda: SmallNet(10, 1), **options)
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    pool = Pool()
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,6 @@ from torchlocal.run.config import FitConfig
 from torchlocal.tokens import TokenCrossEntropy
 
 TIMES = ("seconds", "train_seconds", "epoch_seconds", "tokens_per_second", "out", "run")
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    pool = Pool()
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from processes import Pool
-from test_parallel import assert_same, compare_any, pool, run_any, state_of  # noqa: F401  (a fixture)
+from test_parallel import assert_same, compare_any, state_of
 from torch import Tensor, nn
 
 import torchlocal as tl
@@ -60,7 +60,7 @@ def build(
     ],
 )
 def test_a_shared_read_out_equals_the_single_process(
-    pool: Pool,  # noqa: F811
+    pool: Pool,
     tmp_path: Path,
     tied: bool,
     world: int,
@@ -70,19 +70,19 @@ def test_a_shared_read_out_equals_the_single_process(
 
 
 @pytest.mark.parametrize("lag", [1, 3])
-def test_parts_of_a_batch_and_accumulated_batches(pool: Pool, tmp_path: Path, lag: int) -> None:  # noqa: F811
+def test_parts_of_a_batch_and_accumulated_batches(pool: Pool, tmp_path: Path, lag: int) -> None:
     """A local loss of each part counts."""
     guided = {"memory": GuidedPlan(tree=Tape(0, 6), micro_batches=2)}
     options = {"tied": False, "lag": lag, "depth": 0}
     compare_any(pool, tmp_path, 3, build, texts, guided=guided, accumulate=2, make_options=options)
 
 
-def test_guided_steps_that_leave_the_auxiliary_networks_alone(pool: Pool, tmp_path: Path) -> None:  # noqa: F811
+def test_guided_steps_that_leave_the_auxiliary_networks_alone(pool: Pool, tmp_path: Path) -> None:
     options = {"tied": False, "lag": 2, "depth": 0}
     compare_any(pool, tmp_path, 2, build, texts, guided={"auxiliary": "frozen"}, make_options=options)
 
 
-def test_steps_that_overlap(pool: Pool, tmp_path: Path) -> None:  # noqa: F811
+def test_steps_that_overlap(pool: Pool, tmp_path: Path) -> None:
     plan = GuidedPlan(tree=Tape(0, 6), micro_batches=2)
     options = {"tied": False, "depth": 0}
     compare_any(
@@ -90,7 +90,7 @@ def test_steps_that_overlap(pool: Pool, tmp_path: Path) -> None:  # noqa: F811
     )
 
 
-def test_steps_that_overlap_do_not_go_with_a_lag(pool: Pool, tmp_path: Path) -> None:  # noqa: F811
+def test_steps_that_overlap_do_not_go_with_a_lag(pool: Pool, tmp_path: Path) -> None:
     for told in pool.run(2, tmp_path, _overlapping_with_a_lag):
         assert told.startswith("micro_batches: SoloRule(depth=2, lag=2) counts local losses")
 
@@ -108,7 +108,7 @@ def _overlapping_with_a_lag() -> Any:
 
 @pytest.mark.parametrize("stop", [3, 4, 5])
 @pytest.mark.parametrize("lag", [1, 3])
-def test_a_checkpoint_goes_on_where_it_was(pool: Pool, tmp_path: Path, lag: int, stop: int) -> None:  # noqa: F811
+def test_a_checkpoint_goes_on_where_it_was(pool: Pool, tmp_path: Path, lag: int, stop: int) -> None:
     """Wherever values are on their way: in new processes, in others' number, and in the same ones."""
     net = build(tied=False, lag=lag, depth=0)
     run_plain(net, 0, stop)
@@ -141,7 +141,7 @@ def _stopped(lag: int, stop: int, middle: Any) -> Any:
     return found, again, last
 
 
-def test_with_a_lag_nobody_waits_for_the_last_rank(pool: Pool, tmp_path: Path) -> None:  # noqa: F811
+def test_with_a_lag_nobody_waits_for_the_last_rank(pool: Pool, tmp_path: Path) -> None:
     """The last rank does not begin its steps before the first has ended its own, up to the lag's length."""
     for state in pool.run(2, tmp_path, _ahead, tmp_path / "done"):
         net = build(tied=False, lag=4, depth=0)
@@ -161,7 +161,7 @@ def _ahead(done: Path) -> Any:
     return state
 
 
-def test_ranks_part_while_values_are_on_their_way(pool: Pool, tmp_path: Path) -> None:  # noqa: F811
+def test_ranks_part_while_values_are_on_their_way(pool: Pool, tmp_path: Path) -> None:
     assert pool.run(2, tmp_path, _parted) == [0, 2 * V * 16 * 4]
 
 
@@ -172,7 +172,7 @@ def _parted() -> int:
     return net.bytes_sent if net.is_last else 0
 
 
-def test_the_read_out_travels_once_in_so_many_steps(pool: Pool, tmp_path: Path) -> None:  # noqa: F811
+def test_the_read_out_travels_once_in_so_many_steps(pool: Pool, tmp_path: Path) -> None:
     assert pool.run(2, tmp_path, _sent)[1] == [9 * V * 16 * 4, 3 * V * 16 * 4]
 
 
@@ -188,7 +188,7 @@ def _sent() -> list[int]:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_lopt_on_two_ranks(pool: Pool, tmp_path: Path, tied: bool) -> None:  # noqa: F811
+def test_lopt_on_two_ranks(pool: Pool, tmp_path: Path, tied: bool) -> None:
     """The embedding is at hand where it is asked for."""
     options = {"rule": "lopt", "modules": 2, "tied": tied, "dropout": 0.1}
     compare_any(pool, tmp_path, 2, build, texts, make_options=options)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import assert_equal, gradients
 from torch import Tensor, nn
 
 import torchlocal as tl
@@ -30,17 +31,6 @@ def make(*, tied: bool = True, cut: str | None = "blocks.1", **options: Any) -> 
     nn.init.normal_(model.embedding.weight)
     where: dict[str, Any] = {"modules": 2} if cut is None else {"cuts": [cut]}
     return model, tl.decouple(model, **where, sample=TOKENS, rule=LoptRule(**options), criterion=each_token)
-
-
-def gradients(module: nn.Module) -> dict[str, Tensor | None]:
-    return {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
-
-
-def assert_equal(first: Any, second: Any) -> None:
-    assert first.keys() == second.keys()
-    for name, a in first.items():
-        b = second[name]
-        assert (a is None) == (b is None) and (a is None or torch.equal(a, b)), name
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import assert_equal, gradients
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import VisionTransformer
@@ -51,17 +52,6 @@ def batch_of(count: int) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(3)
     tokens = [torch.randint(V, (3, 12), generator=generator) for _ in range(count)]
     return [(t, t.roll(-1, 1)) for t in tokens]
-
-
-def gradients(module: nn.Module) -> Grads:
-    return {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
-
-
-def assert_equal(first: Any, second: Any) -> None:
-    assert first.keys() == second.keys()
-    for name, a in first.items():
-        b = second[name]
-        assert (a is None) == (b is None) and (a is None or torch.equal(a, b)), name
 
 
 def hidden_states(model: GPT, net: tl.DecoupledNetwork, tokens: Tensor) -> list[Tensor]:
