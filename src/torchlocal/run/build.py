@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from torchlocal.data import DataBundle, LoaderBundle
+from torchlocal.graphs import CapturedStep, capture
 from torchlocal.guidance import Guidance, cosine_factor
 from torchlocal.micro import divisor
 from torchlocal.network import DecoupledNetwork, decouple
@@ -23,6 +24,7 @@ from torchlocal.run.config import MOST_STEPS, FitConfig, build_guidance, build_r
 from torchlocal.run.own import Own
 
 __all__ = [
+    "CapturedSteps",
     "Execution",
     "build_network",
     "build_optimizer",
@@ -287,6 +289,42 @@ def learning_rate(
     return chosen.lr
 
 
+class CapturedSteps:
+    """The steps of a run as CUDA graphs; each kind is recorded when it is first taken.
+
+    Args:
+        config: the run's.
+        execution: where it runs.
+        net: what is trained.
+
+    Raises:
+        ValueError: something is asked for that a graph cannot do.
+    """
+
+    def __init__(self, config: FitConfig, execution: Execution, net: DecoupledNetwork | ParallelNetwork) -> None:
+        refused = {
+            f"device={execution.device.type!r}, and graphs are CUDA's": execution.device.type != "cuda",
+            "several ranks, whose steps wait for messages": isinstance(net, ParallelNetwork),
+            "precision='fp16', whose scale changes": execution.precision == "fp16",
+            f"accumulate={config.optimisation.accumulate}, since a graph overwrites gradients": (
+                config.optimisation.accumulate > 1
+            ),
+            "compile, which has modes with graphs of its own": config.run.compile,
+        }
+        for why, holds in refused.items():
+            if holds:
+                raise ValueError(f"capture: cannot be used with {why}; leave one of the two out")
+        self._found: dict[str, CapturedStep] = {}
+
+    def take(self, step: Any, x: Any, y: Any, **options: Any) -> list[Tensor]:
+        """A step; its losses and gradients are good until the next one."""
+        name = step.__name__
+        if name not in self._found:
+            first = next(iter(self._found.values()), None)
+            self._found[name] = capture(step, x, y, share=first, **options)
+        return self._found[name](x, y)
+
+
 def train_step(
     net: DecoupledNetwork | ParallelNetwork,
     optimizer: torch.optim.Optimizer,
@@ -296,6 +334,7 @@ def train_step(
     execution: Execution,
     guided: bool,
     scaler: torch.amp.GradScaler | None = None,
+    captured: CapturedSteps | None = None,
 ) -> list[Tensor]:
     """Run one optimizer step, on as many batches as are accumulated. Waits for the device with fp16 only, whose
     GradScaler has to know whether gradients are finite.
@@ -308,6 +347,7 @@ def train_step(
         execution: where it runs.
         guided: whether this is a guided step, or else a local one.
         scaler: for fp16.
+        captured: takes the step as a CUDA graph.
 
     Returns:
         The mean loss of each local module as 0-dim tensors, the last being the global loss; the global loss alone in a
@@ -323,7 +363,8 @@ def train_step(
     total: list[Tensor] = []
     with _enough_for_batch_norm(chosen.batch_size):
         for x, y, share in _shared(net, batches, chosen.accumulate):
-            losses = step(execution.place(x), execution.place(y), scale=share, **options)
+            x, y, options["scale"] = execution.place(x), execution.place(y), share
+            losses = step(x, y, **options) if captured is None else captured.take(step, x, y, **options)
             losses = [share * loss for loss in losses] if chosen.accumulate > 1 else losses
             total = [a + b for a, b in zip(total, losses, strict=True)] if total else losses
     if chosen.clip is not None:

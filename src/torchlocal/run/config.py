@@ -584,6 +584,10 @@ class RunConfig(Section):
         rounds=True,
     )
     compile: bool = option(False, "Compile the network with torch.compile.", _SWITCH)
+    capture: bool = option(
+        False, "Record each kind of step as a CUDA graph: small networks then train several times faster.", _SWITCH,
+        free=True, rounds=True,
+    )  # fmt: skip
     num_threads: int | None = option(
         None,
         "Number of CPU threads; by default torch's own choice.",

@@ -28,6 +28,7 @@ from torchlocal.parallel.team import Elsewhere, Team
 from torchlocal.run import checkpoint
 from torchlocal.run.branches import Branch
 from torchlocal.run.build import (
+    CapturedSteps,
     build_network,
     build_optimizer,
     count_steps,
@@ -276,6 +277,7 @@ class _Run:
         self.net: DecoupledNetwork | ParallelNetwork = self.network if self.parallel is None else self.parallel
         if config.run.compile:
             self.net.compile()
+        self.captured = CapturedSteps(config, self.execution, self.net) if config.run.capture else None
         self.optimizer = build_optimizer(config, self.net)
         self.scaler = self.execution.make_scaler()
         self.guidance = build_guidance(config).bind(num_steps=self.num_steps, steps_per_epoch=self.steps_per_epoch)
@@ -367,6 +369,7 @@ class _Run:
                 execution=self.execution,
                 guided=guided,
                 scaler=self.scaler,
+                captured=self.captured,
             )
             self._count(losses, guided)
             if self.progress is not None:
