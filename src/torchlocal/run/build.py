@@ -3,9 +3,12 @@
 import contextlib
 import dataclasses
 import inspect
+import platform
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +56,13 @@ class Execution:
     def autocast(self) -> torch.dtype | None:
         """What the step computes in, beside float32."""
         return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+
+    @property
+    def hardware(self) -> str:
+        """What the device calls itself; of a CPU also the number of threads."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{_processor()}, {torch.get_num_threads()} threads" if self.device.type == "cpu" else self.device.type
 
     def make_scaler(self) -> torch.amp.GradScaler | None:
         """Return the GradScaler that fp16 needs."""
@@ -441,6 +451,15 @@ def _clip(net: DecoupledNetwork | ParallelNetwork, norm: float, guided: bool) ->
         groups = net.module_parameters()
     for parameters in groups:
         nn.utils.clip_grad_norm_(parameters, norm)
+
+
+def _processor() -> str:
+    """What the processor calls itself."""
+    try:
+        names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except (OSError, ValueError):
+        names = []
+    return names[0].strip() if names else f"{platform.processor() or 'CPU'} ({platform.machine()})"
 
 
 def _best_device() -> str:

@@ -502,6 +502,7 @@ class _Run:
                 "auxiliary": sum(parameter.numel() for parameter in self.net.auxiliary.parameters()),
             },
             "device": str(self.execution.device),
+            "hardware": self.execution.hardware,
             "precision": self.execution.precision,
         }
         result |= self._text_result(best_row, measured)
