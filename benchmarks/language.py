@@ -213,7 +213,9 @@ class Grid:
         """A network as a run of the row has it."""
         config = self.base.changed(**row.changes)
         torch.manual_seed(0)
-        model = build_language_model(config.model.name, vocabulary=VOCABULARY, context=self.context)
+        model = build_language_model(
+            config.model.name, vocabulary=VOCABULARY, context=self.context, options=config.model.options
+        )
         sample, _ = self.batch()
         return tl.decouple(
             model, config.cut.modules, sample=sample, rule=build_rule(config), criterion=TokenCrossEntropy()
@@ -235,7 +237,16 @@ class Grid:
         """FLOPs and predicted peak, in bytes, of a local and of a guided step; end-to-end takes "guided" ones."""
         config = self.base.changed(**row.changes)
         rule = config.rule.options if config.cut.modules != 1 else None
-        key = json.dumps([config.model.name, config.cut.modules, rule, *self.batch()[0].shape, torch.__version__])
+        key = json.dumps(
+            [
+                config.model.name,
+                config.model.options,
+                config.cut.modules,
+                rule,
+                *self.batch()[0].shape,
+                torch.__version__,
+            ]
+        )
         if key not in self._costs:
             net = self.network(row)
             kinds = {"guided": {"step": "plain"}}
