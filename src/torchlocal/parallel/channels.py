@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["CLOSE", "Channel", "Message", "PeerLost", "watched"]
+__all__ = ["CLOSE", "Channel", "Layout", "Message", "PeerLost", "watched"]
 
 CLOSE = 0  # the kind of message after which nothing follows
 _HEADER, _DESCRIPTION, _PAYLOAD = 1, 2, 3  # tags; backends without tags rely on the order, which is the same
@@ -69,7 +69,7 @@ class Message:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """How a tensor is written into one dense block, and read from it."""
 
     dtype: torch.dtype
@@ -78,7 +78,7 @@ class _Layout:
     repeated: tuple[bool, ...]  # dimensions along which the same numbers repeat
 
     @classmethod
-    def of(cls, tensor: Tensor) -> _Layout:
+    def of(cls, tensor: Tensor) -> Layout:
         strides, sizes = tensor.stride(), tuple(tensor.shape)
         repeated = tuple(stride == 0 and size > 1 for stride, size in zip(strides, sizes, strict=True))
         order = tuple(sorted(range(tensor.ndim), key=lambda dim: (-strides[dim], dim)))
@@ -146,7 +146,7 @@ class Channel:
 
     def send(self, kind: int, tensors: Sequence[Tensor] = (), *, flag: int = 0, extra: Any = None) -> None:
         """Send tensors; they must not be written to afterwards."""
-        layouts = [_Layout.of(tensor) for tensor in tensors]
+        layouts = [Layout.of(tensor) for tensor in tensors]
         description = pickle.dumps((extra, layouts))
         known = description in self._numbers
         if not known and len(self._numbers) < _MOST_KNOWN:
@@ -219,7 +219,7 @@ class Channel:
 
     def _listen(self) -> None:
         """Take headers, and have tensors written into memory, until the channel is closed."""
-        descriptions: list[tuple[Any, list[_Layout]]] = []
+        descriptions: list[tuple[Any, list[Layout]]] = []
         try:
             while True:
                 self._room.acquire()

@@ -131,9 +131,23 @@ def load_shared_data(config: FitConfig, own: Own, team: Team) -> DataBundle:
 
 
 def share_out(
-    net: DecoupledNetwork, config: FitConfig, data: DataBundle, execution: Execution, team: Team
+    net: DecoupledNetwork,
+    config: FitConfig,
+    data: DataBundle,
+    execution: Execution,
+    team: Team,
+    stages: list[int] | None = None,
 ) -> ParallelNetwork:
-    """Share the local modules out to the ranks, balanced by the time that they take on the first batch."""
+    """Share the local modules out to the ranks, balanced by the time that they take on the first batch.
+
+    Args:
+        net: the network.
+        config: the run's.
+        data: where the first batch comes from.
+        execution: where it runs.
+        team: the ranks.
+        stages: number of modules of each stage, if that is settled and there are as many stages.
+    """
     if execution.precision == "fp16":
         raise ValueError(
             'precision="fp16" needs one scale for all modules, so not several ranks: give "bf16" or "fp32"'
@@ -143,8 +157,16 @@ def share_out(
         sample = execution.place(
             next(data.train.batches(config.optimisation.batch_size, train=True, seed=config.run.seed))
         )
+    settled = stages is not None and len(stages) == team.num_stages
     return distribute(
-        net, replicas=team.replicas, assignment="time", sample=sample, autocast=execution.autocast, timeout=team.timeout
+        net,
+        replicas=team.replicas,
+        assignment=stages if stages is not None and settled else "time",
+        sample=sample,
+        autocast=execution.autocast,
+        boundary=config.run.boundary,
+        link=None if settled else config.run.link,
+        timeout=team.timeout,
     )
 
 
