@@ -224,6 +224,7 @@ class ParallelNetwork(Stage):
             self._enter(task, rehearsal)
             step = self._step(task, rehearsal, autocast, backward, scale, follow=follow)
             step.part_of(parts, task.share, follow=follow)
+            step.matches = auxiliary == "match"
             step.optimizers = early if i == len(parts) - 1 else None
             losses = self._guided(step, task, plan.tree, follow, options)
             self._skip_after(rehearsal, follow=follow)
@@ -311,6 +312,7 @@ class ParallelNetwork(Stage):
             step = Step.begin(self.net, part, labels, autocast, None, scale)
             step.weight = task.weight
             step.part_of(parts, share, follow=follow)
+            step.matches = options[0] == "match"
             step.outputs = None if self.is_first else rehearsal.outputs
             steps.append(step)
         key = (key_of(part), autocast, count, schedule)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -58,6 +59,9 @@ class Recomputation:
         context: entered around every forward pass (autocast).
         stops: stages where a run of several has to be interrupted.
         passed: called with the stage and its input whenever the first forward pass has come to it.
+        arrived: called with a stage that is watched, the first value of its input, and the gradient of that, as soon
+            as it is there.
+        watched: the stages, all of them stops.
         done: called with a stage when the gradients of it and of all that follow are complete.
     """
 
@@ -69,10 +73,13 @@ class Recomputation:
         context: Callable[[], AbstractContextManager[Any]],
         stops: frozenset[int] = frozenset(),
         passed: Callable[[int, tuple[Any, ...]], None] | None = None,
+        arrived: Callable[[int, Tensor, Tensor | None], None] | None = None,
+        watched: frozenset[int] = frozenset(),
         done: Callable[[int], None] | None = None,
     ) -> None:
         self._stages, self._device, self._context = stages, device, context
         self._stops, self._passed, self._done = stops, passed, done
+        self._arrived, self._watched = arrived, watched
         self._replay = stages.replay()
 
     def run(
@@ -138,7 +145,7 @@ class Recomputation:
         detached = [o.detach() if isinstance(o, Tensor) else o for o in outputs]
         root = _hand(outputs, handed)
         del outputs[:]
-        handed += then(detached)
+        handed += self._followed(tape.last, detached, then)
         detached.clear()
         if root is not None:
             with without_autocast(self._device):
@@ -158,13 +165,22 @@ class Recomputation:
         def finish(outputs: list[Any]) -> Gradients:
             if new and self._passed is not None:
                 self._passed(inner.last, tuple(outputs))
-            return then(outputs)
+            return self._followed(inner.last, outputs, then)
 
         with self._replay.replaying(inner.first, inner.last, new=new, again=False):
             gradients = inside.run(inner.plan, state, finish, differentiable=differentiable)
         if self._done is not None:
             self._done(inner.first)
         return gradients[:count]
+
+    def _followed(self, stage: int, outputs: list[Any], then: Following) -> Gradients:
+        """What ``then`` returns; it is told of a stage that is watched."""
+        if self._arrived is None or stage not in self._watched:
+            return then(outputs)
+        first = outputs[0]
+        gradients = then(outputs)
+        self._arrived(stage, first, gradients[0])
+        return gradients
 
     def wanted(self, stage: int, count: int) -> list[bool]:
         """Which values of the state before a stage need a gradient."""
@@ -182,6 +198,8 @@ class Recomputation:
                 state = list(self._stages.run(begin, end, state))
             if again:
                 state = [_asking(value) for value in state]
+            elif self._arrived is not None and end in self._watched and end != last:
+                state[0].register_hook(partial(self._arrived, end, state[0].detach()))
             if new and self._passed is not None:
                 self._passed(end, tuple(state))
         return state

@@ -267,7 +267,8 @@ class GuidanceConfig(Section):
     Args:
         name: "never" (local learning), "always" (end-to-end), "phased" or "periodic" (PGL), "random" or "annealed";
             None: "phased", or "periodic" if an option of that alone is given.
-        auxiliary: "follow": in a guided step the auxiliary networks go on learning; "frozen": they stand still.
+        auxiliary: "follow": in a guided step the auxiliary networks go on learning; "match": and learn to give the
+            gradient that the global loss gives; "frozen": they stand still.
         options: arguments of the schedule (see :mod:`torchlocal.guidance`); what is left out has its default. The
             share of an annealed one at the start of training is `share`, as that of the others; the seed of a random
             one is the run's.
@@ -286,7 +287,7 @@ class GuidanceConfig(Section):
             name = "periodic" if any(takes.get(key, {}).keys() == {"periodic"} for key in given) else "phased"
         for key, value in (("name", name), ("auxiliary", auxiliary), ("options", given)):
             object.__setattr__(self, key, value)
-        one_of("guidance.auxiliary", auxiliary, "follow", "frozen")
+        one_of("guidance.auxiliary", auxiliary, "follow", "match", "frozen")
         if unknown := [key for key in given if key not in takes]:
             raise ValueError(f"the configuration has unknown fields: guidance.{unknown[0]}")
         for key, value in given.items():
@@ -353,7 +354,8 @@ def _guidance_options() -> Iterator[Option]:
         name="guidance.auxiliary",
         path="guidance.auxiliary",
         default="follow",
-        help="In guided steps auxiliary networks follow (go on learning) or are frozen.",
+        help="In guided steps auxiliary networks follow (go on learning), match (and learn to give the gradient of the "
+        "global loss), or are frozen.",
     )
 
 
