@@ -99,15 +99,15 @@ class Method:
 
 METHODS = {
     "one core": Method(
-        row="end-to-end", label="one machine, one core", colour="#7F7F7F", guided=("one core",) * 2, alone=True
+        row="end-to-end", label="one machine, one core", colour="#5F5F5F", guided=("one core",) * 2, alone=True
     ),
     "all cores": Method(
         row="end-to-end", label="one machine, all cores", colour="#000000", guided=("all cores",) * 2, alone=True
     ),
     "1f1b": Method(row="micro-batches", label="1F1B", colour="#D55E00", guided=("1f1b",) * 2),
     "gpipe": Method(row="micro-batches", label="GPipe", colour="#CC79A7", guided=("gpipe",) * 2),
-    "local": Method(row="local", label="local", colour="#56B4E9", guided=("phase", "spread")),
-    "periodic": Method(row="periodic", label="PGL, every fifth", colour="#009E73", guided=("phase", "spread")),
+    "local": Method(row="local", label="local", colour="#009E73", guided=("phase", "spread")),
+    "periodic": Method(row="periodic", label="PGL, every fifth", colour="#56B4E9", guided=("phase", "spread")),
     "pgl": Method(row="pgl", label="PGL, last fifth", colour="#0072B2", guided=("phase", "spread")),
     "pgl 1f1b": Method(
         row="pgl-micro-batches", label="PGL, 1F1B", colour="#E69F00", guided=("phase 1f1b", "spread 1f1b")
@@ -296,10 +296,10 @@ class Worker:
         dist.barrier()
         cores = os.cpu_count() or 1
         torch.set_num_threads(cores if kind == "all cores" else 1)  # the other ranks wait, and compute nothing
-        start, sent = 0.0, 0
+        start, sent = 0.0, bytes_on_links(self.options.link)
         for i in range(-PERIOD, count):
             if i == 0:
-                start, sent = time.perf_counter(), bytes_on_links(self.options.link)
+                start = time.perf_counter()
             step = kind
             if kind.startswith("spread"):
                 step = kind.replace("spread", "phase") if i % PERIOD == PERIOD - 1 else "local"
@@ -309,7 +309,8 @@ class Worker:
         seconds = (time.perf_counter() - start) / count
         dist.barrier()
         torch.set_num_threads(1)
-        return seconds, (bytes_on_links(self.options.link) - sent) / count
+        # Bytes are those of all steps: the first stages run ahead, by more when the last one has come to its first.
+        return seconds, (bytes_on_links(self.options.link) - sent) / (PERIOD + count)
 
     def measure(self) -> dict[str, Any] | None:
         """Everything, in turns; on the first rank."""
@@ -648,43 +649,53 @@ def draw(name: str, options: argparse.Namespace) -> Figure:
     """A panel for each chosen link, one below the other, so that it can be read on a telephone."""
     task, found = TASKS[name], curves(name, options)
     links = [link for link in options.panels if link in found]
-    figure = Figure(figsize=(5.2, 0.6 + 2.7 * max(1, len(links))), layout="constrained")
-    panels: list[Any] = [figure.add_subplot(len(links), 1, i + 1) for i in range(len(links))]
-    scale = 100 if task.is_accuracy else 1
-    shown = [m for m in options.lines if all(m in found[link] for link in links)]
-    ends = [found[link][method][-1][0] / 60 for link in links for method in shown]
-    starts = [found[link][method][0][0] / 60 for link in links for method in shown]
-    for axes, link in zip(panels, links, strict=True):
+    shown = [m for m in options.lines if links and all(m in found[link] for link in links)]
+    figure = Figure(figsize=(5.2, 0.4 + 2.8 * max(1, len(links))), layout="constrained")
+    longest = max((found[link][m][-1][0] / 60 for link in links for m in shown), default=1.0)
+    for number, link in enumerate(links):
+        axes = figure.add_subplot(len(links), 1, number + 1)
+        scale = 100 if task.is_accuracy else 1
+        ends = {}
         for method in shown:
             chosen = METHODS[method]
             times, values = zip(*((at / 60, scale * value) for at, value in found[link][method]), strict=True)
-            style = "--" if chosen.alone else "-"
-            axes.plot(times, values, color=chosen.colour, linestyle=style, lw=1.6 if chosen.alone else 2.4)
-            axes.plot(times[-1], values[-1], "o", color=chosen.colour, markersize=5)
-            axes.annotate(
-                f" {chosen.label}", (times[-1], values[-1]), color=chosen.colour, fontsize=10, fontweight="bold",
-                va="center", annotation_clip=False,
-            )  # fmt: skip
-        axes.set_xscale("log")
-        axes.set_xlim(min(starts) * 0.9, max(ends) * 2.6)
-        ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if min(starts) * 0.9 <= t <= max(ends) * 1.2]
-        axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
-        axes.minorticks_off()
-        axes.set_title(TITLES.get(link, link), loc="left", fontsize=11, fontweight="bold")
+            style, width = ("--", 1.6) if chosen.alone else ("-", 2.4)
+            axes.plot(times, values, color=chosen.colour, linestyle=style, lw=width)
+            axes.plot(times[-1], values[-1], "o", color=chosen.colour, markersize=6)
+            ends[method] = (times[-1], values[-1])
+        axes.set_xlim(0, 1.04 * longest)
+        if not task.is_accuracy:  # the first losses are of a network that knows nothing
+            axes.set_ylim(top=statistics.median(v for m in shown for _, v in found[link][m]) * 1.25)
+        label_ends(axes, ends, task)
+        machines = {2: "Two", 3: "Three", 4: "Four"}.get(options.stages, str(options.stages))
+        axes.set_title(f"{machines} machines, {TITLES.get(link, link)}", loc="left", fontsize=12, fontweight="bold")
         axes.set_ylabel(task.unit)
-        axes.grid(True, color="#DDDDDD", linewidth=0.8)
+        axes.grid(True, color="#E5E5E5", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
-    if panels:
-        panels[-1].set_xlabel("minutes of training (each step to the right: longer)")
+        if number == len(links) - 1:
+            axes.set_xlabel("minutes of training")
     return figure
 
 
+def label_ends(axes: Any, ends: Mapping[str, tuple[float, float]], task: Task) -> None:
+    """Names of the lines, in their colours, with where they end, in the corner that curves never come to."""
+    for i, method in enumerate(sorted(ends, key=lambda m: ends[m][0])):
+        at, value = ends[method]
+        told = f"{value:.1f} %" if task.is_accuracy else f"{value:.2f}"
+        height = 0.11 * (len(ends) - i) - 0.04 if task.is_accuracy else 1 - 0.04 - 0.11 * i
+        name = axes.text(
+            0.99, height, f"{METHODS[method].label}: {told} in {at:.1f} min", color=METHODS[method].colour,
+            fontsize=10.5, fontweight="bold", ha="right", va="center", transform=axes.transAxes,
+        )  # fmt: skip
+        name.set_in_layout(False)
+
+
 TITLES = {
-    "loopback": "Without a link",
-    "10gbit": "Fast link: 10 Gbit/s",
+    "loopback": "no link between them",
+    "10gbit": "fast link: 10 Gbit/s",
     "1gbit": "1 Gbit/s",
     "100mbit": "100 Mbit/s",
-    "100mbit+20ms": "Slow link: 100 Mbit/s, 20 ms",
+    "100mbit+20ms": "slow link: 100 Mbit/s, 20 ms",
 }
 
 
