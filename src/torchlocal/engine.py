@@ -185,8 +185,8 @@ class Step:
             )
         return None
 
-    def backward(self, loss: Tensor) -> None:
-        """Backward from a loss, outside of autocast."""
+    def backward(self, loss: Tensor, share: Tensor | float | None = None) -> None:
+        """Backward from a loss, outside of autocast; ``share``: in the loss of the whole batch, if not the step's."""
         if not loss.requires_grad:  # a module with nothing to train
             return
         if self.outputs is not None and isinstance(loss, FakeTensor) and not self.net.chain.fake:
@@ -194,7 +194,7 @@ class Step:
                 f"rule: the loss of {self.net.rule!r} reads the network's input, which is not sent to this rank; set "
                 "reads_input = True in its class"
             )
-        loss = self.weighed(loss)
+        loss = self.weighed(loss, share)
         with without_autocast(self.device):
             if self.backward_with is not None:
                 self.backward_with(loss)
@@ -203,10 +203,11 @@ class Step:
             else:
                 loss.backward()
 
-    def weighed(self, loss: Tensor) -> Tensor:
+    def weighed(self, loss: Tensor, share: Tensor | float | None = None) -> Tensor:
         """A loss as it goes backward."""
-        if isinstance(self.share, Tensor) or self.share != 1.0:
-            loss = loss * self.share
+        share = self.share if share is None else share
+        if isinstance(share, Tensor) or share != 1.0:
+            loss = loss * share
         if self.weight is not None:  # where nothing counts, the loss is 0 / 0
             loss = torch.where(self.weight > 0, loss * self.weight, 0.0)
         return loss * self.scale if self.scale != 1.0 else loss
@@ -249,7 +250,8 @@ class Step:
                     (own,) = torch.autograd.grad(loss, features, create_graph=True)
                     ours, theirs = (g.flatten(1).float() for g in (own, gradient))
                     miss = (1 - F.cosine_similarity(ours, theirs, dim=1)).mean()
-                self.backward(miss)
+                # A criterion that sums has another share in the whole.
+                self.backward(miss, 1 / len(self.parts) if self.parts is not None else 1.0)
         except (NotImplementedError, RuntimeError) as error:
             if not any(words in str(error) for words in _ONCE):
                 raise
