@@ -22,6 +22,7 @@ from ..modules import LocalModules
 from ..recompute import GuidedPlan, Plan
 from ..rules import Batch
 from .channels import Channel, Message, watched
+from .load import NUM_NUMBERS, Load, Waits
 from .pipelined import Schedule
 from .readers import Readers
 from .rehearsal import Rehearsal, layouts, rehearse
@@ -60,6 +61,7 @@ class ParallelNetwork(Stage):
         stop_requested: set to a number other than 0, for example by a signal handler, it travels with the batches from
             the first stage on, which learns of it within half a second where another stage was asked.
         stopping: what it was when the last step began; the same on all ranks after the same step.
+        meter: how busy this stage is, see :meth:`loads`.
     """
 
     def __init__(
@@ -73,6 +75,8 @@ class ParallelNetwork(Stage):
         timeout: float = 300.0,
     ) -> None:
         super().__init__(net, stages, replicas, timeout)
+        # The loads of the stages before this one, as of the batch that came last.
+        self._told = [0] * (self.stage * NUM_NUMBERS)
         self.boundary_dtype = boundary_dtype
         self.stop_requested = self.stopping = 0
         self._looked = 0.0  # when this stage last looked whether another was asked to stop
@@ -83,13 +87,25 @@ class ParallelNetwork(Stage):
         self._from_previous: Channel | None = None
         self._to_previous: Channel | None = None
         self._from_next: Channel | None = None
-        self._make_channels(in_flight)
+        self._make_groups()
+        self._in_flight = in_flight
+        self._connect()
 
     @property
     def bytes_sent(self) -> int:
         """Bytes of tensors that this rank has sent to its neighbours in local and exact guided steps."""
         channels = (self._to_next, self._to_previous, *self._ties.channels, *self._readers.channels)
         return sum(c.num_bytes for c in channels if c is not None)
+
+    def loads(self) -> list[Load]:
+        """How busy the stages up to this one have been; on the last stage, all of them.
+
+        The difference of two is what was in between. The numbers of the others are as of the batch that this stage had
+        last, with which they came. Guided steps in micro-batches that overlap are left out: what waits there is not to
+        be seen from outside.
+        """
+        before = [self._told[i : i + NUM_NUMBERS] for i in range(0, len(self._told), NUM_NUMBERS)]
+        return [*map(Load.of, before), self.meter.total()]
 
     # --- steps ---
 
@@ -374,6 +390,7 @@ class ParallelNetwork(Stage):
 
     def close(self) -> None:
         """Wait until all that was sent has arrived, and end the background threads; every rank has to call it."""
+        self.meter.pause()
         self._readers.settle()
         neighbours = (self._from_previous, self._to_next, self._to_previous, self._from_next)
         for channel in (*neighbours, *self._ties.channels, *self._readers.channels):
@@ -394,45 +411,50 @@ class ParallelNetwork(Stage):
 
     # --- inside ---
 
-    def _make_channels(self, in_flight: int) -> None:
+    def _make_groups(self) -> None:
+        """Connections that serve however the modules are shared out."""
         limit = timedelta(seconds=self._timeout)
-        ties = find_ties(self.net, self.stages)
-        self._readers = Readers(self.net, self.stages, self.stage)
+        each = [range(k, k + 1) for k in range(self.num_modules)]
+        tied, read = bool(find_ties(self.net, each)), bool(Readers(self.net, each, 0))
         for replica in range(self.num_replicas):  # all ranks make all groups, in the same order
             ranks = self.row(replica)
             pipe: Any = dist.new_group(ranks, timeout=limit)
-            forward, backward = (self._new_groups(ranks, limit) for _ in range(2))
-            tied = [self._new_groups(ranks, limit) for _ in range(2 if ties else 0)]
-            read = [self._new_groups(ranks, limit) for _ in range(1 if self._readers else 0)]
-            if replica != self.replica:
-                continue
-            self._pipe_group, me = pipe, dist.get_rank()
+            kinds = ("forward", "backward", *(("values", "gradients") if tied else ()), *(("read",) if read else ()))
+            groups = {kind: self._new_groups(ranks, limit) for kind in kinds}
+            if replica == self.replica:
+                self._pipe_group, self._groups = pipe, groups
 
-            def connect(
-                source: int, destination: int, values: bool, ranks: list[int] = ranks, tied: list[Any] = tied
-            ) -> Channel:
-                return self._channel(ranks[source], ranks[destination], tied[0 if values else 1], in_flight)
+    def _connect(self) -> None:
+        """Make the channels between the stages as they are now."""
+        me, meter = dist.get_rank(), self.meter
+        self._ties = Ties(
+            find_ties(self.net, self.stages),
+            self.stage,
+            lambda source, destination, values: self._channel(
+                self._rank(source), self._rank(destination), "values" if values else "gradients", meter.others
+            ),
+        )
+        self._readers = Readers(self.net, self.stages, self.stage)
+        self._readers.connect(
+            lambda source, destination: self._channel(self._rank(source), self._rank(destination), "read", meter.others)
+        )
+        if not self.is_last:
+            self._to_next = self._channel(me, me + 1, "forward", meter.next, (self.stage + 1) * NUM_NUMBERS)
+            self._from_next = self._channel(me + 1, me, "backward", meter.others)
+        if not self.is_first:
+            self._from_previous = self._channel(me - 1, me, "forward", meter.previous, self.stage * NUM_NUMBERS)
+            self._to_previous = self._channel(me, me - 1, "backward", meter.others)
 
-            def connect_reader(
-                source: int, destination: int, ranks: list[int] = ranks, read: list[Any] = read
-            ) -> Channel:
-                return self._channel(ranks[source], ranks[destination], read[0], in_flight)
-
-            self._ties = Ties(ties, self.stage, connect)
-            self._readers.connect(connect_reader)
-            if not self.is_last:
-                self._to_next = self._channel(me, me + 1, forward, in_flight)
-                self._from_next = self._channel(me + 1, me, backward, in_flight)
-            if not self.is_first:
-                self._from_previous = self._channel(me - 1, me, forward, in_flight)
-                self._to_previous = self._channel(me, me - 1, backward, in_flight)
+    def _rank(self, stage: int) -> int:
+        """The rank of a stage of this replica."""
+        return self.row(self.replica)[stage]
 
     def _new_groups(self, ranks: list[int], limit: timedelta) -> tuple[Any, Any]:
         headers = dist.new_group(ranks, backend="gloo", timeout=limit)
         return (headers if self.device.type == "cpu" else dist.new_group(ranks, timeout=limit)), headers
 
-    def _channel(self, source: int, destination: int, groups: tuple[Any, Any], depth: int) -> Channel:
-        me = dist.get_rank()
+    def _channel(self, source: int, destination: int, kind: str, waits: Waits, num_notes: int = 0) -> Channel:
+        groups, me = self._groups[kind], dist.get_rank()
         peer = destination if source == me else source
         return Channel(
             source,
@@ -440,9 +462,11 @@ class ParallelNetwork(Stage):
             group=groups[0],
             headers=groups[1],
             device=self.device,
-            depth=depth,
+            depth=self._in_flight,
             timeout=self._timeout,
             peer=self.named(peer),
+            num_notes=num_notes,
+            waits=waits,
         )
 
     def _check(
@@ -469,7 +493,7 @@ class ParallelNetwork(Stage):
             return None
         count = count.to(self.device)
         total = count.clone()
-        with watched("the same stage of another replica", self._timeout):
+        with self.meter.others.clock(), watched("the same stage of another replica", self._timeout):
             dist.all_reduce(total, group=self._replicas_group)
         return torch.where(total > 0, count / total, 1.0) * self.num_replicas
 
@@ -493,6 +517,10 @@ class ParallelNetwork(Stage):
     ) -> Task:
         """The next batch: on the first stage the one that is given, elsewhere the one that arrives."""
         criterion = self.net.criterion
+        if kind in (_LOCAL, _GUIDED):
+            self.meter.begin()
+        else:
+            self.meter.pause()
         if self.is_first:
             batch = plain(batch) if kind == _OUTPUTS and batch is not None else self._fitting(batch)
             self._hear_of_stop()
@@ -516,7 +544,7 @@ class ParallelNetwork(Stage):
                 f"the step was called with {options} here and with {given} on the first stage: give the same options "
                 "on every rank"
             )
-        self.stopping = message.flag
+        self.stopping, self._told = message.flag, message.notes
         features, losses, *tensors = message.tensors
         batch = unpack(packed, tensors, self.device, self.net.chain.mode)
         target, share, weight = unpack(labels, tensors, self.device, self.net.chain.mode)
@@ -564,7 +592,8 @@ class ParallelNetwork(Stage):
         beside = {i: t for i, t in run.beside.items() if not isinstance(t, FakeTensor)} if run is not None else {}
         tensors = [block, stack(losses), *inputs, *targets, *beside.values(), *task.random]
         extra = (dtype, packed, labels, task.plan, options, tuple(beside))
-        self._to_next.send(kind, tensors, flag=self.stopping, extra=extra)
+        notes = [*self._told, *self.meter.total().numbers()]
+        self._to_next.send(kind, tensors, flag=self.stopping, extra=extra, notes=notes)
 
     def _beside(self, outputs: dict[Any, Any], task: Task) -> dict[Any, Any] | None:
         """What the calls return that are left out here."""
