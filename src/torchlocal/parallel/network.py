@@ -25,7 +25,8 @@ from .channels import Channel, Message, watched
 from .load import NUM_NUMBERS, Load, Waits
 from .pipelined import Schedule
 from .readers import Readers
-from .rehearsal import Rehearsal, layouts, rehearse
+from .rehearsal import Rehearsal, count_flops, layouts, rehearse
+from .shares import better_shares, shared_buffer
 from .stage import Stage
 from .tasks import Task, cast, pack, random_state, restrict, set_random_state, stack, unpack
 from .ties import Ties, find_ties
@@ -70,13 +71,16 @@ class ParallelNetwork(Stage):
         stages: Sequence[range],
         replicas: int = 1,
         *,
+        costs: Sequence[float] | None = None,
         boundary_dtype: torch.dtype | None = None,
         in_flight: int = 4,
         timeout: float = 300.0,
     ) -> None:
         super().__init__(net, stages, replicas, timeout)
+        self._costs = costs  # of each local module, by which they were shared out
         # The loads of the stages before this one, as of the batch that came last.
         self._told = [0] * (self.stage * NUM_NUMBERS)
+        self._measured_from = Load()
         self.boundary_dtype = boundary_dtype
         self.stop_requested = self.stopping = 0
         self._looked = 0.0  # when this stage last looked whether another was asked to stop
@@ -401,6 +405,67 @@ class ParallelNetwork(Stage):
         """Bring the whole network up to date on every rank; every rank has to call it."""
         self._readers.settle()
         super().synchronize()
+
+    def rebalance(self, *optimizers: torch.optim.Optimizer) -> list[dict[str, Any]] | None:
+        """Share the local modules out anew, by the time that every stage took for a batch since the last call.
+
+        Every rank has to call it, between two steps; what is trained stays the same, bit for bit. A stage is taken to
+        be slower or faster than the others by the same factor for every module. Nothing changes unless that promises
+        to make the slowest stage at least 5 % faster, nor where the new shares would tie ranks to each other that are
+        not (by a parameter, or a buffer, that two modules use).
+
+        Args:
+            optimizers: of this rank; see :meth:`optimizer_state`.
+
+        Returns:
+            None, where nothing has changed. Otherwise ``modules`` and ``parameters()`` are others: what each optimizer
+            of a single process would have as its state, for :meth:`load_optimizer_state` of a new one.
+
+        Raises:
+            ValueError: the result would depend on the shares, or times are not to be had, on every rank.
+        """
+        if self.boundary_dtype is not None:
+            raise ValueError(
+                "rebalance: with boundary_dtype the result depends on where the ranks' boundaries are, so it would "
+                "depend on measured times; leave one of them out"
+            )
+        if self.device.type != "cpu":
+            raise ValueError(
+                f"rebalance: the clock of the host does not tell how long {self.device.type} computes; give the number "
+                "of modules of each stage as assignment= instead"
+            )
+        now = self.meter.total()
+        taken, self._measured_from = now - self._measured_from, now
+        gathered: list[Any] = [None] * dist.get_world_size()
+        with watched("another rank", self._timeout):
+            dist.all_gather_object(gathered, (taken.seconds_busy, taken.batches))
+        by_stage = [gathered[stage :: len(self.stages)] for stage in range(len(self.stages))]
+        if not all(batches and seconds for row in by_stage for seconds, batches in row):
+            return None
+        costs = count_flops(self.net) if self._costs is None else self._costs
+        stages = better_shares(costs, self.stages, [max(s / n for s, n in row) for row in by_stage])
+        return None if stages is None or self._binds(stages) else self._move(stages, optimizers)
+
+    def _binds(self, stages: Sequence[range]) -> bool:
+        """Whether stages would share what these do not."""
+        names = {tie.name for tie in find_ties(self.net, self.stages)}
+        if any(tie.name not in names for tie in find_ties(self.net, stages)):
+            return True
+        return shared_buffer(self.net, stages) is not None
+
+    def _move(self, stages: Sequence[range], optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str, Any]]:
+        """Have other modules on every rank; returns the optimizers' states."""
+        self.synchronize()
+        states: list[Any] = [self.optimizer_state(optimizer) for optimizer in optimizers]
+        with watched(self._others, self._timeout):
+            dist.broadcast_object_list(states, src=self._rank(len(self.stages) - 1), group=self._control)
+        self.close()
+        self.stages = list(stages)
+        self.modules = self.stages[self.stage]
+        self._owners = self._find_owners()
+        self._schedules.clear()
+        self._connect()
+        return states
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Any:
         """Load a ``state_dict`` of the decoupled network; every rank has to call it with the same."""

@@ -66,6 +66,9 @@ class Callback:
     def on_epoch(self, state: RunState, row: Mapping[str, float]) -> None:
         """An epoch is over and saved; `row` is its line of metrics.csv, NaN where nothing was measured."""
 
+    def on_share(self, state: RunState, shares: Sequence[range]) -> None:
+        """The local modules are shared out to the stages anew, counted from 0 (`balance="epoch"`)."""
+
     def on_checkpoint(self, state: RunState, path: Path) -> None:
         """A checkpoint, `last.pt` or `best.pt`, has been written."""
 

@@ -576,6 +576,12 @@ class RunConfig(Section):
         "Data-parallel copies among the ranks that torchrun started; each takes an equal part of every batch.",
         _COUNT,
     )
+    balance: str = option(
+        "start",
+        "When local modules are shared out to ranks: once at the start, or anew after each epoch, by measured times.",
+        _choice("start", "epoch"),
+        free=True,
+    )
     channels_last: bool | None = option(
         None,
         "Keep images channels last in memory; by default where bf16 is used.",

@@ -44,6 +44,11 @@ def _speed(values: Mapping[str, float]) -> str:
     return f"{values[name]:.0f} {name.removesuffix('_per_second')}/s"
 
 
+def _numbered(modules: range) -> str:
+    """Local modules as people count them."""
+    return f"{modules.start + 1} to {modules.stop}" if len(modules) > 1 else f"{modules.stop}"
+
+
 class Progress(Callback):
     """Shows the progress of one run on the standard error stream."""
 
@@ -98,6 +103,9 @@ class Progress(Callback):
         if stages := describe(state.loads):
             told += f"  {stages}"
         self._print(told, state)
+
+    def on_share(self, state: RunState, shares: Sequence[range]) -> None:
+        self._print(f"local modules shared out anew: {', '.join(map(_numbered, shares))}", state)
 
     def _print(self, told: str, state: RunState) -> None:
         if self._bar is not None:

@@ -474,6 +474,20 @@ class _Run:
         self._save()
         for callback in self.callbacks:
             callback.on_epoch(self._told(loads), row)
+        if config.run.balance == "epoch" and position.step < self.num_steps:
+            self._share_anew()
+
+    def _share_anew(self) -> None:
+        """Share the local modules out to the ranks by the times of the epoch that is over."""
+        if self.parallel is None:
+            return
+        states = self.parallel.rebalance(self.optimizer)
+        if states is None:
+            return
+        self.optimizer = build_optimizer(self.config, self.parallel)
+        self.parallel.load_optimizer_state(self.optimizer, states[0])
+        for callback in self.callbacks:
+            callback.on_share(self._told(), self.parallel.stages)
 
     def _finish(self) -> dict[str, Any]:
         """Evaluate the test split, this once, with the best weights."""
