@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 import test_parallel_run as runs
+import test_readers as readers
 import torch
 import torch.distributed as dist
 from processes import Pool
 from torch import Tensor, nn
 
 import torchlocal as tl
+from torchlocal.parallel import network
 from torchlocal.parallel.load import Load, Meter, describe, slowest
 from torchlocal.parallel.shares import better_shares, shares_by_speed
 from torchlocal.run import build as assembly
@@ -151,6 +153,35 @@ def _rebalanced(slow: int) -> Any:
     state = {name: tensor.clone() for name, tensor in parallel.state_dict().items()}
     parallel.close()
     return shares, state, loads
+
+
+@pytest.mark.parametrize("options", [{"tied": True}, {"tied": False, "lag": 3, "depth": 0}])
+def test_modules_move_with_what_ties_the_ranks(pool: Pool, tmp_path: Path, options: dict[str, Any]) -> None:
+    """A tied embedding, and a read-out that all read: other channels, over the connections that there are."""
+    alone = readers.build(**options)
+    train(alone, readers.texts(12))
+    expected = alone.state_dict()
+    for shares, state in pool.run(3, tmp_path, _moved, options):
+        assert [[len(stage) for stage in stages] for stages in shares] == [[2, 1, 1], [1, 1, 2], [1, 2, 1], [2, 1, 1]]
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+def _stages(*counts: int) -> list[range]:
+    return [range(end - count, end) for count, end in zip(counts, itertools.accumulate(counts), strict=True)]
+
+
+def _moved(options: dict[str, Any]) -> Any:
+    every = iter([_stages(1, 1, 2), _stages(1, 2, 1), _stages(2, 1, 1)])
+    real = network.better_shares
+    network.better_shares = lambda *_: next(every)
+    try:
+        parallel = tl.distribute(readers.build(**options), assignment=[2, 1, 1], timeout=60)
+        shares = train(parallel, readers.texts(12), rebalance_after=4)
+    finally:
+        network.better_shares = real
+    state = {name: tensor.clone() for name, tensor in parallel.state_dict().items()}
+    parallel.close()
+    return shares, state
 
 
 def test_shares_are_not_measured_where_the_result_depends_on_them(pool: Pool, tmp_path: Path) -> None:
