@@ -18,6 +18,7 @@ from ..modules import LocalModules
 from .boundary import Boundary
 from .network import ParallelNetwork
 from .rehearsal import count_flops, measure_seconds
+from .shares import shared_buffer
 
 __all__ = ["assign", "check_same", "distribute", "seconds_to_send"]
 
@@ -179,6 +180,8 @@ def distribute(
             "the checksum of the weights": _checksum(net),
         }
     )
+    stages: list[range]
+    costs: list[float] | None = None
     if isinstance(assignment, str):
         found: list[Any] = [None]
         if dist.get_rank() == 0:
@@ -187,13 +190,14 @@ def distribute(
                 if link is not None and sample is not None:
                     width = 4 if autocast is None else autocast.itemsize
                     sends = seconds_to_send(net, link, sample[0], width, boundary)
-                found = [assign(_costs(net, assignment, sample, autocast), num_stages, sends)]
+                costs = _costs(net, assignment, sample, autocast)
+                found = [(assign(costs, num_stages, sends), costs)]
             except ValueError as error:
                 found = [error]
         dist.broadcast_object_list(found)
         if isinstance(found[0], ValueError):
             raise found[0]
-        stages: list[range] = found[0]
+        stages, costs = found[0]
     else:
         if len(assignment) != num_stages or sum(assignment) != net.num_modules or min(assignment) < 1:
             raise ValueError(
@@ -202,8 +206,12 @@ def distribute(
             )
         ends = [sum(assignment[: i + 1]) for i in range(num_stages)]
         stages = [range(end - count, end) for end, count in zip(ends, assignment, strict=True)]
-    _refuse_shared_buffers(net, stages)
-    return ParallelNetwork(net, stages, replicas, boundary=boundary, in_flight=in_flight, timeout=timeout)
+    if name := shared_buffer(net, stages):
+        raise ValueError(
+            f"assignment: local modules on several ranks use the buffer {name!r}, which the forward writes; put them "
+            "on one rank with assignment="
+        )
+    return ParallelNetwork(net, stages, replicas, costs=costs, boundary=boundary, in_flight=in_flight, timeout=timeout)
 
 
 def _refuse(net: LocalModules) -> None:
@@ -225,23 +233,6 @@ def _refuse(net: LocalModules) -> None:
             f"model: code of {kind} between its units writes the buffer {name!r}, of which every rank would have "
             "another; write it in a submodule that belongs to one unit, or use one rank per replica"
         )
-
-
-def _refuse_shared_buffers(net: LocalModules, stages: Sequence[range]) -> None:
-    """Refuse a buffer that one stage writes and another one uses."""
-    facts, groups = net.chain.facts, net.partition.groups
-    written: dict[str, int] = {}
-    for number, modules in enumerate(stages):
-        for unit in (unit for k in modules for unit in groups[k]):
-            for path, name in facts.written[unit]:
-                written.setdefault(f"{path}.{name}" if path else name, number)
-    for number, modules in enumerate(stages):
-        for name in (name for k in modules for unit in groups[k] for name in facts.buffers[unit]):
-            if written.get(name, number) != number:
-                raise ValueError(
-                    f"assignment: local modules on several ranks use the buffer {name!r}, which the forward writes; "
-                    "put them on one rank with assignment="
-                )
 
 
 def _tensors(net: nn.Module) -> list[tuple[str, Tensor]]:

@@ -152,6 +152,21 @@ def share_out(
         raise ValueError(
             'precision="fp16" needs one scale for all modules, so not several ranks: give "bf16" or "fp32"'
         )
+    if config.run.balance == "epoch":
+        if execution.device.type != "cpu":
+            raise ValueError(
+                'balance="epoch" goes by the clock of the host, which does not tell how long '
+                f'{execution.device.type} computes: give "start"'
+            )
+        if config.run.boundary is not None:
+            raise ValueError(
+                f"boundary={config.run.boundary!r} rounds where stages meet, and balance='epoch' moves that by measured "
+                "times, so no two runs would be the same: give balance='start' or leave boundary out"
+            )
+        if config.run.compile:
+            raise ValueError(
+                'balance="epoch" moves modules, and compiled ones cannot move: give "start" or leave compile out'
+            )
     sample = None
     if team.rank == 0:
         sample = execution.place(

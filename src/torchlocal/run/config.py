@@ -583,6 +583,12 @@ class RunConfig(Section):
         "Data-parallel copies among the ranks that torchrun started; each takes an equal part of every batch.",
         _COUNT,
     )
+    balance: str = option(
+        "start",
+        "When local modules are shared out to ranks: once at the start, or anew after each epoch, by measured times.",
+        _choice("start", "epoch"),
+        free=True,
+    )
     boundary: str | None = option(
         None,
         "What ranks send features and their gradients in: bf16, or rounded at random int8 or int4; by default as they "
