@@ -430,8 +430,8 @@ class ParallelNetwork(Stage):
         """
         if self.boundary.kind is not None:
             raise ValueError(
-                "rebalance: with a boundary that rounds the result depends on where the ranks' boundaries are, so it would "
-                "depend on measured times; leave one of them out"
+                "rebalance: with a boundary that rounds the result depends on where the ranks' boundaries are, so it "
+                "would depend on measured times; leave one of them out"
             )
         if self.device.type != "cpu":
             raise ValueError(

@@ -160,8 +160,8 @@ def share_out(
             )
         if config.run.boundary is not None:
             raise ValueError(
-                f"boundary={config.run.boundary!r} rounds where stages meet, and balance='epoch' moves that by measured "
-                "times, so no two runs would be the same: give balance='start' or leave boundary out"
+                f'boundary="{config.run.boundary}" rounds where stages meet, which balance="epoch" moves by measured '
+                'times, so no two runs would be the same: give balance="start", or leave boundary out'
             )
         if config.run.compile:
             raise ValueError(
