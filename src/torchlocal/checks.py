@@ -159,19 +159,3 @@ def suggestion(name: str, names: Sequence[str], *, most: int = 1, cutoff: float 
 def shorten(words: str, most: int = 60) -> str:
     """The text, or its beginning."""
     return words if len(words) <= most else f"{words[: most - 3]}..."
-
-
-def link_rate(link: Any) -> float:
-    """Bits per second of a link.
-
-    Args:
-        link: that number, or like `100mbit`, `2.5gbit`, `500kbit`.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg])bit", link) if isinstance(link, str) else None
-    rate = float(found[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[found[2]] if found else link
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
-        raise ValueError(f"link: must be bits per second, as a number or like '100mbit' or '1gbit', not {link!r}")
-    return float(rate)

@@ -19,7 +19,7 @@ from processes import Pool
 from torch import Tensor
 
 from torchlocal.cli import commands as cli
-from torchlocal.parallel import network, setup
+from torchlocal.parallel import network
 from torchlocal.parallel.team import Elsewhere, RemoteSplit
 from torchlocal.run import build as assembly
 from torchlocal.run import trainer
@@ -150,33 +150,6 @@ def test_replicas_stop_and_go_on(pool: Pool, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
     with pytest.raises(ValueError, match="replicas=2 needs a number of ranks that it divides, not 1"):
         fit(small_config(tmp_path / "parts", replicas=2), resume=True)
-
-
-def test_a_run_with_rounded_boundaries_stops_and_goes_on(pool: Pool, tmp_path: Path, uninterrupted: Path) -> None:
-    """Bit for bit, with the stages where they were, whatever the times on the way; and not what one process trains."""
-    for name, stops in {"whole": [None], "parts": [4, None]}.items():
-        for i, stop_after in enumerate(stops):
-            folder = tmp_path / f"{name}{i}"
-            folder.mkdir()
-            pool.run(2, folder, _rounded, small_config(tmp_path / name, boundary="int4"), bool(i), stop_after)
-    assert_same_run(tmp_path / "parts", tmp_path / "whole")
-    ours, plain = (torch.load(folder / "last.pt", weights_only=True) for folder in (tmp_path / "whole", uninterrupted))
-    assert ours["stages"] == [1, 2]
-    assert any(not torch.equal(ours["net"][name], plain["net"][name]) for name in ours["net"])
-    with pytest.raises(
-        ValueError, match="boundary='int4' is about what ranks send each other, and this is one process"
-    ):
-        fit(small_config(tmp_path / "alone", boundary="int4"))
-
-
-def _rounded(config: FitConfig, resume: bool, stop_after: int | None) -> Any:
-    """The first module is slow at first, and the last one after a resumption."""
-    real = setup.measure_seconds
-    setup.measure_seconds = lambda *_, **__: [1.0, 1.0, 5.0] if resume else [5.0, 1.0, 1.0]
-    try:
-        return run(config, resume, stop_after)
-    finally:
-        setup.measure_seconds = real
 
 
 def test_ranks_of_other_configurations_are_refused(pool: Pool, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .load import Waits
 
-__all__ = ["CLOSE", "Channel", "Layout", "Message", "PeerLost", "watched"]
+__all__ = ["CLOSE", "Channel", "Message", "PeerLost", "watched"]
 
 CLOSE = 0  # the kind of message after which nothing follows
 _HEADER, _DESCRIPTION, _PAYLOAD = 1, 2, 3  # tags; backends without tags rely on the order, which is the same
@@ -73,7 +73,7 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Layout:
+class _Layout:
     """How a tensor is written into one dense block, and read from it."""
 
     dtype: torch.dtype
@@ -82,7 +82,7 @@ class Layout:
     repeated: tuple[bool, ...]  # dimensions along which the same numbers repeat
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Layout:
+    def of(cls, tensor: Tensor) -> _Layout:
         strides, sizes = tensor.stride(), tuple(tensor.shape)
         repeated = tuple(stride == 0 and size > 1 for stride, size in zip(strides, sizes, strict=True))
         order = tuple(sorted(range(tensor.ndim), key=lambda dim: (-strides[dim], dim)))
@@ -157,7 +157,7 @@ class Channel:
         self, kind: int, tensors: Sequence[Tensor] = (), *, flag: int = 0, extra: Any = None, notes: Sequence[int] = ()
     ) -> None:
         """Send tensors; they must not be written to afterwards. Notes that are not given are 0."""
-        layouts = [Layout.of(tensor) for tensor in tensors]
+        layouts = [_Layout.of(tensor) for tensor in tensors]
         description = pickle.dumps((extra, layouts))
         known = description in self._numbers
         if not known and len(self._numbers) < _MOST_KNOWN:
@@ -233,7 +233,7 @@ class Channel:
 
     def _listen(self) -> None:
         """Take headers, and have tensors written into memory, until the channel is closed."""
-        descriptions: list[tuple[Any, list[Layout]]] = []
+        descriptions: list[tuple[Any, list[_Layout]]] = []
         try:
             while True:
                 self._room.acquire()

@@ -21,7 +21,6 @@ from ..micro import cut_batch, divisor
 from ..modules import LocalModules
 from ..recompute import GuidedPlan, Plan
 from ..rules import Batch
-from .boundary import Boundary
 from .channels import Channel, Message, watched
 from .load import NUM_NUMBERS, Load, Waits
 from .pipelined import Schedule
@@ -29,7 +28,7 @@ from .readers import Readers
 from .rehearsal import Rehearsal, count_flops, layouts, rehearse
 from .shares import better_shares, shared_buffer
 from .stage import Stage
-from .tasks import Task, pack, random_state, restrict, set_random_state, stack, unpack
+from .tasks import Task, cast, pack, random_state, restrict, set_random_state, stack, unpack
 from .ties import Ties, find_ties
 
 __all__ = ["ParallelNetwork"]
@@ -73,7 +72,7 @@ class ParallelNetwork(Stage):
         replicas: int = 1,
         *,
         costs: Sequence[float] | None = None,
-        boundary: str | None = None,
+        boundary_dtype: torch.dtype | None = None,
         in_flight: int = 4,
         timeout: float = 300.0,
     ) -> None:
@@ -82,7 +81,7 @@ class ParallelNetwork(Stage):
         # The loads of the stages before this one, as of the batch that came last.
         self._told = [0] * (self.stage * NUM_NUMBERS)
         self._measured_from = Load()
-        self.boundary = Boundary(boundary)
+        self.boundary_dtype = boundary_dtype
         self.stop_requested = self.stopping = 0
         self._looked = 0.0  # when this stage last looked whether another was asked to stop
         self._rehearsals: dict[tuple[Any, ...], Rehearsal] = {}
@@ -267,10 +266,10 @@ class ParallelNetwork(Stage):
             assert self._from_next is not None
             self._hand_on(_GUIDED, task, outputs, losses, options, step.run)
             message = self._from_next.receive(_GUIDED)
-            coded, numbers = message.extra
+            dtype, numbers = message.extra
             gradient, *sums = message.tensors
             ties.arrived(dict(zip(numbers, sums, strict=True)))
-            return [self.boundary.decode(gradient, coded)]
+            return [cast(gradient, dtype)]
 
         with ties.watching():
             gradients = step.through(
@@ -284,9 +283,9 @@ class ParallelNetwork(Stage):
             )
         if self._to_previous is not None:
             assert gradients[0] is not None, "the features of every stage have a gradient"
-            block, coded = self.boundary.encode(gradients[0])
+            block, dtype = self._as_sent(gradients[0])
             partial = ties.to_hand_on()
-            self._to_previous.send(_GUIDED, [block, *partial.values()], extra=(coded, tuple(partial)))
+            self._to_previous.send(_GUIDED, [block, *partial.values()], extra=(dtype, tuple(partial)))
         self._ties.end_guided(_GUIDED, ties.made)
         return losses
 
@@ -346,7 +345,6 @@ class ParallelNetwork(Stage):
                 schedule=schedule,
                 device=self.device,
                 group=self._pipe_group,
-                boundary=self.boundary,
             )
         with watched(self._others, self._timeout):
             losses: list[Tensor] = self._schedules[key].step(steps, rehearsal, follow=follow)
@@ -428,10 +426,10 @@ class ParallelNetwork(Stage):
         Raises:
             ValueError: the result would depend on the shares, or times are not to be had, on every rank.
         """
-        if self.boundary.kind is not None:
+        if self.boundary_dtype is not None:
             raise ValueError(
-                "rebalance: with a boundary that rounds the result depends on where the ranks' boundaries are, so it "
-                "would depend on measured times; leave one of them out"
+                "rebalance: with boundary_dtype the result depends on where the ranks' boundaries are, so it would "
+                "depend on measured times; leave one of them out"
             )
         if self.device.type != "cpu":
             raise ValueError(
@@ -607,7 +605,7 @@ class ParallelNetwork(Stage):
             return Task(Batch(input=batch, target=target, criterion=criterion), share=share, weight=weight)
         assert self._from_previous is not None
         message: Message = self._from_previous.receive(kind)
-        coded, packed, labels, plan, given, places = message.extra
+        dtype, packed, labels, plan, given, places = message.extra
         if given != options:
             raise RuntimeError(
                 f"the step was called with {options} here and with {given} on the first stage: give the same options "
@@ -619,16 +617,7 @@ class ParallelNetwork(Stage):
         target, share, weight = unpack(labels, tensors, self.device, self.net.chain.mode)
         arrived = Batch(input=batch, target=target, criterion=criterion)
         beside = {place: tensors.pop(0) for place in places}
-        return Task(
-            arrived,
-            [self.boundary.decode(features, coded)],
-            list(losses.unbind()),
-            plan,
-            tensors,
-            share,
-            weight,
-            beside,
-        )
+        return Task(arrived, [cast(features, dtype)], list(losses.unbind()), plan, tensors, share, weight, beside)
 
     def _tell_of_stop(self) -> None:
         """Leave word for the first stage, since batches travel one way only."""
@@ -662,15 +651,14 @@ class ParallelNetwork(Stage):
         """Send a batch, and the features that are taken out of their list, to the next stage."""
         if self._to_next is None:
             return
-        features = state.pop()  # of an evaluation as they are: it judges the network as it will be used
-        block, coded = (features, None) if kind == _OUTPUTS else self.boundary.encode(features)
+        block, dtype = self._as_sent(state.pop())
         wanted = None if self.net.rule.reads_input and kind != _OUTPUTS else self._read_later
         inputs, packed = pack(task.batch.input, self.device, wanted)
         targets, labels = pack((task.batch.target, task.share, task.weight), self.device)
         # What the last module returned beside the features; what depends on a stand-in is one, too.
         beside = {i: t for i, t in run.beside.items() if not isinstance(t, FakeTensor)} if run is not None else {}
         tensors = [block, stack(losses), *inputs, *targets, *beside.values(), *task.random]
-        extra = (coded, packed, labels, task.plan, options, tuple(beside))
+        extra = (dtype, packed, labels, task.plan, options, tuple(beside))
         notes = [*self._told, *self.meter.total().numbers()]
         self._to_next.send(kind, tensors, flag=self.stopping, extra=extra, notes=notes)
 
@@ -688,6 +676,12 @@ class ParallelNetwork(Stage):
         """The floating-point tensors of the batch that later stages read."""
         groups, inputs = self.net.partition.groups, self.net.chain.facts.inputs
         return {leaf for modules in self.stages[self.stage + 1 :] for leaf in inputs[groups[modules.start].start]}
+
+    def _as_sent(self, tensor: Tensor) -> tuple[Tensor, torch.dtype]:
+        """A boundary tensor in the dtype that it is sent in, and its own dtype."""
+        if self.boundary_dtype is None or not tensor.is_floating_point():
+            return tensor, tensor.dtype
+        return tensor.to(self.boundary_dtype), tensor.dtype
 
     def _rehearse(self, batch: Inputs, target: Any, autocast: torch.dtype | None, *, always: bool = False) -> Rehearsal:
         """What a step of such a batch draws; found once for each layout of batch, and not where nobody asks."""

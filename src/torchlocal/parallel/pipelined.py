@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..engine import Step
 from ..modules import LocalModules
-from .boundary import Boundary, Coded
 from .rehearsal import Rehearsal
 
 __all__ = ["Schedule"]
@@ -29,7 +28,6 @@ class Schedule:
         schedule: ``"1f1b"`` or ``"gpipe"``.
         device: of this rank.
         group: the stages' ranks.
-        boundary: what features and gradients are sent in.
     """
 
     def __init__(
@@ -43,20 +41,18 @@ class Schedule:
         schedule: str,
         device: torch.device,
         group: dist.ProcessGroup,
-        boundary: Boundary,
     ) -> None:
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe  # slow to import
 
         modules, self._last = stages[stage], stage == len(stages) - 1
         self._first = stage == 0
-        self._body = _Body(net, modules, device, rehearsal, boundary, last=self._last)
+        self._body = _Body(net, modules, device, rehearsal)
         # Messages are contiguous, whatever the layout of the features that they stand for.
         if self._first:  # whose batch is at hand
             entry = torch.empty(1, device="meta")
         else:
-            entry = _sample(rehearsal.features[modules.start - 1], boundary)
-        exact = Boundary(None)
-        result = _sample(rehearsal.features[modules.stop - 1], exact if self._last else boundary)
+            entry = rehearsal.features[modules.start - 1].contiguous().clone().requires_grad_()
+        result = rehearsal.features[modules.stop - 1].contiguous().clone().requires_grad_()
         pipeline_stage = PipelineStage(
             self._body,
             stage,
@@ -80,50 +76,6 @@ class Schedule:
         return self._body.finish()
 
 
-def _sample(features: Tensor, boundary: Boundary) -> Tensor:
-    """What is sent for such features."""
-    features = features.contiguous()
-    sent = torch.empty_strided(features.shape, features.stride(), dtype=features.dtype, device=features.device)
-    return _floating(boundary.encode(sent.zero_())[0]).requires_grad_()
-
-
-def _floating(block: Tensor) -> Tensor:
-    """Bits as numbers of a kind that gradients can be asked for; nothing computes with them."""
-    return block.view(torch.float32) if block.dtype == torch.uint8 else block
-
-
-class _Send(torch.autograd.Function):
-    """Features as they are sent, whose gradient comes back as it was sent."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, boundary: Boundary) -> Tensor:
-        features = features.contiguous()
-        ctx.boundary = boundary
-        block, ctx.coded = boundary.encode(features)
-        return _floating(block)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.boundary.decode(_bits(gradients[0], ctx.coded), ctx.coded), None
-
-
-class _Receive(torch.autograd.Function):
-    """Features from what was sent, and their gradient as it is sent back; ``coded`` is that of such features."""
-
-    @staticmethod
-    def forward(ctx: Any, block: Tensor, boundary: Boundary, coded: Any) -> Tensor:
-        ctx.boundary = boundary
-        return boundary.decode(_bits(block, coded), coded)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return _floating(ctx.boundary.encode(gradients[0].contiguous())[0]), None, None
-
-
-def _bits(block: Tensor, coded: Any) -> Tensor:
-    return block.contiguous().view(torch.uint8) if isinstance(coded, Coded) else block
-
-
 class _Arrive(torch.autograd.Function):
     """Gives features the memory layout that they had, and sends their gradient back contiguous."""
 
@@ -143,21 +95,8 @@ class _Arrive(torch.autograd.Function):
 class _Body(nn.Module):
     """The local modules of a stage as one module, which trains their auxiliary networks on the way."""
 
-    def __init__(
-        self,
-        net: LocalModules,
-        modules: range,
-        device: torch.device,
-        rehearsal: Rehearsal,
-        boundary: Boundary,
-        *,
-        last: bool,
-    ) -> None:
+    def __init__(self, net: LocalModules, modules: range, device: torch.device, rehearsal: Rehearsal) -> None:
         super().__init__()
-        self._boundary, self._last, self._coded = boundary, last, None
-        if modules.start and boundary.kind is not None:
-            features = rehearsal.features[modules.start - 1].contiguous()
-            self._coded = boundary.encode(torch.zeros(features.shape, dtype=features.dtype, device=device))[1]
         self._strides = rehearsal.features[modules.start - 1].stride() if modules.start else None
         self._held = (net, modules, device)  # in a tuple: the network is no submodule of it
 
@@ -176,8 +115,6 @@ class _Body(nn.Module):
         step, self._number = self._steps[self._number], self._number + 1
         entering = self._rehearsal.skip(net, range(modules.start), device, follow=self._follow)
         if self._strides is not None:
-            if self._boundary.kind is not None:
-                features = _Receive.apply(features, self._boundary, self._coded)
             features = _Arrive.apply(features, self._strides)
             step.entering = entering
         state, losses = [features] if self._strides is not None else [], list[Tensor]()
@@ -187,10 +124,7 @@ class _Body(nn.Module):
         for k, loss in zip(modules, losses, strict=False):
             self._losses.setdefault(k, []).append(loss)
         self._rehearsal.skip(net, range(modules.stop, net.num_modules), device, follow=self._follow)
-        if self._last or self._boundary.kind is None:
-            return result.contiguous()
-        sent: Tensor = _Send.apply(result, self._boundary)
-        return sent
+        return result.contiguous()
 
     def global_loss(self, prediction: Tensor, number: int) -> Tensor:
         """The loss of a micro-batch as it goes backward, on the last stage."""

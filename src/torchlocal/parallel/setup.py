@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,28 +10,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..checks import check_whole, link_rate
-from ..cut.batches import Batch, num_examples
+from ..checks import check_whole
+from ..cut.batches import Batch
 from ..cut.units import balance
 from ..modules import LocalModules
-from .boundary import Boundary
 from .network import ParallelNetwork
 from .rehearsal import count_flops, measure_seconds
 from .shares import shared_buffer
 
-__all__ = ["assign", "check_same", "distribute", "seconds_to_send"]
+__all__ = ["assign", "check_same", "distribute"]
 
 
-def assign(costs: Sequence[float], num_stages: int, sends: Sequence[float] | None = None) -> list[range]:
+def assign(costs: Sequence[float], num_stages: int) -> list[range]:
     """Consecutive local modules for every stage, so that the most expensive stage costs least.
-
-    Where it is told what sending costs, a stage costs what computing or sending takes, whichever is more: in local
-    steps it sends while it computes the next batch, so that the slower of the two limits how many batches pass.
 
     Args:
         costs: of each of the K local modules, in any unit: seconds, FLOPs.
         num_stages: number of stages, at most K.
-        sends: in the same unit, what it costs to send the features of each but the last module to another rank.
 
     Returns:
         One range of local modules per stage.
@@ -45,29 +39,7 @@ def assign(costs: Sequence[float], num_stages: int, sends: Sequence[float] | Non
             f"ranks: {num_stages} processes cannot share {len(costs)} local modules, of which each needs at least one; "
             "start fewer, or cut the network into more"
         )
-
-    def cost(first: int, last: int) -> float:
-        computing = sum(costs[first:last])
-        return computing if sends is None or last == len(costs) else max(computing, sends[last - 1])
-
-    return balance(len(costs), num_stages, cost)
-
-
-def seconds_to_send(
-    net: LocalModules, link: str | float, batch: Batch, width: int, boundary: str | None
-) -> list[float]:
-    """Seconds that the features of each but the last local module take over a link.
-
-    Args:
-        net: the network.
-        link: see :func:`torchlocal.checks.link_rate`.
-        batch: a batch.
-        width: bytes of a number.
-        boundary: what they are sent in, see :func:`distribute`.
-    """
-    rate, sender, count = link_rate(link), Boundary(boundary), num_examples(batch)
-    shapes = [site.feature_shape for site in net.sites]
-    return [8 * sender.num_bytes(count * math.prod(shape[1:]), width) / rate for shape in shapes]
+    return balance(len(costs), num_stages, lambda first, last: sum(costs[first:last]))
 
 
 def check_same(values: Mapping[str, Any]) -> None:
@@ -98,8 +70,7 @@ def distribute(
     assignment: str | Sequence[int] = "flops",
     sample: tuple[Batch, Any] | None = None,
     autocast: torch.dtype | None = None,
-    boundary: str | None = None,
-    link: str | float | None = None,
+    boundary_dtype: torch.dtype | None = None,
     in_flight: int = 4,
     timeout: float = 300.0,
 ) -> ParallelNetwork:
@@ -126,11 +97,8 @@ def distribute(
             of a local step on ``sample``; or how many local modules each stage gets.
         sample: for ``"time"``, a batch and its target; only rank 0 has to give it.
         autocast: for ``"time"``, the option that the steps will be given.
-        boundary: what features and their gradients are sent in: ``"bf16"``, or rounded at random to 8 or 4 bits,
-            ``"int8"``, ``"int4"`` (see :mod:`torchlocal.parallel.boundary`); None: as they are. With any of them the
-            results are not those of a single process any more, but they are the same in every run.
-        link: for ``"time"``, how fast the links between stages are, in bits per second or like ``"100mbit"``: local
-            modules are balanced by what limits local steps, computing or sending. None: by computing alone.
+        boundary_dtype: what features and their gradients are sent in, for example ``torch.bfloat16``; None: as they
+            are. The results are then not those of a single process any more.
         in_flight: batches that may wait on either side of a link between two stages.
         timeout: longest time in seconds that a rank waits for another one.
 
@@ -148,11 +116,6 @@ def distribute(
             f"replicas: {world} ranks cannot be {replicas!r} rows of equal length; give a divisor of {world}"
         )
     check_whole("in_flight", in_flight)
-    Boundary(boundary)
-    if link is not None:
-        link_rate(link)
-        if assignment != "time":
-            raise ValueError(f"link: is weighed against seconds, so it needs assignment='time', not {assignment!r}")
     if not timeout > 0:
         raise ValueError(f"timeout: must be a number of seconds above 0, not {timeout!r}")
     num_stages = world // replicas
@@ -173,8 +136,7 @@ def distribute(
             else type(net.rule).__name__,
             "replicas": replicas,
             "assignment": assignment if isinstance(assignment, str) else list(assignment),
-            "boundary": boundary,
-            "link": link,
+            "boundary_dtype": str(boundary_dtype),
             "in_flight": in_flight,
             "timeout": timeout,
             "the checksum of the weights": _checksum(net),
@@ -186,12 +148,8 @@ def distribute(
         found: list[Any] = [None]
         if dist.get_rank() == 0:
             try:
-                sends = None
-                if link is not None and sample is not None:
-                    width = 4 if autocast is None else autocast.itemsize
-                    sends = seconds_to_send(net, link, sample[0], width, boundary)
                 costs = _costs(net, assignment, sample, autocast)
-                found = [(assign(costs, num_stages, sends), costs)]
+                found = [(assign(costs, num_stages), costs)]
             except ValueError as error:
                 found = [error]
         dist.broadcast_object_list(found)
@@ -211,7 +169,15 @@ def distribute(
             f"assignment: local modules on several ranks use the buffer {name!r}, which the forward writes; put them "
             "on one rank with assignment="
         )
-    return ParallelNetwork(net, stages, replicas, costs=costs, boundary=boundary, in_flight=in_flight, timeout=timeout)
+    return ParallelNetwork(
+        net,
+        stages,
+        replicas,
+        costs=costs,
+        boundary_dtype=boundary_dtype,
+        in_flight=in_flight,
+        timeout=timeout,
+    )
 
 
 def _refuse(net: LocalModules) -> None:

@@ -131,23 +131,9 @@ def load_shared_data(config: FitConfig, own: Own, team: Team) -> DataBundle:
 
 
 def share_out(
-    net: DecoupledNetwork,
-    config: FitConfig,
-    data: DataBundle,
-    execution: Execution,
-    team: Team,
-    stages: list[int] | None = None,
+    net: DecoupledNetwork, config: FitConfig, data: DataBundle, execution: Execution, team: Team
 ) -> ParallelNetwork:
-    """Share the local modules out to the ranks, balanced by the time that they take on the first batch.
-
-    Args:
-        net: the network.
-        config: the run's.
-        data: where the first batch comes from.
-        execution: where it runs.
-        team: the ranks.
-        stages: number of modules of each stage, if that is settled and there are as many stages.
-    """
+    """Share the local modules out to the ranks, balanced by the time that they take on the first batch."""
     if execution.precision == "fp16":
         raise ValueError(
             'precision="fp16" needs one scale for all modules, so not several ranks: give "bf16" or "fp32"'
@@ -158,11 +144,6 @@ def share_out(
                 'balance="epoch" goes by the clock of the host, which does not tell how long '
                 f'{execution.device.type} computes: give "start"'
             )
-        if config.run.boundary is not None:
-            raise ValueError(
-                f'boundary="{config.run.boundary}" rounds where stages meet, which balance="epoch" moves by measured '
-                'times, so no two runs would be the same: give balance="start", or leave boundary out'
-            )
         if config.run.compile:
             raise ValueError(
                 'balance="epoch" moves modules, and compiled ones cannot move: give "start" or leave compile out'
@@ -172,16 +153,8 @@ def share_out(
         sample = execution.place(
             next(data.train.batches(config.optimisation.batch_size, train=True, seed=config.run.seed))
         )
-    settled = stages is not None and len(stages) == team.num_stages
     return distribute(
-        net,
-        replicas=team.replicas,
-        assignment=stages if stages is not None and settled else "time",
-        sample=sample,
-        autocast=execution.autocast,
-        boundary=config.run.boundary,
-        link=None if settled else config.run.link,
-        timeout=team.timeout,
+        net, replicas=team.replicas, assignment="time", sample=sample, autocast=execution.autocast, timeout=team.timeout
     )
 
 

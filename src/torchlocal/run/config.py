@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torchlocal.checks import check_plain, link_rate, number, one_of, parse_size, text, whole
+from torchlocal.checks import check_plain, number, one_of, parse_size, text, whole
 from torchlocal.guidance import GUIDANCES, Guidance, make_guidance
 from torchlocal.run.folder import expand
 
@@ -164,11 +164,6 @@ def folder(name: str, value: Any, *, none: bool = False) -> None:
 
 def _choice(*choices: Any) -> Callable[[str, Any], None]:
     return lambda name, value: one_of(name, value, *choices)
-
-
-def _link(_: str, value: Any) -> None:
-    if value is not None:
-        link_rate(value)
 
 
 _COUNT, _COUNT_OR_NONE, _SWITCH = partial(whole, least=1), partial(whole, least=1, none=True), _choice(True, False)
@@ -587,19 +582,6 @@ class RunConfig(Section):
         "start",
         "When local modules are shared out to ranks: once at the start, or anew after each epoch, by measured times.",
         _choice("start", "epoch"),
-        free=True,
-    )
-    boundary: str | None = option(
-        None,
-        "What ranks send features and their gradients in: bf16, or rounded at random int8 or int4; by default as they "
-        "are.",
-        _choice(None, "bf16", "int8", "int4"),
-    )
-    link: str | None = option(
-        None,
-        "How fast the links between ranks are, like 100mbit or 1gbit: modules are shared out by what takes longer, "
-        "computing or sending.",
-        _link,
         free=True,
     )
     channels_last: bool | None = option(

@@ -274,17 +274,7 @@ class _Run:
         self.steps_per_epoch, self.num_steps = count_steps(config, len(self.data.train), what)
         self.num_epochs = -(-self.num_steps // self.steps_per_epoch)
         self.network = build_network(config, self.data, self.execution, own)
-        # Rounded on their way, features depend on where the stages meet: a resumed run keeps them there.
-        stages = None if saved is None or config.run.boundary is None else saved.get("stages")
-        self.parallel = None
-        if team.parallel:
-            self.parallel = share_out(self.network, config, self.data, self.execution, team, stages)
-        for option in () if team.parallel else ("boundary", "link"):
-            if (given := getattr(config.run, option)) is not None:
-                raise ValueError(
-                    f"{option}={given!r} is about what ranks send each other, and this is one process: start several "
-                    "(--ranks 2), or leave it out"
-                )
+        self.parallel = share_out(self.network, config, self.data, self.execution, team) if team.parallel else None
         self.net: DecoupledNetwork | ParallelNetwork = self.network if self.parallel is None else self.parallel
         if config.run.compile:
             self.net.compile()
@@ -576,9 +566,6 @@ class _Run:
 
     def _identity(self) -> dict[str, Any]:
         """What best.pt and last.pt both hold: weights, configuration, and what the data and the network are."""
-        stages: list[int] = []
-        if self.parallel is not None and self.config.run.boundary is not None:
-            stages = [len(modules) for modules in self.parallel.stages]
         return {
             "run": self.run,
             "config": self.config.plain(),
@@ -588,7 +575,6 @@ class _Run:
             "modules": [[group.start, group.stop] for group in self.net.partition.groups],
             "step": self.position.step,
             "net": self.net.state_dict(),
-            **({"stages": stages} if stages else {}),
         }
 
     def _save(self, *, training: bool = False) -> None:
