@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..boundary import check_boundary
 from ..checks import check_whole
 from ..cut.batches import Batch
 from ..cut.units import balance
@@ -17,7 +18,13 @@ from ..modules import LocalModules
 from .network import ParallelNetwork
 from .rehearsal import count_flops, measure_seconds
 
-__all__ = ["assign", "check_same", "distribute"]
+__all__ = ["assign", "check_same", "distribute", "round_boundaries"]
+
+
+_CARRY = (
+    'carry: a network that was decoupled with carry="collect" hands gradients back across its cuts, which several '
+    "ranks cannot; cut elsewhere, or use one rank per replica"
+)
 
 
 def assign(costs: Sequence[float], num_stages: int) -> list[range]:
@@ -39,6 +46,28 @@ def assign(costs: Sequence[float], num_stages: int) -> list[range]:
             "start fewer, or cut the network into more"
         )
     return balance(len(costs), num_stages, lambda first, last: sum(costs[first:last]))
+
+
+def round_boundaries(net: LocalModules, boundary: str, *, assignment: Sequence[int]) -> None:
+    """Have one process train as so many stages would that send each other ``boundary``: the same numbers, bit for bit.
+
+    Features, and in guided steps their gradients, are rounded where a stage would end (``net.boundaries``); those of
+    evaluation are not.
+
+    Args:
+        net: the network.
+        boundary: ``"bf16"``, ``"int8"`` or ``"int4"``, as in :func:`distribute`.
+        assignment: how many local modules each stage has.
+
+    Raises:
+        ValueError: an argument is wrong, or the network cannot be shared out to several ranks.
+    """
+    check_boundary("boundary", boundary)
+    stages = _assigned(net, assignment, len(assignment))
+    if net.carry is not None:
+        raise ValueError(_CARRY)
+    groups = net.partition.groups
+    net.boundaries = {groups[stage.start].start: boundary for stage in stages[1:]}
 
 
 def check_same(values: Mapping[str, Any]) -> None:
@@ -69,7 +98,7 @@ def distribute(
     assignment: str | Sequence[int] = "flops",
     sample: tuple[Batch, Any] | None = None,
     autocast: torch.dtype | None = None,
-    boundary_dtype: torch.dtype | None = None,
+    boundary: str | None = None,
     in_flight: int = 4,
     timeout: float = 300.0,
 ) -> ParallelNetwork:
@@ -96,8 +125,9 @@ def distribute(
             of a local step on ``sample``; or how many local modules each stage gets.
         sample: for ``"time"``, a batch and its target; only rank 0 has to give it.
         autocast: for ``"time"``, the option that the steps will be given.
-        boundary_dtype: what features and their gradients are sent in, for example ``torch.bfloat16``; None: as they
-            are. The results are then not those of a single process any more.
+        boundary: what features and their gradients are sent in: ``"bf16"``, ``"int8"`` or ``"int4"`` (see
+            :mod:`torchlocal.boundary`); None: as they are. The results are those of a single process that rounds them
+            in the same way (:func:`round_boundaries`).
         in_flight: batches that may wait on either side of a link between two stages.
         timeout: longest time in seconds that a rank waits for another one.
 
@@ -115,6 +145,11 @@ def distribute(
             f"replicas: {world} ranks cannot be {replicas!r} rows of equal length; give a divisor of {world}"
         )
     check_whole("in_flight", in_flight)
+    check_boundary("boundary", boundary)
+    if net.boundaries:
+        raise ValueError(
+            "boundary: the network rounds its boundaries in one process; set its attribute boundaries to {} first"
+        )
     if not timeout > 0:
         raise ValueError(f"timeout: must be a number of seconds above 0, not {timeout!r}")
     num_stages = world // replicas
@@ -135,7 +170,7 @@ def distribute(
             else type(net.rule).__name__,
             "replicas": replicas,
             "assignment": assignment if isinstance(assignment, str) else list(assignment),
-            "boundary_dtype": str(boundary_dtype),
+            "boundary": boundary,
             "in_flight": in_flight,
             "timeout": timeout,
             "the checksum of the weights": _checksum(net),
@@ -153,25 +188,16 @@ def distribute(
             raise found[0]
         stages: list[range] = found[0]
     else:
-        if len(assignment) != num_stages or sum(assignment) != net.num_modules or min(assignment) < 1:
-            raise ValueError(
-                f"assignment: {list(assignment)} does not give {net.num_modules} local modules to {num_stages} stages; "
-                "give one number of at least 1 per stage that add up to it"
-            )
-        ends = [sum(assignment[: i + 1]) for i in range(num_stages)]
-        stages = [range(end - count, end) for end, count in zip(ends, assignment, strict=True)]
+        stages = _assigned(net, assignment, num_stages)
     _refuse_shared_buffers(net, stages)
-    return ParallelNetwork(net, stages, replicas, boundary_dtype=boundary_dtype, in_flight=in_flight, timeout=timeout)
+    return ParallelNetwork(net, stages, replicas, boundary=boundary, in_flight=in_flight, timeout=timeout)
 
 
 def _refuse(net: LocalModules) -> None:
     """Refuse what works in one process only."""
     facts, kind = net.chain.facts, type(net.backbone).__name__
     if net.carry is not None:
-        raise ValueError(
-            'carry: a network that was decoupled with carry="collect" hands gradients back across its cuts, which '
-            "several ranks cannot; cut elsewhere, or use one rank per replica"
-        )
+        raise ValueError(_CARRY)
     if facts.python:
         raise ValueError(
             f"model: {kind} draws from Python's or numpy's random generator in its forward, and a rank cannot tell "
@@ -223,6 +249,17 @@ def _costs(
     if sample is None:
         raise ValueError("sample: assignment='time' needs a batch and its target on rank 0")
     return measure_seconds(net, *sample, autocast=autocast)
+
+
+def _assigned(net: LocalModules, counts: Sequence[int], num_stages: int) -> list[range]:
+    """The local modules of every stage, of their numbers."""
+    if len(counts) != num_stages or sum(counts) != net.num_modules or min(counts) < 1:
+        raise ValueError(
+            f"assignment: {list(counts)} does not give {net.num_modules} local modules to {num_stages} stages; "
+            "give one number of at least 1 per stage that add up to it"
+        )
+    ends = [sum(counts[: i + 1]) for i in range(num_stages)]
+    return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
 
 
 def _short(value: Any) -> str:

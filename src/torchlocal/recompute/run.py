@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ..boundary import rounded
 from .plan import Inner, Keep, Plan, Tape, leaves, recomputes
 from .state import RandomState, keeping_nothing, without_autocast
 
@@ -59,6 +60,7 @@ class Recomputation:
         stops: stages where a run of several has to be interrupted.
         passed: called with the stage and its input whenever the first forward pass has come to it.
         done: called with a stage when the gradients of it and of all that follow are complete.
+        boundaries: by stage, how what it takes, and its gradient, are rounded.
     """
 
     def __init__(
@@ -70,9 +72,11 @@ class Recomputation:
         stops: frozenset[int] = frozenset(),
         passed: Callable[[int, tuple[Any, ...]], None] | None = None,
         done: Callable[[int], None] | None = None,
+        boundaries: Mapping[int, str] | None = None,
     ) -> None:
         self._stages, self._device, self._context = stages, device, context
-        self._stops, self._passed, self._done = stops, passed, done
+        self._boundaries = boundaries or {}
+        self._stops, self._passed, self._done = stops | set(self._boundaries), passed, done
         self._replay = stages.replay()
 
     def run(
@@ -152,6 +156,7 @@ class Recomputation:
         stages = self._stages.inside(inner.first, state)
         if stages is None:  # its trace is not right any more
             return self._tape(Tape(inner.first, inner.last), state, then, new=new)
+        self._arrive(inner.first, state)
         inside = Recomputation(stages, self._device, context=self._context)
         differentiable = self._differentiable or inner.first != self._origin
 
@@ -164,7 +169,9 @@ class Recomputation:
             gradients = inside.run(inner.plan, state, finish, differentiable=differentiable)
         if self._done is not None:
             self._done(inner.first)
-        return gradients[:count]
+        del gradients[count:]
+        self._arrive(inner.first, gradients)
+        return gradients
 
     def wanted(self, stage: int, count: int) -> list[bool]:
         """Which values of the state before a stage need a gradient."""
@@ -179,12 +186,18 @@ class Recomputation:
         for begin, end in zip([first, *stops], stops, strict=False):
             keeping = keeping_nothing() if again else nullcontext()
             with self._replay.replaying(begin, end, new=new, again=again), keeping, self._context():
+                self._arrive(begin, state)
                 state = list(self._stages.run(begin, end, state))
             if again:
                 state = [_asking(value) for value in state]
             if new and self._passed is not None:
                 self._passed(end, tuple(state))
         return state
+
+    def _arrive(self, stage: int, values: list[Any]) -> None:
+        """Round what crosses the boundary before a stage, in its list."""
+        if stage in self._boundaries:
+            values[:] = [rounded(v, self._boundaries[stage]) if isinstance(v, Tensor) else v for v in values]
 
 
 def _asking(value: Any) -> Any:
