@@ -1,4 +1,4 @@
-"""Boundaries in fewer bytes: ranks give the bits of one process that rounds in the same way."""
+"""Boundaries in fewer bytes: ranks give the bits of one process that rounds in the same way; links are weighed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from processes import Pool
 from test_parallel import STEPS, assert_same, batches, build, run_steps, state_of, train_in_parallel
 
+import torchlocal as tl
 from torchlocal import parallel
 from torchlocal.boundary import encoded_bytes, rounded
 from torchlocal.recompute import GuidedPlan, Inner, Tape, leaves
@@ -166,3 +167,68 @@ def test_what_cannot_be_rounded_is_refused() -> None:
     with pytest.raises(ValueError, match=r"assignment: .* does not give 4 local modules to 2 stages"):
         parallel.round_boundaries(net, "int8", assignment=[2, 3])
     assert net.boundaries == {}
+
+
+# --- links ---
+
+
+def test_bytes_over_a_link_are_weighed_by_hand() -> None:
+    """Six modules of 1 s; the cut in the middle of time is the dearest to send over."""
+    costs, sending = [1.0] * 6, [9.0, 8.0, 7.0, 5.0, 4.5]
+    assert parallel.assign(costs, 2) == [range(0, 3), range(3, 6)]
+    # Cut after module: 1 max(1, 9, 5) = 9; 2: 8; 3: 7; 4: max(4, 5, 2) = 5; 5: max(5, 4.5, 1) = 5.
+    # Of two that are as slow, the stages whose squares add up to less: 25 + 4 against 25 + 1.
+    assert parallel.assign(costs, 2, sending) == [range(0, 5), range(5, 6)]
+    assert parallel.assign(costs, 2, [9.0, 8.0, 7.0, 4.0, 4.5]) == [range(0, 4), range(4, 6)]
+    assert parallel.assign(costs, 2, [0.1] * 5) == [range(0, 3), range(3, 6)]
+
+
+def test_seconds_of_a_message_by_hand() -> None:
+    # 4.2 MB are 0.336 s at 100 Mbit/s; with 20 ms, (60 ms + 0.336 s) / 4 is less. 1 kB: 80 µs, and (60 ms + 80 µs) / 4.
+    seconds = parallel.setup.sending_seconds
+    assert seconds(4_200_000, "100mbit") == pytest.approx(0.336)
+    assert seconds(4_200_000, "100mbit+20ms") == pytest.approx(0.336)
+    assert seconds(1000, "100mbit+20ms") == pytest.approx((0.06 + 80e-6) / 4)
+    assert seconds(1000, 1e8, in_flight=2) == pytest.approx(80e-6)
+    assert seconds(10**9, "20ms", in_flight=2) == pytest.approx(0.03)
+
+
+def test_stages_follow_the_link(pool: Pool, tmp_path: Path) -> None:
+    """A slow link is crossed where little crosses; the stages are weighed with the bytes that are really sent."""
+    fast, slow, cheap = pool.run(2, tmp_path, _stages)[1]
+    assert fast[0].stop < 3 and slow == [range(0, 3), range(3, 4)] and cheap == slow
+
+
+def _stages() -> Any:
+    found = []
+    x, y = torch.zeros(4, 3, 16, 16), torch.zeros(4, dtype=torch.int64)
+    for link, boundary in (("100gbit", None), ("10kbit", None), (1e4, "int8")):
+        torch.manual_seed(0)
+        layers = [torch.nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1) for i in range(2)]
+        layers.append(torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3), torch.nn.AdaptiveAvgPool2d(1)))
+        layers.append(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8, 5)))
+        net = parallel.distribute(
+            tl.decouple(layers, sample=x), assignment="time", sample=(x, y), link=link, boundary=boundary, timeout=60
+        )
+        found.append(net.stages)
+        net.close()
+    return found
+
+
+def test_a_link_needs_seconds(pool: Pool, tmp_path: Path) -> None:
+    told = pool.run(2, tmp_path, _refused)[0]
+    assert told == [
+        "link: only assignment='time' weighs it; give that, or leave link out",
+        "link='fast' is no link: give a rate such as 100mbit or 1gbit, a delay, or 100mbit+20ms",
+        "boundary: must be None or one of bf16, int8, int4, not 'int2'",
+    ]
+
+
+def _refused() -> list[str]:
+    told = []
+    for options in ({"link": "1gbit"}, {"link": "fast", "assignment": "time"}, {"boundary": "int2"}):
+        try:
+            parallel.distribute(build("convolutions"), **options)
+        except ValueError as error:
+            told.append(str(error))
+    return told

@@ -10,15 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..boundary import check_boundary
-from ..checks import check_whole
-from ..cut.batches import Batch
+from ..boundary import check_boundary, encoded_bytes
+from ..checks import check_whole, parse_link
+from ..cut.batches import Batch, device_of, plain
 from ..cut.units import balance
 from ..modules import LocalModules
 from .network import ParallelNetwork
-from .rehearsal import count_flops, measure_seconds
+from .rehearsal import count_flops, measure_seconds, rehearse
 
-__all__ = ["assign", "check_same", "distribute", "round_boundaries"]
+__all__ = ["assign", "check_same", "distribute", "round_boundaries", "sending_seconds"]
 
 
 _CARRY = (
@@ -27,12 +27,16 @@ _CARRY = (
 )
 
 
-def assign(costs: Sequence[float], num_stages: int) -> list[range]:
-    """Consecutive local modules for every stage, so that the most expensive stage costs least.
+def assign(costs: Sequence[float], num_stages: int, sending: Sequence[float] | None = None) -> list[range]:
+    """Consecutive local modules for every stage, so that the slowest of the stages, and of the links, costs least.
+
+    A stage computes while it sends, so it costs the larger of what its modules cost together and of what it costs to
+    send what its last one hands on.
 
     Args:
         costs: of each of the K local modules, in any unit: seconds, FLOPs.
         num_stages: number of stages, at most K.
+        sending: of each but the last, what it costs to send what it hands on, in the same unit; None: nothing.
 
     Returns:
         One range of local modules per stage.
@@ -45,7 +49,27 @@ def assign(costs: Sequence[float], num_stages: int) -> list[range]:
             f"ranks: {num_stages} processes cannot share {len(costs)} local modules, of which each needs at least one; "
             "start fewer, or cut the network into more"
         )
-    return balance(len(costs), num_stages, lambda first, last: sum(costs[first:last]))
+
+    def price(first: int, last: int) -> float:
+        sent = sending[last - 1] if sending is not None and last < len(costs) else 0.0
+        return max(sum(costs[first:last]), sent)
+
+    return balance(len(costs), num_stages, price)
+
+
+def sending_seconds(num_bytes: int, link: str | float, in_flight: int = 4) -> float:
+    """Seconds between two messages of a size over a link: max(V/B, (3L + V/B)/F).
+
+    gloo asks before it sends, which takes the latency L three times, and F messages are on their way at once.
+
+    Args:
+        num_bytes: size V of a message.
+        link: as in :func:`distribute`; its bytes per second are B, its one-way delay is L.
+        in_flight: number F of messages that are on their way at once.
+    """
+    bits, delay = parse_link(link)
+    seconds = 8 * num_bytes / bits
+    return max(seconds, (3 * delay + seconds) / in_flight)
 
 
 def round_boundaries(net: LocalModules, boundary: str, *, assignment: Sequence[int]) -> None:
@@ -99,6 +123,7 @@ def distribute(
     sample: tuple[Batch, Any] | None = None,
     autocast: torch.dtype | None = None,
     boundary: str | None = None,
+    link: str | float | None = None,
     in_flight: int = 4,
     timeout: float = 300.0,
 ) -> ParallelNetwork:
@@ -128,6 +153,9 @@ def distribute(
         boundary: what features and their gradients are sent in: ``"bf16"``, ``"int8"`` or ``"int4"`` (see
             :mod:`torchlocal.boundary`); None: as they are. The results are those of a single process that rounds them
             in the same way (:func:`round_boundaries`).
+        link: for ``"time"``, what lies between two stages, such as ``"100mbit"`` or ``"1gbit+20ms"`` (one way), or bits
+            per second: local modules are shared out so that the slowest of the stages and of the links is as fast as
+            can be. By default sending takes no time.
         in_flight: batches that may wait on either side of a link between two stages.
         timeout: longest time in seconds that a rank waits for another one.
 
@@ -146,6 +174,10 @@ def distribute(
         )
     check_whole("in_flight", in_flight)
     check_boundary("boundary", boundary)
+    if link is not None:
+        parse_link(link)
+        if assignment != "time":
+            raise ValueError("link: only assignment='time' weighs it; give that, or leave link out")
     if net.boundaries:
         raise ValueError(
             "boundary: the network rounds its boundaries in one process; set its attribute boundaries to {} first"
@@ -171,6 +203,7 @@ def distribute(
             "replicas": replicas,
             "assignment": assignment if isinstance(assignment, str) else list(assignment),
             "boundary": boundary,
+            "link": link,
             "in_flight": in_flight,
             "timeout": timeout,
             "the checksum of the weights": _checksum(net),
@@ -180,7 +213,11 @@ def distribute(
         found: list[Any] = [None]
         if dist.get_rank() == 0:
             try:
-                found = [assign(_costs(net, assignment, sample, autocast), num_stages)]
+                costs = _costs(net, assignment, sample, autocast)
+                sending = None
+                if link is not None and sample is not None:
+                    sending = _sending(net, *sample, autocast, boundary, link, in_flight)
+                found = [assign(costs, num_stages, sending)]
             except ValueError as error:
                 found = [error]
         dist.broadcast_object_list(found)
@@ -260,6 +297,21 @@ def _assigned(net: LocalModules, counts: Sequence[int], num_stages: int) -> list
         )
     ends = [sum(counts[: i + 1]) for i in range(num_stages)]
     return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
+def _sending(
+    net: LocalModules,
+    batch: Batch,
+    target: Any,
+    autocast: torch.dtype | None,
+    boundary: str | None,
+    link: str | float,
+    in_flight: int,
+) -> list[float]:
+    """For each local module but the last, the seconds in which what it hands on crosses the link in a local step."""
+    found = rehearse(net, plain(batch), target, device=device_of(batch, net.backbone), autocast=autocast)
+    sizes = [encoded_bytes(features.numel(), boundary, features.dtype) for features in found.features[:-1]]
+    return [sending_seconds(size, link, in_flight) for size in sizes]
 
 
 def _short(value: Any) -> str:
