@@ -14,6 +14,7 @@ __all__ = [
     "check_whole",
     "number",
     "one_of",
+    "parse_link",
     "parse_size",
     "shorten",
     "suggestion",
@@ -112,6 +113,26 @@ def parse_size(size: str) -> int:
     if found < 1:
         raise ValueError(f"budget: {size!r} is not a size; give one such as 8GiB, 500MB or a number of bytes")
     return found
+
+
+def parse_link(link: str | float) -> tuple[float, float]:
+    """Bits per second and one-way delay in seconds of a link such as ``100mbit``, ``1gbit+20ms``, ``20ms`` or ``1e8``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    rate, delay = math.inf, 0.0
+    for part in str(link).lower().split("+"):
+        match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)([kmg]?bit|ms)?", part.strip())
+        if match is None or not float(match[1]):
+            raise ValueError(
+                f"link={link!r} is no link: give a rate such as 100mbit or 1gbit, a delay, or 100mbit+20ms"
+            )
+        if match[2] == "ms":
+            delay = float(match[1]) / 1e3
+        else:
+            rate = float(match[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}.get((match[2] or "b")[0], 1.0)
+    return rate, delay
 
 
 _MOST_VALUES, _MOST_LEVELS = 10_000, 20

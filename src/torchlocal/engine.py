@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from .boundary import rounded
 from .cut.batches import Batch as Inputs
 from .cut.batches import describe, device_of, num_examples, plain, same_layout
 from .cut.carry import Carried
@@ -76,7 +77,7 @@ def run_local(
 ) -> list[Tensor]:
     """A local step of all modules, of which some recompute by a plan; returns the K losses."""
     step = Step.begin(net, batch, target, autocast, backward, scale)
-    step.optimizers = optimizers
+    step.optimizers, step.boundaries = optimizers, _rounding(net)
     losses, _ = step.local(range(net.num_modules), plans, [])
     return losses
 
@@ -97,11 +98,16 @@ def run_guided(
     for i, (part, labels, share) in enumerate(parts):
         step = Step.begin(net, part, labels, autocast, backward, scale)
         step.part_of(parts, share, follow=follow)
-        step.matches = auxiliary == "match"
+        step.matches, step.boundaries = auxiliary == "match", _rounding(net)
         step.optimizers = optimizers if i == len(parts) - 1 else None
         losses = step.guided(plan.tree, follow=follow)
         total = [a + b for a, b in zip(total, losses, strict=True)] if total else losses
     return total
+
+
+def _rounding(net: LocalModules) -> dict[int, str]:
+    """What one process rounds between its modules; nothing in a prediction, so that plans are those of ranks."""
+    return {} if net.chain.fake else net.boundaries
 
 
 @dataclass
@@ -123,6 +129,7 @@ class Step:
     matches: bool = False  # whether auxiliary networks also learn to give the gradient that the global loss gives
     learnt: Callable[[int], None] | None = None  # called with every module that has its gradients, before its update
     carried: Carried | None = field(default=None)
+    boundaries: dict[int, str] = field(default_factory=dict)  # by unit, how what it takes is rounded
     run: Pass | None = None  # the latest of the network's forward
 
     @classmethod
@@ -300,6 +307,7 @@ class Step:
             with pass_.opened():
                 for k in modules:
                     loss, state = self._local_by_plan(pass_, k, plans.get(k), state)
+                    state = [self._crossing(self.net.partition.groups[k].stop, features) for features in state]
                     losses.append(loss)
                     self._update(k, modules)
             return losses, state
@@ -320,6 +328,7 @@ class Step:
             self._update(ends[unit], modules)
             if unit == last:
                 handed.append(handing)
+            handing = self._crossing(unit, handing)
             if self.carried is not None:
                 self.carried.cut()
             return handing.requires_grad_() if leaf else handing
@@ -346,6 +355,10 @@ class Step:
             with without_autocast(self.device):
                 self.carried.hand_back()
         return losses, handed
+
+    def _crossing(self, unit: int, features: Tensor) -> Tensor:
+        """What a unit takes of the features that the one before hands on."""
+        return rounded(features, self.boundaries.get(unit))
 
     def _learn(self, k: int, loss: Tensor) -> None:
         try:
@@ -433,13 +446,14 @@ class Step:
         ends = {groups[k].stop: k for k in modules if groups[k].stop < end} if follow else {}
 
         def passing(unit: int, features: Tensor) -> Tensor:
-            losses.append(self.follow(ends[unit], features))
-            self.watch(ends[unit], features)
-            return features
+            if unit in ends:
+                losses.append(self.follow(ends[unit], features))
+                self.watch(ends[unit], features)
+            return self._crossing(unit, features)
 
         pass_ = self._pass(replay=first > 0)
-        inner = tuple(unit for unit in ends if unit != last)
-        with pass_.opened(tuple({*ends, last} - {end}) if first == 0 else None):
+        inner = tuple({*ends, *self.boundaries} - {last})
+        with pass_.opened(tuple({*inner, last} - {end}) if first == 0 else None):
             (result,) = pass_.run(first, last, state, boundary=passing, stops=inner)
         if last in ends:
             passing(last, result)
@@ -502,6 +516,7 @@ class Step:
                 arrived=arrived if self.matches else None,
                 watched=frozenset(ends),
                 done=lambda unit: self._finish(unit, waiting),
+                boundaries=self.boundaries,
             ).run(plan, state, onward or learn, differentiable=first > 0)
 
     def _finish(self, unit: int, waiting: list[int | None]) -> None:

@@ -186,12 +186,12 @@ def _moved(options: dict[str, Any]) -> Any:
 
 def test_shares_are_not_measured_where_the_result_depends_on_them(pool: Pool, tmp_path: Path) -> None:
     for told in pool.run(2, tmp_path, _bf16):
-        assert told.startswith("rebalance: with boundary_dtype the result depends on where the ranks' boundaries are")
+        assert told.startswith("rebalance: with a boundary that rounds, the result depends on where stages meet")
 
 
 def _bf16() -> str:
     net, batches = build()
-    parallel = tl.distribute(net, boundary_dtype=torch.bfloat16, timeout=60)
+    parallel = tl.distribute(net, boundary="bf16", timeout=60)
     try:
         train(parallel, batches[:1], rebalance_after=1)
     except ValueError as error:

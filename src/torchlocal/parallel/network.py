@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from ..boundary import Original, decode, encode
 from ..cut.batches import Batch as Inputs
 from ..cut.batches import key_of, num_examples, plain
 from ..cut.forward import Pass, filled
@@ -28,7 +29,7 @@ from .readers import Readers
 from .rehearsal import Rehearsal, count_flops, layouts, rehearse
 from .shares import better_shares, shared_buffer
 from .stage import Stage
-from .tasks import Task, cast, pack, random_state, restrict, set_random_state, stack, unpack
+from .tasks import Task, pack, random_state, restrict, set_random_state, stack, unpack
 from .ties import Ties, find_ties
 
 __all__ = ["ParallelNetwork"]
@@ -72,7 +73,7 @@ class ParallelNetwork(Stage):
         replicas: int = 1,
         *,
         costs: Sequence[float] | None = None,
-        boundary_dtype: torch.dtype | None = None,
+        boundary: str | None = None,
         in_flight: int = 4,
         timeout: float = 300.0,
     ) -> None:
@@ -81,7 +82,8 @@ class ParallelNetwork(Stage):
         # The loads of the stages before this one, as of the batch that came last.
         self._told = [0] * (self.stage * NUM_NUMBERS)
         self._measured_from = Load()
-        self.boundary_dtype = boundary_dtype
+        self.boundary = boundary
+        self._piped_bytes = 0
         self.stop_requested = self.stopping = 0
         self._looked = 0.0  # when this stage last looked whether another was asked to stop
         self._rehearsals: dict[tuple[Any, ...], Rehearsal] = {}
@@ -97,9 +99,9 @@ class ParallelNetwork(Stage):
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes of tensors that this rank has sent to its neighbours in local and exact guided steps."""
+        """Bytes of tensors that this rank has sent to its neighbours."""
         channels = (self._to_next, self._to_previous, *self._ties.channels, *self._readers.channels)
-        return sum(c.num_bytes for c in channels if c is not None)
+        return self._piped_bytes + sum(c.num_bytes for c in channels if c is not None)
 
     def loads(self) -> list[Load]:
         """How busy the stages up to this one have been; on the last stage, all of them.
@@ -266,10 +268,10 @@ class ParallelNetwork(Stage):
             assert self._from_next is not None
             self._hand_on(_GUIDED, task, outputs, losses, options, step.run)
             message = self._from_next.receive(_GUIDED)
-            dtype, numbers = message.extra
+            original, numbers = message.extra
             gradient, *sums = message.tensors
             ties.arrived(dict(zip(numbers, sums, strict=True)))
-            return [cast(gradient, dtype)]
+            return [decode(gradient, original, self.boundary)]
 
         with ties.watching():
             gradients = step.through(
@@ -283,9 +285,9 @@ class ParallelNetwork(Stage):
             )
         if self._to_previous is not None:
             assert gradients[0] is not None, "the features of every stage have a gradient"
-            block, dtype = self._as_sent(gradients[0])
+            original, block = Original.of(gradients[0]), encode(gradients[0], self.boundary)
             partial = ties.to_hand_on()
-            self._to_previous.send(_GUIDED, [block, *partial.values()], extra=(dtype, tuple(partial)))
+            self._to_previous.send(_GUIDED, [block, *partial.values()], extra=(original, tuple(partial)))
         self._ties.end_guided(_GUIDED, ties.made)
         return losses
 
@@ -345,9 +347,11 @@ class ParallelNetwork(Stage):
                 schedule=schedule,
                 device=self.device,
                 group=self._pipe_group,
+                boundary=self.boundary,
             )
         with watched(self._others, self._timeout):
             losses: list[Tensor] = self._schedules[key].step(steps, rehearsal, follow=follow)
+        self._piped_bytes += self._schedules[key].num_bytes
         if self._from_previous is not None:
             losses = [*self._from_previous.receive(_LOSSES).tensors[0].unbind(), *losses]
         if self._to_next is not None:
@@ -426,10 +430,10 @@ class ParallelNetwork(Stage):
         Raises:
             ValueError: the result would depend on the shares, or times are not to be had, on every rank.
         """
-        if self.boundary_dtype is not None:
+        if self.boundary is not None:
             raise ValueError(
-                "rebalance: with boundary_dtype the result depends on where the ranks' boundaries are, so it would "
-                "depend on measured times; leave one of them out"
+                "rebalance: with a boundary that rounds, the result depends on where stages meet, so it would depend "
+                "on measured times; leave one of them out"
             )
         if self.device.type != "cpu":
             raise ValueError(
@@ -605,7 +609,7 @@ class ParallelNetwork(Stage):
             return Task(Batch(input=batch, target=target, criterion=criterion), share=share, weight=weight)
         assert self._from_previous is not None
         message: Message = self._from_previous.receive(kind)
-        dtype, packed, labels, plan, given, places = message.extra
+        original, packed, labels, plan, given, places = message.extra
         if given != options:
             raise RuntimeError(
                 f"the step was called with {options} here and with {given} on the first stage: give the same options "
@@ -617,7 +621,8 @@ class ParallelNetwork(Stage):
         target, share, weight = unpack(labels, tensors, self.device, self.net.chain.mode)
         arrived = Batch(input=batch, target=target, criterion=criterion)
         beside = {place: tensors.pop(0) for place in places}
-        return Task(arrived, [cast(features, dtype)], list(losses.unbind()), plan, tensors, share, weight, beside)
+        state = [decode(features, original, self._boundary_of(kind))]
+        return Task(arrived, state, list(losses.unbind()), plan, tensors, share, weight, beside)
 
     def _tell_of_stop(self) -> None:
         """Leave word for the first stage, since batches travel one way only."""
@@ -651,14 +656,16 @@ class ParallelNetwork(Stage):
         """Send a batch, and the features that are taken out of their list, to the next stage."""
         if self._to_next is None:
             return
-        block, dtype = self._as_sent(state.pop())
+        features = state.pop()
+        original, block = Original.of(features), encode(features, self._boundary_of(kind))
+        del features
         wanted = None if self.net.rule.reads_input and kind != _OUTPUTS else self._read_later
         inputs, packed = pack(task.batch.input, self.device, wanted)
         targets, labels = pack((task.batch.target, task.share, task.weight), self.device)
         # What the last module returned beside the features; what depends on a stand-in is one, too.
         beside = {i: t for i, t in run.beside.items() if not isinstance(t, FakeTensor)} if run is not None else {}
         tensors = [block, stack(losses), *inputs, *targets, *beside.values(), *task.random]
-        extra = (dtype, packed, labels, task.plan, options, tuple(beside))
+        extra = (original, packed, labels, task.plan, options, tuple(beside))
         notes = [*self._told, *self.meter.total().numbers()]
         self._to_next.send(kind, tensors, flag=self.stopping, extra=extra, notes=notes)
 
@@ -677,11 +684,9 @@ class ParallelNetwork(Stage):
         groups, inputs = self.net.partition.groups, self.net.chain.facts.inputs
         return {leaf for modules in self.stages[self.stage + 1 :] for leaf in inputs[groups[modules.start].start]}
 
-    def _as_sent(self, tensor: Tensor) -> tuple[Tensor, torch.dtype]:
-        """A boundary tensor in the dtype that it is sent in, and its own dtype."""
-        if self.boundary_dtype is None or not tensor.is_floating_point():
-            return tensor, tensor.dtype
-        return tensor.to(self.boundary_dtype), tensor.dtype
+    def _boundary_of(self, kind: int) -> str | None:
+        """How features are sent in a message: those of evaluation as they are, so that it is that of one process."""
+        return self.boundary if kind in (_LOCAL, _GUIDED) else None
 
     def _rehearse(self, batch: Inputs, target: Any, autocast: torch.dtype | None, *, always: bool = False) -> Rehearsal:
         """What a step of such a batch draws; found once for each layout of batch, and not where nobody asks."""

@@ -10,23 +10,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..checks import check_whole
-from ..cut.batches import Batch
+from ..boundary import check_boundary, encoded_bytes
+from ..checks import check_whole, parse_link
+from ..cut.batches import Batch, device_of, plain
 from ..cut.units import balance
 from ..modules import LocalModules
 from .network import ParallelNetwork
-from .rehearsal import count_flops, measure_seconds
+from .rehearsal import count_flops, measure_seconds, rehearse
 from .shares import shared_buffer
 
-__all__ = ["assign", "check_same", "distribute"]
+__all__ = ["assign", "check_same", "distribute", "round_boundaries", "sending_seconds"]
 
 
-def assign(costs: Sequence[float], num_stages: int) -> list[range]:
-    """Consecutive local modules for every stage, so that the most expensive stage costs least.
+_CARRY = (
+    'carry: a network that was decoupled with carry="collect" hands gradients back across its cuts, which several '
+    "ranks cannot; cut elsewhere, or use one rank per replica"
+)
+
+
+def assign(costs: Sequence[float], num_stages: int, sending: Sequence[float] | None = None) -> list[range]:
+    """Consecutive local modules for every stage, so that the slowest of the stages, and of the links, costs least.
+
+    A stage computes while it sends, so it costs the larger of what its modules cost together and of what it costs to
+    send what its last one hands on.
 
     Args:
         costs: of each of the K local modules, in any unit: seconds, FLOPs.
         num_stages: number of stages, at most K.
+        sending: of each but the last, what it costs to send what it hands on, in the same unit; None: nothing.
 
     Returns:
         One range of local modules per stage.
@@ -39,7 +50,49 @@ def assign(costs: Sequence[float], num_stages: int) -> list[range]:
             f"ranks: {num_stages} processes cannot share {len(costs)} local modules, of which each needs at least one; "
             "start fewer, or cut the network into more"
         )
-    return balance(len(costs), num_stages, lambda first, last: sum(costs[first:last]))
+
+    def price(first: int, last: int) -> float:
+        sent = sending[last - 1] if sending is not None and last < len(costs) else 0.0
+        return max(sum(costs[first:last]), sent)
+
+    return balance(len(costs), num_stages, price)
+
+
+def sending_seconds(num_bytes: int, link: str | float, in_flight: int = 4) -> float:
+    """Seconds between two messages of a size over a link: max(V/B, (3L + V/B)/F).
+
+    gloo asks before it sends, which takes the latency L three times, and F messages are on their way at once.
+
+    Args:
+        num_bytes: size V of a message.
+        link: as in :func:`distribute`; its bytes per second are B, its one-way delay is L.
+        in_flight: number F of messages that are on their way at once.
+    """
+    bits, delay = parse_link(link)
+    seconds = 8 * num_bytes / bits
+    return max(seconds, (3 * delay + seconds) / in_flight)
+
+
+def round_boundaries(net: LocalModules, boundary: str, *, assignment: Sequence[int]) -> None:
+    """Have one process train as so many stages would that send each other ``boundary``: the same numbers, bit for bit.
+
+    Features, and in guided steps their gradients, are rounded where a stage would end (``net.boundaries``); those of
+    evaluation are not.
+
+    Args:
+        net: the network.
+        boundary: ``"bf16"``, ``"int8"`` or ``"int4"``, as in :func:`distribute`.
+        assignment: how many local modules each stage has.
+
+    Raises:
+        ValueError: an argument is wrong, or the network cannot be shared out to several ranks.
+    """
+    check_boundary("boundary", boundary)
+    stages = _assigned(net, assignment, len(assignment))
+    if net.carry is not None:
+        raise ValueError(_CARRY)
+    groups = net.partition.groups
+    net.boundaries = {groups[stage.start].start: boundary for stage in stages[1:]}
 
 
 def check_same(values: Mapping[str, Any]) -> None:
@@ -70,7 +123,8 @@ def distribute(
     assignment: str | Sequence[int] = "flops",
     sample: tuple[Batch, Any] | None = None,
     autocast: torch.dtype | None = None,
-    boundary_dtype: torch.dtype | None = None,
+    boundary: str | None = None,
+    link: str | float | None = None,
     in_flight: int = 4,
     timeout: float = 300.0,
 ) -> ParallelNetwork:
@@ -97,8 +151,12 @@ def distribute(
             of a local step on ``sample``; or how many local modules each stage gets.
         sample: for ``"time"``, a batch and its target; only rank 0 has to give it.
         autocast: for ``"time"``, the option that the steps will be given.
-        boundary_dtype: what features and their gradients are sent in, for example ``torch.bfloat16``; None: as they
-            are. The results are then not those of a single process any more.
+        boundary: what features and their gradients are sent in: ``"bf16"``, ``"int8"`` or ``"int4"`` (see
+            :mod:`torchlocal.boundary`); None: as they are. The results are those of a single process that rounds them
+            in the same way (:func:`round_boundaries`).
+        link: for ``"time"``, what lies between two stages, such as ``"100mbit"`` or ``"1gbit+20ms"`` (one way), or bits
+            per second: local modules are shared out so that the slowest of the stages and of the links is as fast as
+            can be. By default sending takes no time.
         in_flight: batches that may wait on either side of a link between two stages.
         timeout: longest time in seconds that a rank waits for another one.
 
@@ -116,6 +174,15 @@ def distribute(
             f"replicas: {world} ranks cannot be {replicas!r} rows of equal length; give a divisor of {world}"
         )
     check_whole("in_flight", in_flight)
+    check_boundary("boundary", boundary)
+    if link is not None:
+        parse_link(link)
+        if assignment != "time":
+            raise ValueError("link: only assignment='time' weighs it; give that, or leave link out")
+    if net.boundaries:
+        raise ValueError(
+            "boundary: the network rounds its boundaries in one process; set its attribute boundaries to {} first"
+        )
     if not timeout > 0:
         raise ValueError(f"timeout: must be a number of seconds above 0, not {timeout!r}")
     num_stages = world // replicas
@@ -136,7 +203,8 @@ def distribute(
             else type(net.rule).__name__,
             "replicas": replicas,
             "assignment": assignment if isinstance(assignment, str) else list(assignment),
-            "boundary_dtype": str(boundary_dtype),
+            "boundary": boundary,
+            "link": link,
             "in_flight": in_flight,
             "timeout": timeout,
             "the checksum of the weights": _checksum(net),
@@ -149,7 +217,10 @@ def distribute(
         if dist.get_rank() == 0:
             try:
                 costs = _costs(net, assignment, sample, autocast)
-                found = [(assign(costs, num_stages), costs)]
+                sending = None
+                if link is not None and sample is not None:
+                    sending = _sending(net, *sample, autocast, boundary, link, in_flight)
+                found = [(assign(costs, num_stages, sending), costs)]
             except ValueError as error:
                 found = [error]
         dist.broadcast_object_list(found)
@@ -157,37 +228,20 @@ def distribute(
             raise found[0]
         stages, costs = found[0]
     else:
-        if len(assignment) != num_stages or sum(assignment) != net.num_modules or min(assignment) < 1:
-            raise ValueError(
-                f"assignment: {list(assignment)} does not give {net.num_modules} local modules to {num_stages} stages; "
-                "give one number of at least 1 per stage that add up to it"
-            )
-        ends = [sum(assignment[: i + 1]) for i in range(num_stages)]
-        stages = [range(end - count, end) for end, count in zip(ends, assignment, strict=True)]
+        stages = _assigned(net, assignment, num_stages)
     if name := shared_buffer(net, stages):
         raise ValueError(
             f"assignment: local modules on several ranks use the buffer {name!r}, which the forward writes; put them "
             "on one rank with assignment="
         )
-    return ParallelNetwork(
-        net,
-        stages,
-        replicas,
-        costs=costs,
-        boundary_dtype=boundary_dtype,
-        in_flight=in_flight,
-        timeout=timeout,
-    )
+    return ParallelNetwork(net, stages, replicas, costs=costs, boundary=boundary, in_flight=in_flight, timeout=timeout)
 
 
 def _refuse(net: LocalModules) -> None:
     """Refuse what works in one process only."""
     facts, kind = net.chain.facts, type(net.backbone).__name__
     if net.carry is not None:
-        raise ValueError(
-            'carry: a network that was decoupled with carry="collect" hands gradients back across its cuts, which '
-            "several ranks cannot; cut elsewhere, or use one rank per replica"
-        )
+        raise ValueError(_CARRY)
     if facts.python:
         raise ValueError(
             f"model: {kind} draws from Python's or numpy's random generator in its forward, and a rank cannot tell "
@@ -222,6 +276,32 @@ def _costs(
     if sample is None:
         raise ValueError("sample: assignment='time' needs a batch and its target on rank 0")
     return measure_seconds(net, *sample, autocast=autocast)
+
+
+def _assigned(net: LocalModules, counts: Sequence[int], num_stages: int) -> list[range]:
+    """The local modules of every stage, of their numbers."""
+    if len(counts) != num_stages or sum(counts) != net.num_modules or min(counts) < 1:
+        raise ValueError(
+            f"assignment: {list(counts)} does not give {net.num_modules} local modules to {num_stages} stages; "
+            "give one number of at least 1 per stage that add up to it"
+        )
+    ends = [sum(counts[: i + 1]) for i in range(num_stages)]
+    return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
+def _sending(
+    net: LocalModules,
+    batch: Batch,
+    target: Any,
+    autocast: torch.dtype | None,
+    boundary: str | None,
+    link: str | float,
+    in_flight: int,
+) -> list[float]:
+    """For each local module but the last, the seconds in which what it hands on crosses the link in a local step."""
+    found = rehearse(net, plain(batch), target, device=device_of(batch, net.backbone), autocast=autocast)
+    sizes = [encoded_bytes(features.numel(), boundary, features.dtype) for features in found.features[:-1]]
+    return [sending_seconds(size, link, in_flight) for size in sizes]
 
 
 def _short(value: Any) -> str:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..recompute import Again, Keep, Plan, RandomState, Tape, leaves
 from ..rules import Batch
 
-__all__ = ["Task", "cast", "crossing", "pack", "random_state", "restrict", "set_random_state", "stack", "unpack"]
+__all__ = ["Task", "crossing", "pack", "random_state", "restrict", "set_random_state", "stack", "unpack"]
 
 
 @dataclass
@@ -126,11 +126,6 @@ def _inside(plan: Plan, first: int, last: int) -> Plan | None:
 def crossing(plan: Plan, unit: int) -> bool:
     """Whether units on both sides of a cut go backward together."""
     return any(leaf.first < unit < leaf.last for leaf in leaves(plan))
-
-
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in this dtype."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def stack(losses: Sequence[Tensor]) -> Tensor:
