@@ -20,7 +20,7 @@ except ImportError:  # Windows
 
 from .channels import PeerLost
 
-__all__ = ["addresses", "interface_to", "meet", "way_to"]
+__all__ = ["addresses", "interface_to", "meet", "misleads", "way_to"]
 
 _NAMED = "GLOO_SOCKET_IFNAME"  # the environment variable that says which interface gloo uses
 _PATIENCE = 5.0  # seconds to wait for an answer of another machine, which is up: it has told us its address
@@ -88,7 +88,7 @@ def _choose(apart: bool) -> str | None:
     if not apart:
         return None
     address = way_to(host)
-    if address is not None and ipaddress.ip_address(address).is_loopback:
+    if address is not None and misleads(host, address):
         raise ValueError(
             f"the address {host} (MASTER_ADDR) is one of this machine's loopback ({address}), where no other machine "
             f"finds it: give the first machine's address in the network, or name the interface in {_NAMED}"
@@ -97,6 +97,15 @@ def _choose(apart: bool) -> str | None:
     if interface is not None:
         os.environ[_NAMED] = interface  # read whenever a group is made
     return address
+
+
+def misleads(host: str, address: str) -> bool:
+    """Whether a name stands for this machine's loopback interface, as its own name often does in /etc/hosts."""
+    try:
+        ipaddress.ip_address(host)  # given as such, it is meant: a trial on one machine
+    except ValueError:
+        return host != "localhost" and ipaddress.ip_address(address).is_loopback
+    return False
 
 
 def way_to(host: str) -> str | None:
