@@ -8,7 +8,9 @@ Sections, in this order (``--sections`` chooses), each with a time limit of its 
 keeps the rows that it has, and the next one gets its chance. Every row is printed and written (``results.json``,
 ``results.md``) as soon as it is known. A second run with the same ``--out`` skips sections that are finished.
 
-    right            guided = plain, recomputation, isolation, autocast, GradScaler, channels_last, compiled blocks
+    right            guided = plain, recomputation, isolation, autocast, GradScaler, channels_last
+    blocks           compiled blocks against uncompiled ones
+    fit              runs of the trainer on images and on text: their steps called, and captured
     synchronisation  which call of a step waits for the device, if any
     memory           the allocator's peak against the prediction; what memory=BYTES holds
     time             all ways to train in turns; PGL against its rivals at equal memory; largest batch in 8 GiB
@@ -37,6 +39,7 @@ import os
 import signal
 import statistics
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -58,6 +61,7 @@ from torch.utils.checkpoint import checkpoint
 import torchlocal as tl
 from torchlocal.models import build_model
 from torchlocal.recompute import GuidedPlan, Tape
+from torchlocal.run.callbacks import RunState
 
 CUDA = torch.cuda.is_available() and "--tiny" not in sys.argv
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -67,6 +71,8 @@ BUDGET = 8 * 2**30  # of the largest batch
 # name: seconds
 LIMITS = {
     "right": 85.0,
+    "blocks": 60.0,
+    "fit": 60.0,
     "synchronisation": 30.0,
     "memory": 75.0,
     "time": 170.0,
@@ -994,9 +1000,66 @@ def right(run: Run) -> None:
         checks.run_all(checks.basics())
     for checks in everything:
         checks.run_all(checks.recomputation())
-    if not run.only:
-        with deterministic():
-            compiled_blocks(run)
+
+
+def blocks(run: Run) -> None:
+    """Compiled blocks, with deterministic kernels."""
+    with deterministic():
+        compiled_blocks(run)
+
+
+# ---------------------------------------------------------------------------------------------------------------- fit
+
+
+class Speeds(tl.Callback):
+    """Notes how fast a run is, between two readings of its losses."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_step(self, state: RunState, values: Mapping[str, float]) -> None:
+        """One reading."""
+        self.seen.append(next(value for name, value in values.items() if name.endswith("_per_second")))
+
+
+def fit(run: Run) -> None:
+    """Runs of the trainer: what they end with, their steps called and captured, and how fast they are."""
+    common = {"device": DEVICE.type, "tensorboard": False, "log_every": 5, "memory": "full", "precision": "fp32"}
+    kinds: dict[str, dict[str, Any]] = {
+        "pairs, resnet20, K=10": {
+            "model": "resnet20", "modules": 10, "data": "pairs:fashion-mnist-small", "num_train": 10000,
+            "num_validation": 500, "batch_size": 128, "lr": 0.1,
+        },
+        "text, gpt-tiny, K=8, solo": {
+            "model": "gpt-tiny", "modules": 8, "rule": "solo", "rule_options": {"depth": 0}, "data": "text:stdlib",
+            "epoch_rows": 4000, "num_validation": 8, "batch_size": 8, "optimizer": "adamw", "lr": 0.003,
+            "weight_decay": 0.1, "weight_decay_of": "matrices", "clip": 1.0,
+        },
+    }  # fmt: skip
+    steps = 4 if run.tiny else 60
+    with tempfile.TemporaryDirectory() as folder:
+        for name, options in kinds.items():
+            if run.tiny:
+                options |= {"model": {"resnet20": "resnet20", "gpt-tiny": "gpt-nano"}[options["model"]], "modules": 2}
+            nets: dict[str, Named] = {}
+            for how in ("called", "captured") if CUDA else ("called",):
+                run.clock.check(5.0)
+                speeds, out = Speeds(), Path(folder) / name / how
+                with noting(run.report, run=name, how=how):
+                    with deterministic():
+                        config = tl.FitConfig.of(
+                            **common, **options, steps=steps, guidance={"name": "phased", "share": 0.5}, out=str(out),
+                            data_root=str(Path(folder) / "data"), capture=how == "captured",
+                        )  # fmt: skip
+                        start = time.perf_counter()
+                        result = tl.fit(config, callbacks=[speeds], progress=False)
+                    nets[how] = torch.load(out / "last.pt", weights_only=True)["net"]
+                    kinds_of = {"local": speeds.seen[1 : len(speeds.seen) // 2], "guided": speeds.seen[-3:]}
+                    size = options["batch_size"] * (result.get("tokens", 0) // (steps * options["batch_size"]) or 1)
+                    ms = {f"{kind} ms": 1e3 * size / statistics.median(s) for kind, s in kinds_of.items() if s}
+                    run.report.row("runs", run=name, how=how, seconds=time.perf_counter() - start, **ms)
+            if len(nets) == 2:
+                run.report.row("weights after the run", run=name, **compared(nets["captured"], nets["called"]))
 
 
 # ----------------------------------------------------------------------------------------------------- synchronisation
@@ -2014,6 +2077,8 @@ def tell_compiled(
 
 SECTIONS: dict[str, Callable[[Run], None]] = {
     "right": right,
+    "blocks": blocks,
+    "fit": fit,
     "synchronisation": synchronisation,
     "memory": memory,
     "time": time_,

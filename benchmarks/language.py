@@ -9,7 +9,8 @@ Trains the recipe text-gpt (gpt-tiny on the source of Python's library, 900 step
 - and what a sceptic would train instead: end-to-end for as many tokens, and for as many FLOPs as each of these takes.
 
 Each run lies in a folder of its own, ROW/seedN; finished ones are passed over, begun ones go on, and those that another
-process trains are left to it: two cores are used by two of these commands side by side. Ctrl-C saves. All runs see the
+process trains are left to it: two cores are used by two of these commands side by side, and so is a GPU
+(``--device cuda``) by several. Ctrl-C saves. All runs see the
 same tokens in the same order, and the learning rate falls over the same steps, whatever the guidance.
 
     python benchmarks/language.py --list                           # the rows, and about how long they take here
@@ -115,7 +116,8 @@ class Grid:
         recipe = tl.FitConfig.of(**read_recipe("text-gpt"))
         steps = options.steps
         self.base = recipe.changed(
-            num_threads=1, device="cpu", precision="fp32", tensorboard=False, data_root=options.data_root, steps=steps,
+            num_threads=1, device=options.device, capture=options.device.startswith("cuda"), precision="fp32",
+            tensorboard=False, data_root=options.data_root, steps=steps,
             epoch_rows=max(1, steps // EPOCHS) * recipe.optimisation.batch_size,
         )  # fmt: skip
         self.sizes: tuple[int, ...] = (8, 4, 2)
@@ -211,7 +213,9 @@ class Grid:
         """A network as a run of the row has it."""
         config = self.base.changed(**row.changes)
         torch.manual_seed(0)
-        model = build_language_model(config.model.name, vocabulary=VOCABULARY, context=self.context)
+        model = build_language_model(
+            config.model.name, vocabulary=VOCABULARY, context=self.context, options=config.model.options
+        )
         sample, _ = self.batch()
         return tl.decouple(
             model, config.cut.modules, sample=sample, rule=build_rule(config), criterion=TokenCrossEntropy()
@@ -233,7 +237,16 @@ class Grid:
         """FLOPs and predicted peak, in bytes, of a local and of a guided step; end-to-end takes "guided" ones."""
         config = self.base.changed(**row.changes)
         rule = config.rule.options if config.cut.modules != 1 else None
-        key = json.dumps([config.model.name, config.cut.modules, rule, *self.batch()[0].shape, torch.__version__])
+        key = json.dumps(
+            [
+                config.model.name,
+                config.model.options,
+                config.cut.modules,
+                rule,
+                *self.batch()[0].shape,
+                torch.__version__,
+            ]
+        )
         if key not in self._costs:
             net = self.network(row)
             kinds = {"guided": {"step": "plain"}}
@@ -521,6 +534,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=900, help="of 2,048 tokens (default: 900)")
     parser.add_argument("--share", type=float, default=0.4, help="guided share of the guided rows (default: 0.4)")
     parser.add_argument("--out", type=Path, default=Path("runs/language"), help="folder (default: runs/language)")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda, where steps are captured")
     parser.add_argument("--data-root", default=None, help="folder that encoded text is kept in")
     parser.add_argument("--list", action="store_true", help="name the rows, and tell about how long they take")
     parser.add_argument("--times", type=int, default=0, metavar="ROUNDS", help="time steps at equal memory")

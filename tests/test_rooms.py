@@ -16,7 +16,7 @@ SOURCE = Path(torchlocal.__file__).parent
 ROOMS = (
     "lifetime", "checks", "names", "reference", "tokens", "boundary",
     "recompute", "cut", "rules", "guidance", "modules", "micro", "engine", "memory", "steps", "network",
-    "capture", "budget",
+    "graphs", "budget",
     "parallel", "models", "data", "run", "compare", "cli", "__main__",
 )  # fmt: skip
 CORE = ROOMS[ROOMS.index("tokens") : ROOMS.index("parallel") + 1]  # what `import torchlocal` may load

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import guidance, memory, parallel, rules
     from .budget import MemoryPlan, plan
-    from .capture import capture
     from .cut.units import Partition, Unit
+    from .graphs import capture
     from .guidance import (
         AlwaysGuidance,
         AnnealedGuidance,
@@ -72,7 +72,7 @@ _MODULES = {
     "network": ("DecoupledNetwork", "decouple"),
     "parallel": ("ParallelNetwork", "distribute"),
     "budget": ("MemoryPlan", "plan"),
-    "capture": ("capture",),
+    "graphs": ("capture",),
     "cut.units": ("Partition", "Unit"),
     "rules": ("DGLRule", "GreedyRule", "Rule"),
     "run.callbacks": ("Callback",),

@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
@@ -24,7 +26,18 @@ from .cut.carry import Carried
 from .cut.forward import Pass
 from .micro import Parts, criterion_of_parts
 from .modules import LocalModules
-from .recompute import GuidedPlan, Inner, Plan, RandomState, Recomputation, Stages, Tape, leaves, without_autocast
+from .recompute import (
+    GuidedPlan,
+    Inner,
+    Plan,
+    RandomState,
+    Recomputation,
+    Stages,
+    Tape,
+    leaves,
+    put_aside,
+    without_autocast,
+)
 from .rules import Batch
 
 __all__ = [
@@ -37,6 +50,10 @@ __all__ = [
     "run_guided",
     "run_local",
 ]
+
+
+# Of what torch says where an operation, or a loss, can be differentiated once only.
+_ONCE = ("once_differentiable", "is not implemented")
 
 
 class SupportsStep(Protocol):
@@ -81,7 +98,7 @@ def run_guided(
     for i, (part, labels, share) in enumerate(parts):
         step = Step.begin(net, part, labels, autocast, backward, scale)
         step.part_of(parts, share, follow=follow)
-        step.boundaries = _rounding(net)
+        step.matches, step.boundaries = auxiliary == "match", _rounding(net)
         step.optimizers = optimizers if i == len(parts) - 1 else None
         losses = step.guided(plan.tree, follow=follow)
         total = [a + b for a, b in zip(total, losses, strict=True)] if total else losses
@@ -109,6 +126,7 @@ class Step:
     optimizers: Sequence[SupportsStep] | None = None
     outputs: dict[Any, Any] | None = None  # of modules that another process runs
     entering: dict[int, RandomState] | None = None  # by unit, where another process runs those before
+    matches: bool = False  # whether auxiliary networks also learn to give the gradient that the global loss gives
     learnt: Callable[[int], None] | None = None  # called with every module that has its gradients, before its update
     carried: Carried | None = field(default=None)
     boundaries: dict[int, str] = field(default_factory=dict)  # by unit, how what it takes is rounded
@@ -174,8 +192,8 @@ class Step:
             )
         return None
 
-    def backward(self, loss: Tensor) -> None:
-        """Backward from a loss, outside of autocast."""
+    def backward(self, loss: Tensor, share: Tensor | float | None = None) -> None:
+        """Backward from a loss, outside of autocast; ``share``: in the loss of the whole batch, if not the step's."""
         if not loss.requires_grad:  # a module with nothing to train
             return
         if self.outputs is not None and isinstance(loss, FakeTensor) and not self.net.chain.fake:
@@ -183,7 +201,7 @@ class Step:
                 f"rule: the loss of {self.net.rule!r} reads the network's input, which is not sent to this rank; set "
                 "reads_input = True in its class"
             )
-        loss = self.weighed(loss)
+        loss = self.weighed(loss, share)
         with without_autocast(self.device):
             if self.backward_with is not None:
                 self.backward_with(loss)
@@ -192,10 +210,11 @@ class Step:
             else:
                 loss.backward()
 
-    def weighed(self, loss: Tensor) -> Tensor:
+    def weighed(self, loss: Tensor, share: Tensor | float | None = None) -> Tensor:
         """A loss as it goes backward."""
-        if isinstance(self.share, Tensor) or self.share != 1.0:
-            loss = loss * self.share
+        share = self.share if share is None else share
+        if isinstance(share, Tensor) or share != 1.0:
+            loss = loss * share
         if self.weight is not None:  # where nothing counts, the loss is 0 / 0
             loss = torch.where(self.weight > 0, loss * self.weight, 0.0)
         return loss * self.scale if self.scale != 1.0 else loss
@@ -212,6 +231,47 @@ class Step:
                 loss = self.loss(k, features.detach())
             self.backward(loss)
         return self.told(loss)
+
+    def match(self, k: int, features: Tensor, gradient: Tensor | None) -> None:
+        """Have the auxiliary network of module ``k`` learn to give the gradient that has arrived at its features.
+
+        One more loss for it alone: 1 - the cosine of the angle between the gradient of its local loss with respect to
+        the features and that of the global loss, in the mean over the examples. Its buffers, and the random state,
+        are what they were.
+        """
+        network = self.net.auxiliary[k]
+        if gradient is None or not any(parameter.requires_grad for parameter in network.parameters()):
+            return
+        features, batch, random = (
+            features.detach().requires_grad_(),
+            self.batch,
+            RandomState.get(self.device, numpy=False),
+        )
+        if hasattr(batch.criterion, "from_features"):  # whose gradient cannot be differentiated
+            batch = replace(batch, criterion=partial(_call, batch.criterion))
+        try:
+            with torch.enable_grad(), put_aside(network):
+                with self.autocast():
+                    loss = self.net.rule.loss(self.net.sites[k], network, features, batch)
+                with without_autocast(self.device):
+                    (own,) = torch.autograd.grad(loss, features, create_graph=True)
+                    ours, theirs = (g.flatten(1).float() for g in (own, gradient))
+                    miss = (1 - F.cosine_similarity(ours, theirs, dim=1)).mean()
+                # A criterion that sums has another share in the whole.
+                self.backward(miss, 1 / len(self.parts) if self.parts is not None else 1.0)
+        except (NotImplementedError, RuntimeError) as error:
+            if not any(words in str(error) for words in _ONCE):
+                raise
+            raise ValueError(
+                f"auxiliary: 'match' takes gradients of the gradient of the loss of {self.net.rule!r}, and one of its "
+                "operations has none; give 'follow', or use another rule"
+            ) from error
+        random.set()
+
+    def watch(self, k: int, features: Tensor) -> None:
+        """Match as soon as the gradient of these features arrives."""
+        if self.matches and features.requires_grad:
+            features.register_hook(partial(self.match, k, features.detach()))
 
     def learn(self, k: int, outputs: list[Any]) -> tuple[Tensor, Tensor | None]:
         """Loss of module ``k`` on its output alone, which is taken out of its list, and the gradient of the output."""
@@ -388,6 +448,7 @@ class Step:
         def passing(unit: int, features: Tensor) -> Tensor:
             if unit in ends:
                 losses.append(self.follow(ends[unit], features))
+                self.watch(ends[unit], features)
             return self._crossing(unit, features)
 
         pass_ = self._pass(replay=first > 0)
@@ -438,6 +499,9 @@ class Step:
             losses.append(loss)
             return [gradient]
 
+        def arrived(unit: int, features: Tensor, gradient: Tensor | None) -> None:
+            self.match(ends[unit], features, gradient)
+
         complete = net.complete_at()[modules.start : modules.stop] if self.optimizers is not None else []
         waiting = [None if unit is None else max(unit, first) for unit in complete]
         self._look_inside([plan])
@@ -449,6 +513,8 @@ class Step:
                 context=self.autocast,
                 stops=frozenset(ends),
                 passed=passed,
+                arrived=arrived if self.matches else None,
+                watched=frozenset(ends),
                 done=lambda unit: self._finish(unit, waiting),
                 boundaries=self.boundaries,
             ).run(plan, state, onward or learn, differentiable=first > 0)
@@ -499,9 +565,14 @@ def check_arguments(
 
 def follows(auxiliary: str) -> bool:
     """Whether the auxiliary networks learn in a guided step; refuses what is no word for it."""
-    if auxiliary not in ("follow", "frozen"):
-        raise ValueError(f"auxiliary: must be 'follow' or 'frozen', not {auxiliary!r}")
-    return auxiliary == "follow"
+    if auxiliary not in ("follow", "match", "frozen"):
+        raise ValueError(f"auxiliary: must be 'follow', 'match' or 'frozen', not {auxiliary!r}")
+    return auxiliary != "frozen"
+
+
+def _call(criterion: Callable[..., Tensor], *given: Any) -> Tensor:
+    """What a criterion returns, without its other ways."""
+    return criterion(*given)
 
 
 def check_optimizers(

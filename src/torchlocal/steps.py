@@ -86,7 +86,10 @@ def guided_step(
         batch: as in :func:`local_step`.
         target: whatever the criterion takes.
         auxiliary: ``"follow"``: the auxiliary networks learn too, from their own loss on detached features, which
-            leaves the backbone's gradients untouched; ``"frozen"``: they are left alone, and go stale.
+            leaves the backbone's gradients untouched; ``"match"``: they also learn to give the gradient that the global
+            loss gives at their features (1 - cosine of the angle between the two, the mean over the examples, is added
+            to their loss), so that later local steps go where the global objective would; ``"frozen"``: they are left
+            alone, and go stale.
         recompute: run the forward pass twice to keep the activations of one segment at a time (Chen et al., "Training
             Deep Nets with Sublinear Memory Cost", 2016): ``"modules"`` takes the local modules as segments, a number
             cuts the units into that many, balanced by activation bytes. Parameters and buffers come out bit for bit as

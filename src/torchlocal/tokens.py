@@ -19,6 +19,7 @@ from .checks import check_whole
 __all__ = ["TokenCrossEntropy", "cross_entropy_of_features"]
 
 _LEAST = 128  # positions at a time, so that the products stay efficient
+_FILLS = 2**21  # scores that fill a device; below that only the number of kernels counts
 
 
 class TokenCrossEntropy(nn.CrossEntropyLoss):
@@ -89,14 +90,16 @@ def cross_entropy_of_features(
         ignore_index: target of positions that do not count.
         reduction: ``"mean"`` over those that count, or ``"sum"``.
         label_smoothing: share of the target that is spread over all tokens.
-        chunk: positions at a time; None: as many as take the memory of the features, but at least 128.
+        chunk: positions at a time; None: as many as take the memory of the features, but at least 128, and on CUDA
+            at least two million scores (8 MiB).
 
     Returns:
         The loss, 0-dim, in float32 at least.
     """
     width, vocabulary = features.shape[-1], weight.shape[0]
     rows, labels = features.reshape(-1, width), target.reshape(-1)
-    size = chunk or max(_LEAST, rows.shape[0] * width // vocabulary)
+    least = max(_LEAST, _FILLS // vocabulary) if features.is_cuda else _LEAST
+    size = chunk or max(least, rows.shape[0] * width // vocabulary)
     loss: Tensor = _CrossEntropy.apply(
         rows, weight, bias, labels, ignore_index, reduction == "mean", label_smoothing, size, torch.is_grad_enabled()
     )

@@ -107,7 +107,7 @@ def run_steps(net: Any, steps: list[str], options: dict[str, Any], guided: dict[
         if kind == "local":
             losses = net.local_step(*given, **plain)
         else:
-            auxiliary = "frozen" if kind == "frozen" else "follow"
+            auxiliary = "follow" if kind == "guided" else kind
             losses = net.guided_step(*given, auxiliary=auxiliary, **plain, **guided)
         if first:
             torch.rand(3)  # as a data loader might draw
@@ -184,6 +184,27 @@ def test_options_equal_the_single_process(pool: Pool, tmp_path: Path) -> None:
 )
 def test_recomputing_guided_steps_equal_the_single_process(pool: Pool, tmp_path: Path, guided: dict[str, Any]) -> None:
     compare(pool, tmp_path, 2, {"backbone": "convolutions"}, guided=guided)
+
+
+@pytest.mark.parametrize(("world", "guided"), [(2, {}), (3, {"memory": "exact"}), (2, {"recompute": "modules"})])
+def test_matching_auxiliary_networks_equal_the_single_process(
+    pool: Pool, tmp_path: Path, world: int, guided: dict[str, Any]
+) -> None:
+    """The gradient that they learn to give may arrive from another rank."""
+    steps = ["local", "match", "local", "match", "guided", "local"]
+    compare(pool, tmp_path, world, {"backbone": "convolutions"}, steps=steps, guided=guided)
+
+
+def test_matching_in_overlapping_micro_batches(pool: Pool, tmp_path: Path) -> None:
+    """The losses of several parts add up in another order, so to rounding."""
+    plan, steps = GuidedPlan(tree=Tape(0, 4), micro_batches=4), ["local", "match", "match", "local"]
+    net = build("convolutions")
+    losses = run_steps(net, steps, {}, {"memory": plan})
+    arguments = ({"backbone": "convolutions"}, steps, {}, {"micro_batches": 4}, {})
+    found, state, _, _ = pool.run(3, tmp_path, train_in_parallel, *arguments)[-1]
+    for a, b in zip(found, losses, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(state, state_of(net), rtol=1e-4, atol=1e-6)
 
 
 def test_micro_batches_of_a_plan_equal_the_single_process(pool: Pool, tmp_path: Path) -> None:

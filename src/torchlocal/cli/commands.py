@@ -715,6 +715,9 @@ def _report_error(error: BaseException, received: Sequence[int] = ()) -> int:
     code = _interruption(error)
     rank = _rank()
     if type(error).__name__ == "Elsewhere":  # of several ranks, the one that made the mistake tells it
+        if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE") and os.environ.get("LOCAL_RANK") == "0":
+            # Its terminal may be another machine's.
+            print(f"torchlocal (rank {rank}): another rank has ended the run: {error}", file=sys.stderr, flush=True)
         return 2
     text = " ".join(" ".join([str(error), *getattr(error, "__notes__", [])]).split())
     if code is None and received and not isinstance(error, (ValueError, OSError)):

@@ -294,15 +294,6 @@ def _last_day(runs: Iterable[FitConfig]) -> str:
     return datetime.date.fromtimestamp(max(ends)).isoformat() if ends else "-"
 
 
-def _processor() -> str:
-    """What the processor calls itself."""
-    try:
-        names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    except (OSError, ValueError):
-        names = []
-    return names[0].strip() if names else f"{platform.processor() or 'CPU'} ({platform.machine()})"
-
-
 def _versions() -> str:
     return f"torchlocal {torchlocal_version}, torch {torch.__version__}, Python {platform.python_version()}"
 
@@ -388,11 +379,7 @@ def _facts(
     rule = _several(config, "rule") if "rule" in config.grid else repr(build_rule(fit_config))
     varied = [f"{name}: {', '.join(map(str, values))}" for name, values in config.grid.items()]
     varied += [f"{name} ({_options_text(config.variants[name])})" for name in config.methods if name in config.variants]
-    device = first["device"]
-    if device == "cpu":
-        device = f"{_processor()}, {fit_config.run.num_threads or torch.get_num_threads()} threads"
-    elif device.startswith("cuda"):
-        device = torch.cuda.get_device_name(device)
+    device = first.get("hardware", first["device"])  # older runs do not tell it
     return {
         "Data": told,
         "Network": f"{_several(config, 'model')}, {_modules_text(config)}, local rule {rule}",

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from torchlocal import memory
 from torchlocal.data import DataBundle
-from torchlocal.run.build import build_network, build_optimizer, count_steps, resolve_execution, train_step
+from torchlocal.run.build import (
+    CapturedSteps,
+    build_network,
+    build_optimizer,
+    count_steps,
+    resolve_execution,
+    train_step,
+)
 from torchlocal.run.config import FitConfig, build_guidance, guided_options
 from torchlocal.run.own import Own
 
@@ -79,6 +86,7 @@ class _Subject:
             self.net.compile()
         self.optimizer = build_optimizer(config, self.net)
         self.scaler = self.execution.make_scaler()
+        self.captured: CapturedSteps | None = None
         self.net.train()
         shares = {"local": 1 - self.guided_share, "guided": self.guided_share}
         self.kinds = [kind for kind, share in shares.items() if share > 0]
@@ -96,7 +104,15 @@ class _Subject:
             execution=self.execution,
             guided=kind == "guided",
             scaler=self.scaler,
+            captured=self.captured,
         )
+
+    def capture(self) -> None:
+        """Have the steps be CUDA graphs from here on, if those of the run are; a graph's memory is always taken."""
+        if self.config.run.capture:
+            self.captured = CapturedSteps(self.config, self.execution, self.net)
+            for kind in self.kinds:
+                self.step(kind)
 
     def flops(self, kind: str) -> int:
         """FLOPs of one optimizer step, counted on tensors without memory."""
@@ -146,6 +162,8 @@ def measure_costs(
             for kind in subject.kinds:
                 measured = memory.measure(partial(subject.step, kind), device=subject.execution.device)
                 peaks[name][kind] = measured.peak_bytes
+        for subject in subjects.values():
+            subject.capture()
         turns = [(name, kind) for name, subject in subjects.items() for kind in subject.kinds]
         times: dict[tuple[str, str], list[float]] = {turn: [] for turn in turns}
         for index in range(rounds):

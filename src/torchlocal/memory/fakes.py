@@ -15,7 +15,7 @@ from ..cut.batches import Batch, describe, device_of, num_examples, plain, same_
 from ..cut.intercept import eagerly
 from ..cut.observe import fake_batch, fake_twins
 from ..cut.untouched import swapped
-from ..engine import run_guided, run_local
+from ..engine import follows, run_guided, run_local
 from ..micro import cut_batch
 from ..modules import LocalModules
 from ..recompute import GuidedPlan, Plan, RandomState
@@ -153,7 +153,7 @@ class FakeStep:
         optimizers: object = None,
     ) -> Prediction:
         """Take a guided step by a plan, and count."""
-        net, follow = self.net, auxiliary == "follow"
+        net, follow = self.net, follows(auxiliary)
 
         def step(each: list[Any] | None, counter: PeakCounter) -> float:
             fewer, batch, target = self._fewer_parts(plan, 1 if each is None else 3)

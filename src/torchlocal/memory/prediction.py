@@ -90,7 +90,8 @@ def predict_on(
     takes = {"plain": (), "local": ("recompute", "optimizers")}.get(step, ("auxiliary", *_OPTIONS))
     given = {"recompute": recompute, "memory": memory, "micro_batches": micro_batches, "optimizers": optimizers}
     meant = [name for name in _OPTIONS if given[name] is not None and name not in takes]
-    if (not follows(auxiliary) and "auxiliary" not in takes) or meant:
+    follows(auxiliary)  # refuses another word
+    if (auxiliary != "follow" and "auxiliary" not in takes) or meant:
         name = meant[0] if meant else "auxiliary"
         raise ValueError(f"{name}: means nothing to step={step!r}; leave it out")
     # Plans are looked for with the batch as it is given, and remembered for the steps.

@@ -17,6 +17,7 @@ from ..cut.units import balance
 from ..modules import LocalModules
 from .network import ParallelNetwork
 from .rehearsal import count_flops, measure_seconds, rehearse
+from .shares import shared_buffer
 
 __all__ = ["assign", "check_same", "distribute", "round_boundaries", "sending_seconds"]
 
@@ -209,6 +210,8 @@ def distribute(
             "the checksum of the weights": _checksum(net),
         }
     )
+    stages: list[range]
+    costs: list[float] | None = None
     if isinstance(assignment, str):
         found: list[Any] = [None]
         if dist.get_rank() == 0:
@@ -217,17 +220,21 @@ def distribute(
                 sending = None
                 if link is not None and sample is not None:
                     sending = _sending(net, *sample, autocast, boundary, link, in_flight)
-                found = [assign(costs, num_stages, sending)]
+                found = [(assign(costs, num_stages, sending), costs)]
             except ValueError as error:
                 found = [error]
         dist.broadcast_object_list(found)
         if isinstance(found[0], ValueError):
             raise found[0]
-        stages: list[range] = found[0]
+        stages, costs = found[0]
     else:
         stages = _assigned(net, assignment, num_stages)
-    _refuse_shared_buffers(net, stages)
-    return ParallelNetwork(net, stages, replicas, boundary=boundary, in_flight=in_flight, timeout=timeout)
+    if name := shared_buffer(net, stages):
+        raise ValueError(
+            f"assignment: local modules on several ranks use the buffer {name!r}, which the forward writes; put them "
+            "on one rank with assignment="
+        )
+    return ParallelNetwork(net, stages, replicas, costs=costs, boundary=boundary, in_flight=in_flight, timeout=timeout)
 
 
 def _refuse(net: LocalModules) -> None:
@@ -246,23 +253,6 @@ def _refuse(net: LocalModules) -> None:
             f"model: code of {kind} between its units writes the buffer {name!r}, of which every rank would have "
             "another; write it in a submodule that belongs to one unit, or use one rank per replica"
         )
-
-
-def _refuse_shared_buffers(net: LocalModules, stages: Sequence[range]) -> None:
-    """Refuse a buffer that one stage writes and another one uses."""
-    facts, groups = net.chain.facts, net.partition.groups
-    written: dict[str, int] = {}
-    for number, modules in enumerate(stages):
-        for unit in (unit for k in modules for unit in groups[k]):
-            for path, name in facts.written[unit]:
-                written.setdefault(f"{path}.{name}" if path else name, number)
-    for number, modules in enumerate(stages):
-        for name in (name for k in modules for unit in groups[k] for name in facts.buffers[unit]):
-            if written.get(name, number) != number:
-                raise ValueError(
-                    f"assignment: local modules on several ranks use the buffer {name!r}, which the forward writes; "
-                    "put them on one rank with assignment="
-                )
 
 
 def _tensors(net: nn.Module) -> list[tuple[str, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -59,6 +60,9 @@ class Recomputation:
         context: entered around every forward pass (autocast).
         stops: stages where a run of several has to be interrupted.
         passed: called with the stage and its input whenever the first forward pass has come to it.
+        arrived: called with a stage that is watched, the first value of its input, and the gradient of that, as soon
+            as it is there.
+        watched: the stages, all of them stops.
         done: called with a stage when the gradients of it and of all that follow are complete.
         boundaries: by stage, how what it takes, and its gradient, are rounded.
     """
@@ -71,12 +75,15 @@ class Recomputation:
         context: Callable[[], AbstractContextManager[Any]],
         stops: frozenset[int] = frozenset(),
         passed: Callable[[int, tuple[Any, ...]], None] | None = None,
+        arrived: Callable[[int, Tensor, Tensor | None], None] | None = None,
+        watched: frozenset[int] = frozenset(),
         done: Callable[[int], None] | None = None,
         boundaries: Mapping[int, str] | None = None,
     ) -> None:
         self._stages, self._device, self._context = stages, device, context
         self._boundaries = boundaries or {}
         self._stops, self._passed, self._done = stops | set(self._boundaries), passed, done
+        self._arrived, self._watched = arrived, watched
         self._replay = stages.replay()
 
     def run(
@@ -142,7 +149,7 @@ class Recomputation:
         detached = [o.detach() if isinstance(o, Tensor) else o for o in outputs]
         root = _hand(outputs, handed)
         del outputs[:]
-        handed += then(detached)
+        handed += self._followed(tape.last, detached, then)
         detached.clear()
         if root is not None:
             with without_autocast(self._device):
@@ -156,21 +163,30 @@ class Recomputation:
         stages = self._stages.inside(inner.first, state)
         if stages is None:  # its trace is not right any more
             return self._tape(Tape(inner.first, inner.last), state, then, new=new)
-        self._arrive(inner.first, state)
+        self._cross(inner.first, state)
         inside = Recomputation(stages, self._device, context=self._context)
         differentiable = self._differentiable or inner.first != self._origin
 
         def finish(outputs: list[Any]) -> Gradients:
             if new and self._passed is not None:
                 self._passed(inner.last, tuple(outputs))
-            return then(outputs)
+            return self._followed(inner.last, outputs, then)
 
         with self._replay.replaying(inner.first, inner.last, new=new, again=False):
             gradients = inside.run(inner.plan, state, finish, differentiable=differentiable)
         if self._done is not None:
             self._done(inner.first)
         del gradients[count:]
-        self._arrive(inner.first, gradients)
+        self._cross(inner.first, gradients)
+        return gradients
+
+    def _followed(self, stage: int, outputs: list[Any], then: Following) -> Gradients:
+        """What ``then`` returns; it is told of a stage that is watched."""
+        if self._arrived is None or stage not in self._watched:
+            return then(outputs)
+        first = outputs[0]
+        gradients = then(outputs)
+        self._arrived(stage, first, gradients[0])
         return gradients
 
     def wanted(self, stage: int, count: int) -> list[bool]:
@@ -186,15 +202,17 @@ class Recomputation:
         for begin, end in zip([first, *stops], stops, strict=False):
             keeping = keeping_nothing() if again else nullcontext()
             with self._replay.replaying(begin, end, new=new, again=again), keeping, self._context():
-                self._arrive(begin, state)
+                self._cross(begin, state)
                 state = list(self._stages.run(begin, end, state))
             if again:
                 state = [_asking(value) for value in state]
+            elif self._arrived is not None and end in self._watched and end != last:
+                state[0].register_hook(partial(self._arrived, end, state[0].detach()))
             if new and self._passed is not None:
                 self._passed(end, tuple(state))
         return state
 
-    def _arrive(self, stage: int, values: list[Any]) -> None:
+    def _cross(self, stage: int, values: list[Any]) -> None:
         """Round what crosses the boundary before a stage, in its list."""
         if stage in self._boundaries:
             values[:] = [rounded(v, self._boundaries[stage]) if isinstance(v, Tensor) else v for v in values]

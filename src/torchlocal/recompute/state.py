@@ -9,10 +9,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-__all__ = ["RandomState", "Replay", "held", "keeping_nothing", "started_from", "without_autocast"]
+__all__ = ["RandomState", "Replay", "held", "keeping_nothing", "put_aside", "started_from", "without_autocast"]
 
 
 class RandomState:
@@ -109,6 +109,14 @@ def started_from(
     finally:
         for (own, name), tensor in zip(places, current, strict=True):
             own[name] = tensor
+
+
+@contextmanager
+def put_aside(module: nn.Module) -> Iterator[None]:
+    """Have a module write into copies of its buffers for a while."""
+    places = [(m._buffers, name) for m in module.modules() for name, value in m._buffers.items() if value is not None]
+    with started_from(places, [held(*place).clone() for place in places], again=False):
+        yield
 
 
 def held(own: dict[str, Tensor | None], name: str) -> Tensor:

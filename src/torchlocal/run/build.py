@@ -3,9 +3,12 @@
 import contextlib
 import dataclasses
 import inspect
+import platform
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from torchlocal.data import DataBundle, LoaderBundle
+from torchlocal.graphs import CapturedStep, capture
 from torchlocal.guidance import Guidance, cosine_factor
 from torchlocal.micro import divisor
 from torchlocal.network import DecoupledNetwork, decouple
@@ -23,6 +27,7 @@ from torchlocal.run.config import MOST_STEPS, FitConfig, build_guidance, build_r
 from torchlocal.run.own import Own
 
 __all__ = [
+    "CapturedSteps",
     "Execution",
     "build_network",
     "build_optimizer",
@@ -51,6 +56,13 @@ class Execution:
     def autocast(self) -> torch.dtype | None:
         """What the step computes in, beside float32."""
         return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+
+    @property
+    def hardware(self) -> str:
+        """What the device calls itself; of a CPU also the number of threads."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{_processor()}, {torch.get_num_threads()} threads" if self.device.type == "cpu" else self.device.type
 
     def make_scaler(self) -> torch.amp.GradScaler | None:
         """Return the GradScaler that fp16 needs."""
@@ -126,6 +138,16 @@ def share_out(
         raise ValueError(
             'precision="fp16" needs one scale for all modules, so not several ranks: give "bf16" or "fp32"'
         )
+    if config.run.balance == "epoch":
+        if execution.device.type != "cpu":
+            raise ValueError(
+                'balance="epoch" goes by the clock of the host, which does not tell how long '
+                f'{execution.device.type} computes: give "start"'
+            )
+        if config.run.compile:
+            raise ValueError(
+                'balance="epoch" moves modules, and compiled ones cannot move: give "start" or leave compile out'
+            )
     sample = None
     if team.rank == 0:
         sample = execution.place(
@@ -308,6 +330,42 @@ def learning_rate(
     return chosen.lr
 
 
+class CapturedSteps:
+    """The steps of a run as CUDA graphs; each kind is recorded when it is first taken.
+
+    Args:
+        config: the run's.
+        execution: where it runs.
+        net: what is trained.
+
+    Raises:
+        ValueError: something is asked for that a graph cannot do.
+    """
+
+    def __init__(self, config: FitConfig, execution: Execution, net: DecoupledNetwork | ParallelNetwork) -> None:
+        refused = {
+            f"device={execution.device.type!r}, and graphs are CUDA's": execution.device.type != "cuda",
+            "several ranks, whose steps wait for messages": isinstance(net, ParallelNetwork),
+            "precision='fp16', whose scale changes": execution.precision == "fp16",
+            f"accumulate={config.optimisation.accumulate}, since a graph overwrites gradients": (
+                config.optimisation.accumulate > 1
+            ),
+            "compile, which has modes with graphs of its own": config.run.compile,
+        }
+        for why, holds in refused.items():
+            if holds:
+                raise ValueError(f"capture: cannot be used with {why}; leave one of the two out")
+        self._found: dict[str, CapturedStep] = {}
+
+    def take(self, step: Any, x: Any, y: Any, **options: Any) -> list[Tensor]:
+        """A step; its losses and gradients are good until the next one."""
+        name = step.__name__
+        if name not in self._found:
+            first = next(iter(self._found.values()), None)
+            self._found[name] = capture(step, x, y, share=first, **options)
+        return self._found[name](x, y)
+
+
 def train_step(
     net: DecoupledNetwork | ParallelNetwork,
     optimizer: torch.optim.Optimizer,
@@ -317,6 +375,7 @@ def train_step(
     execution: Execution,
     guided: bool,
     scaler: torch.amp.GradScaler | None = None,
+    captured: CapturedSteps | None = None,
 ) -> list[Tensor]:
     """Run one optimizer step, on as many batches as are accumulated. Waits for the device with fp16 only, whose
     GradScaler has to know whether gradients are finite.
@@ -329,6 +388,7 @@ def train_step(
         execution: where it runs.
         guided: whether this is a guided step, or else a local one.
         scaler: for fp16.
+        captured: takes the step as a CUDA graph.
 
     Returns:
         The mean loss of each local module as 0-dim tensors, the last being the global loss; the global loss alone in a
@@ -344,7 +404,8 @@ def train_step(
     total: list[Tensor] = []
     with _enough_for_batch_norm(chosen.batch_size):
         for x, y, share in _shared(net, batches, chosen.accumulate):
-            losses = step(execution.place(x), execution.place(y), scale=share, **options)
+            x, y, options["scale"] = execution.place(x), execution.place(y), share
+            losses = step(x, y, **options) if captured is None else captured.take(step, x, y, **options)
             losses = [share * loss for loss in losses] if chosen.accumulate > 1 else losses
             total = [a + b for a, b in zip(total, losses, strict=True)] if total else losses
     if chosen.clip is not None:
@@ -421,6 +482,15 @@ def _clip(net: DecoupledNetwork | ParallelNetwork, norm: float, guided: bool) ->
         groups = net.module_parameters()
     for parameters in groups:
         nn.utils.clip_grad_norm_(parameters, norm)
+
+
+def _processor() -> str:
+    """What the processor calls itself."""
+    try:
+        names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except (OSError, ValueError):
+        names = []
+    return names[0].strip() if names else f"{platform.processor() or 'CPU'} ({platform.machine()})"
 
 
 def _best_device() -> str:

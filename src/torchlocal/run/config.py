@@ -263,7 +263,8 @@ class GuidanceConfig(Section):
     Args:
         name: "never" (local learning), "always" (end-to-end), "phased" or "periodic" (PGL), "random" or "annealed";
             None: "phased", or "periodic" if an option of that alone is given.
-        auxiliary: "follow": in a guided step the auxiliary networks go on learning; "frozen": they stand still.
+        auxiliary: "follow": in a guided step the auxiliary networks go on learning; "match": and learn to give the
+            gradient that the global loss gives; "frozen": they stand still.
         options: arguments of the schedule (see :mod:`torchlocal.guidance`); what is left out has its default. The
             share of an annealed one at the start of training is `share`, as that of the others; the seed of a random
             one is the run's.
@@ -282,7 +283,7 @@ class GuidanceConfig(Section):
             name = "periodic" if any(takes.get(key, {}).keys() == {"periodic"} for key in given) else "phased"
         for key, value in (("name", name), ("auxiliary", auxiliary), ("options", given)):
             object.__setattr__(self, key, value)
-        one_of("guidance.auxiliary", auxiliary, "follow", "frozen")
+        one_of("guidance.auxiliary", auxiliary, "follow", "match", "frozen")
         if unknown := [key for key in given if key not in takes]:
             raise ValueError(f"the configuration has unknown fields: guidance.{unknown[0]}")
         for key, value in given.items():
@@ -349,7 +350,8 @@ def _guidance_options() -> Iterator[Option]:
         name="guidance.auxiliary",
         path="guidance.auxiliary",
         default="follow",
-        help="In guided steps auxiliary networks follow (go on learning) or are frozen.",
+        help="In guided steps auxiliary networks follow (go on learning), match (and learn to give the gradient of the "
+        "global loss), or are frozen.",
     )
 
 
@@ -612,6 +614,12 @@ class RunConfig(Section):
         _link,
         free=True,
     )
+    balance: str = option(
+        "start",
+        "When local modules are shared out to ranks: once at the start, or anew after each epoch, by measured times.",
+        _choice("start", "epoch"),
+        free=True,
+    )
     channels_last: bool | None = option(
         None,
         "Keep images channels last in memory; by default where bf16 is used.",
@@ -620,6 +628,10 @@ class RunConfig(Section):
         rounds=True,
     )
     compile: bool = option(False, "Compile the network with torch.compile.", _SWITCH)
+    capture: bool = option(
+        False, "Record each kind of step as a CUDA graph: small networks then train several times faster.", _SWITCH,
+        free=True, rounds=True,
+    )  # fmt: skip
     num_threads: int | None = option(
         None,
         "Number of CPU threads; by default torch's own choice.",
@@ -637,6 +649,12 @@ class RunConfig(Section):
         super().__post_init__()
         if self.link is not None and self.stages is not None:
             raise ValueError(f"link={self.link!r} means nothing to stages={self.stages!r}: give one of them")
+        for name in ("boundary", "stages", "link") if self.balance == "epoch" else ():
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f'balance="epoch" moves modules by times alone, not next to {name}={getattr(self, name)!r}: give '
+                    "one of them"
+                )
 
 
 # --- the whole ---

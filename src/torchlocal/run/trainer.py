@@ -23,11 +23,13 @@ from torchlocal.data import TextBundle
 from torchlocal.guidance import Guidance
 from torchlocal.lifetime import on_signals
 from torchlocal.network import DecoupledNetwork
+from torchlocal.parallel.load import Load
 from torchlocal.parallel.network import ParallelNetwork
 from torchlocal.parallel.team import Elsewhere, Team
 from torchlocal.run import checkpoint
 from torchlocal.run.branches import Branch
 from torchlocal.run.build import (
+    CapturedSteps,
     build_network,
     build_optimizer,
     count_steps,
@@ -281,6 +283,7 @@ class _Run:
         self.net: DecoupledNetwork | ParallelNetwork = self.network if self.parallel is None else self.parallel
         if config.run.compile:
             self.net.compile()
+        self.captured = CapturedSteps(config, self.execution, self.net) if config.run.capture else None
         self.optimizer = build_optimizer(config, self.net)
         self.scaler = self.execution.make_scaler()
         self.guidance = build_guidance(config).bind(num_steps=self.num_steps, steps_per_epoch=self.steps_per_epoch)
@@ -297,6 +300,7 @@ class _Run:
         if saved is not None:
             self._restore(saved)
         self.logged = (self.position.step, self.position.epoch_full, self.loss_sums.tolist(), time.perf_counter())
+        self.epoch_loads = self.logged_loads = self._loads()
 
     def train(self) -> dict[str, Any]:
         """Train from where the run is to its end."""
@@ -322,7 +326,7 @@ class _Run:
     def _end_telling(self, callback: Callback) -> None:
         callback.on_end(self._told(), self.result)
 
-    def _told(self) -> RunState:
+    def _told(self, loads: Sequence[Load] = ()) -> RunState:
         """Where the run is, for callbacks."""
         return RunState(
             config=self.config,
@@ -333,7 +337,12 @@ class _Run:
             epoch=min(self.position.step // self.steps_per_epoch + 1, self.num_epochs),
             num_epochs=self.num_epochs,
             rows=self.rows,
+            loads=loads,
         )
+
+    def _loads(self) -> list[Load]:
+        """How busy the stages up to this one have been, where there are several."""
+        return [] if self.parallel is None or self.team.num_stages == 1 else self.parallel.loads()
 
     def _train_epoch(self, epoch: int) -> None:
         config, position = self.config, self.position
@@ -351,6 +360,7 @@ class _Run:
             )
         position.epoch_checksum = checksum
         self.net.train()
+        self.epoch_loads = self.logged_loads = self._loads()
         self._read_clock(training=False)
         for step in range(position.step, min(first + self.steps_per_epoch, self.num_steps)):
             for branch in self.branches:
@@ -372,6 +382,7 @@ class _Run:
                 execution=self.execution,
                 guided=guided,
                 scaler=self.scaler,
+                captured=self.captured,
             )
             self._count(losses, guided)
             if self.progress is not None:
@@ -414,8 +425,13 @@ class _Run:
                 "guided_share": position.num_guided / position.step,
                 **self._speed(position.step - step, now - clock),
             }
+            now_loads = self._loads()
+            loads = _between(self.logged_loads, now_loads)
+            self.logged_loads = now_loads
+            values |= {f"busy/stage_{i}": load.busy for i, load in enumerate(loads, start=1)}
+            values |= {f"queue/stage_{i}": load.queue for i, load in enumerate(loads, start=1) if i > 1}
             for callback in self.callbacks:
-                callback.on_step(self._told(), values)
+                callback.on_step(self._told(loads), values)
         self.logged = (position.step, position.epoch_full, sums, now)
 
     def _finish_epoch(self, epoch: int) -> None:
@@ -423,6 +439,7 @@ class _Run:
         config, position = self.config, self.position
         self._log()
         self._read_clock(training=True)
+        loads = _between(self.epoch_loads, self._loads())
         num_steps = position.step - epoch * self.steps_per_epoch
         losses = _means(self.logged[2], position.epoch_full, num_steps)
         measured = measure_split(
@@ -461,7 +478,21 @@ class _Run:
         # After best.pt: killed in between, the resumed run comes here again and writes best.pt again (`_restore`).
         self._save()
         for callback in self.callbacks:
-            callback.on_epoch(self._told(), row)
+            callback.on_epoch(self._told(loads), row)
+        if config.run.balance == "epoch" and position.step < self.num_steps:
+            self._share_anew()
+
+    def _share_anew(self) -> None:
+        """Share the local modules out to the ranks by the times of the epoch that is over."""
+        if self.parallel is None:
+            return
+        states = self.parallel.rebalance(self.optimizer)
+        if states is None:
+            return
+        self.optimizer = build_optimizer(self.config, self.parallel)
+        self.parallel.load_optimizer_state(self.optimizer, states[0])
+        for callback in self.callbacks:
+            callback.on_share(self._told(), self.parallel.stages)
 
     def _finish(self) -> dict[str, Any]:
         """Evaluate the test split, this once, with the best weights."""
@@ -504,6 +535,7 @@ class _Run:
                 "auxiliary": sum(parameter.numel() for parameter in self.net.auxiliary.parameters()),
             },
             "device": str(self.execution.device),
+            "hardware": self.execution.hardware,
             "precision": self.execution.precision,
         }
         result |= self._text_result(best_row, measured)
@@ -768,6 +800,11 @@ def _guides_any(guidance: Guidance, num_steps: int) -> bool:
     """Whether a step is guided; of a long run some are looked at, from its end on, where a phase ends."""
     looked_at = range(num_steps - 1, max(-1, num_steps - 1 - _MOST_LOOKED_AT), -1)
     return any(map(guidance, looked_at)) or (len(looked_at) < num_steps and guidance.share > 0)
+
+
+def _between(before: Sequence[Load], now: Sequence[Load]) -> list[Load]:
+    """What each stage did from one moment to another."""
+    return [b - a for a, b in zip(before, now, strict=True)]
 
 
 def _means(sums: Sequence[float], num_full: int, num_steps: int) -> list[float]:
