@@ -23,6 +23,7 @@ from torchlocal.parallel import network
 from torchlocal.parallel.team import Elsewhere, RemoteSplit
 from torchlocal.run import build as assembly
 from torchlocal.run import trainer
+from torchlocal.run.checkpoint import fixed_fields
 from torchlocal.run.config import FitConfig, GuidanceConfig
 from torchlocal.run.own import Own
 from torchlocal.run.trainer import Interrupted
@@ -298,3 +299,37 @@ def test_numbers_of_ranks_that_do_not_fit_are_refused(tmp_path: Path, capsys: py
     assert cli.main([*arguments, "1", "--timeout", "0"]) == 2
     assert "timeout=0.0 must be a number of seconds above 0." in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("worlds", [(1, 2), (2, 1)])
+def test_a_run_with_rounded_boundaries_goes_on_with_or_without_ranks(
+    pool: Pool, tmp_path: Path, uninterrupted: Path, worlds: tuple[int, int]
+) -> None:
+    """int4 between two stages: interrupted and resumed on one process and on two, bit for bit one run."""
+    changes = {"boundary": "int4", "stages": [1, 2]}
+    fit(small_config(tmp_path / "whole", **changes), progress=False)
+    whole, exact = ((folder / "result.json").read_text() for folder in (tmp_path / "whole", uninterrupted))
+    assert json.loads(whole)["validation_accuracy"] != json.loads(exact)["validation_accuracy"]
+    config = small_config(tmp_path / "run", **changes)
+    for i, (world, stop_after) in enumerate(zip(worlds, (4, None), strict=True)):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        arguments = (config, bool(i), stop_after)
+        told = [run(*arguments)] if world == 1 else pool.run(world, folder, run, *arguments)
+        assert stop_after is None or told[-1].startswith("Interrupted: stopped by SIGTERM after step ")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_stages_are_free_where_nothing_is_rounded(tmp_path: Path) -> None:
+    def fixed(**changes: Any) -> dict[str, Any]:
+        return fixed_fields(small_config(tmp_path, **changes).plain())
+
+    assert fixed(stages=[1, 2]) == fixed(stages=[2, 1]) == fixed()
+    assert fixed(stages=[1, 2], boundary="int8") != fixed(stages=[2, 1], boundary="int8") != fixed()
+
+
+def test_a_boundary_without_stages_that_fit_is_refused_on_one_process(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="boundary='int8': one process sends nothing to other stages"):
+        fit(small_config(tmp_path / "run", boundary="int8"), progress=False)
+    with pytest.raises(ValueError, match=r"^stages=\[1, 7\] does not give 3 local modules to 2 stages: give 2 numbers"):
+        fit(small_config(tmp_path / "run", boundary="int8", stages=[1, 7]), progress=False)

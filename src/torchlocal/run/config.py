@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torchlocal.checks import check_plain, number, one_of, parse_size, text, whole
+from torchlocal.checks import check_plain, number, one_of, parse_link, parse_size, text, whole
 from torchlocal.guidance import GUIDANCES, Guidance, make_guidance
+from torchlocal.names import BOUNDARIES
 from torchlocal.run.folder import expand
 
 if TYPE_CHECKING:
@@ -553,6 +554,23 @@ class OptimisationConfig(Section):
             )
 
 
+def _stages(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(
+            f"{name}={value!r} must be the numbers of local modules of every stage, such as [5, 5], or None"
+        )
+    for count in value:
+        whole(name, count, 1)
+
+
+def _link(name: str, value: Any) -> None:
+    if value is not None:
+        text(name, value, "a link such as 100mbit or 1gbit+20ms, or None")
+        parse_link(value)
+
+
 def _seed(name: str, value: Any) -> None:
     whole(name, value)
     if value >= 2**32:
@@ -577,6 +595,24 @@ class RunConfig(Section):
         1,
         "Data-parallel copies among the ranks that torchrun started; each takes an equal part of every batch.",
         _COUNT,
+    )
+    boundary: str | None = option(
+        None,
+        "What features, and in guided steps their gradients, are sent in from stage to stage: bf16, int8 or int4; by "
+        "default as they are. One process rounds them where those of `stages` meet.",
+        _choice(None, *BOUNDARIES),
+    )
+    stages: list[int] | None = option(
+        None,
+        "Numbers of local modules of the stages, such as 5 5; by default ranks share them by the time that they take.",
+        _stages,
+    )
+    link: str | None = option(
+        None,
+        "What lies between two stages, such as 100mbit or 1gbit+20ms: ranks weigh the bytes that cross it when they "
+        "share the local modules.",
+        _link,
+        free=True,
     )
     balance: str = option(
         "start",
@@ -608,6 +644,17 @@ class RunConfig(Section):
         None, "Steps between two checkpoints, beside the one at the end of each epoch.", _COUNT_OR_NONE, free=True
     )
     tensorboard: bool = option(True, "Write TensorBoard events.", _SWITCH, free=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.link is not None and self.stages is not None:
+            raise ValueError(f"link={self.link!r} means nothing to stages={self.stages!r}: give one of them")
+        for name in ("boundary", "stages", "link") if self.balance == "epoch" else ():
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f'balance="epoch" moves modules by times alone, not next to {name}={getattr(self, name)!r}: give '
+                    "one of them"
+                )
 
 
 # --- the whole ---

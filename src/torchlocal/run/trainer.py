@@ -156,6 +156,11 @@ def train(
     team = Team(config.run.replicas, timeout)
     modes = {"resume": resume, "memory": config.memory.limit, "recompute": config.memory.recompute}
     team.check_same(checkpoint.fixed_fields(config.plain()) | modes)
+    if config.run.boundary is not None and config.run.stages is None and team.num_stages == 1:
+        raise ValueError(
+            f"boundary={config.run.boundary!r}: one process sends nothing to other stages; say with stages which local "
+            "modules they would have (stages=[5, 5]), start several ranks, or leave boundary out"
+        )
     num_threads = torch.get_num_threads()
     with contextlib.ExitStack() as owned:
         result, saved = team.at_writer(partial(_enter, owned, out, config, resume))
