@@ -1,28 +1,31 @@
-"""Throughput of training on two processes, and on two network namespaces behind a slow link.
+"""Throughput of training on several processes, and on network namespaces behind slow links.
 
 Everything is measured in one run: in every round all methods take turns, one CPU thread per process (but where it says
-two), on the same two stages of the same network. A method's time per step is taken on the last stage from the end of
-one step to the end of a later one, so that the pipeline is full; the medians over the rounds are told.
+two), on the same stages of the same network, two unless ``--stages`` says otherwise. A method's time per step is taken
+on the last stage from the end of one step to the end of a later one, so that the pipeline is full; the medians over the
+rounds are told.
 
     one               one process, local steps
     one end-to-end    one process, every step guided, without auxiliary networks
     both cores        one process with two threads, which is what a user of one machine has anyway; local steps
     both end-to-end   the same, every step guided, without auxiliary networks
-    local             two processes, local steps
-    pgl               two processes, every tenth step guided (exact), the others local
-    1f1b, gpipe       two processes, end-to-end by torch.distributed.pipelining, 4 micro-batches, on the same stages
+    local             a process for each stage, local steps
+    pgl               the same, every tenth step guided (exact), the others local
+    1f1b, gpipe       the same, end-to-end by torch.distributed.pipelining, 4 micro-batches, on the same stages
     1f1b balanced     the same on stages that are balanced without the auxiliary networks
 
     python benchmarks/parallel.py                                        # four networks on this machine
     python benchmarks/parallel.py --links loopback 10gbit 1gbit 100mbit 20ms 100mbit+20ms   # needs root, ip and tc
     python benchmarks/parallel.py --links 100mbit --boundary int8 --weigh-link   # in fewer bytes, cut where fewer cross
+    python benchmarks/parallel.py --networks gpt --stages 3              # three processes
     python benchmarks/parallel.py --tiny                                 # a trial of everything, of no meaning
 
 The networks are three for images and ``gpt``, a decoder (gpt-tiny, its read-out not tied, which would make the first
 stage wait for the last one in every step; local losses read copies of the read-out that are refreshed every ten steps).
 
-A link is ``loopback`` (no namespaces), or a rate (``1gbit``) and a one-way delay (``20ms``), joined by ``+``. Rates are
-tc's token bucket on a veth pair. Delays are netem's where the kernel has it, otherwise two TUN devices and a relay.
+A link is ``loopback`` (no namespaces), or a rate (``1gbit``) and a one-way delay (``20ms``), joined by ``+``; there is
+one from each stage to the next. Rates are tc's token bucket on a veth pair. Delays are netem's where the kernel has it,
+otherwise two TUN devices and a relay.
 """
 
 from __future__ import annotations
@@ -116,7 +119,7 @@ def make_batches(name: str, options: argparse.Namespace) -> list[tuple[Tensor, T
 
 
 class Worker:
-    """One of the two processes."""
+    """One of the processes."""
 
     def __init__(self, network: str, options: argparse.Namespace) -> None:
         self.options, self.batches = options, make_batches(network, options)
@@ -190,13 +193,13 @@ class Worker:
             first = number % len(times)
             order = [*times, *times][first : first + len(times)]
             for method in order:
-                gathered: list[Any] = [None] * 2
+                gathered: list[Any] = [None] * dist.get_world_size()
                 dist.all_gather_object(gathered, self.time(method))
-                times[method].append(gathered[0 if method in ALONE else 1])
+                times[method].append(gathered[0 if method in ALONE else -1])
         before = self.net.bytes_sent
         for i in range(PERIOD):  # in which a read-out travels back once
             self.net.local_step(*(self._batch(i) if self.net.is_first else ()))
-        sent: list[Any] = [None] * 2
+        sent: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(sent, self.net.bytes_sent - before)
         self.net.close()
         self.bare.close()
@@ -213,10 +216,10 @@ class Worker:
 
 
 def work(rank: int, options: argparse.Namespace) -> None:
-    """Be one of the two processes."""
+    """Be one of the processes."""
     torch.set_num_threads(1)
-    store = dist.FileStore(options.store, 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=600))
+    store, size = dist.FileStore(options.store, options.stages), options.stages
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=600))
     result = Worker(options.networks[0], options).measure()
     if result is not None:
         Path(options.result).write_text(json.dumps(result))
@@ -245,45 +248,66 @@ def parse_link(link: str) -> tuple[str | None, float]:
 
 
 @contextlib.contextmanager
-def namespaces(link: str) -> Iterator[list[list[str]]]:
-    """Two network namespaces joined by a link; what to put before a command to run it in each.
+def namespaces(link: str, count: int = 2) -> Iterator[list[list[str]]]:
+    """Network namespaces in a row, each joined to the next by a link; what to put before a command to run it in each.
+
+    The devices are called ``left`` and ``right``; what is not for a neighbour is passed on.
 
     Raises:
         OSError: the rights, or the tools, are missing.
     """
-    rate, delay = parse_link(link)
-    names, devices = [f"torchlocal{os.getpid()}-{i}" for i in range(2)], ["link0", "link1"]
-    relay: subprocess.Popen[bytes] | None = None
+    names = [f"torchlocal{os.getpid()}-{i}" for i in range(count)]
+    relays: list[subprocess.Popen[bytes]] = []
     made: list[str] = []
     try:
         for name in names:
             run_command("ip", "netns", "add", name)
             made.append(name)
         prefixes = [["ip", "netns", "exec", name] for name in names]
-        run_command("ip", "link", "add", "link0", "netns", names[0], "type", "veth", "peer", "link1", "netns", names[1])
-        rate_only = ("tbf", "rate", rate, "burst", "1mb", "latency", "1s") if rate else None
-        if delay:
-            delayed = ("netem", "delay", f"{delay * 1e3:g}ms", "limit", "100000", *(("rate", rate) if rate else ()))
-            try:
-                for prefix, device in zip(prefixes, devices, strict=True):
-                    run_command(*prefix, "tc", "qdisc", "add", "dev", device, "root", *delayed)
-                rate_only = None
-            except OSError:  # a kernel without netem
-                run_command(*prefixes[0], "ip", "link", "del", "link0")
-                relay = start_relay(names, devices, delay)
-        for i, (prefix, device) in enumerate(zip(prefixes, devices, strict=True)):
-            run_command(*prefix, "ip", "addr", "add", f"10.231.7.{i + 1}/30", "dev", device)
-            run_command(*prefix, "ip", "link", "set", device, "up")
+        for prefix in prefixes:
             run_command(*prefix, "ip", "link", "set", "lo", "up")
-            if rate_only:
-                run_command(*prefix, "tc", "qdisc", "add", "dev", device, "root", *map(str, rate_only))
+            run_command(*prefix, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
+        for i in range(count - 1):
+            join(names[i : i + 2], i, link, relays)
+        for here, prefix in enumerate(prefixes):
+            for i in range(count - 1):
+                if i not in (here - 1, here):
+                    via = f"10.231.{here - 1}.1" if i < here else f"10.231.{here}.2"
+                    run_command(*prefix, "ip", "route", "add", f"10.231.{i}.0/30", "via", via)
         yield prefixes
     finally:
-        if relay is not None:
+        for relay in relays:
             relay.kill()
             relay.wait()
         for name in made:
             run_command("ip", "netns", "del", name)
+
+
+def join(names: list[str], number: int, link: str, relays: list[subprocess.Popen[bytes]]) -> None:
+    """Join two namespaces by the link of a number; a relay that it takes is added to the list."""
+    rate, delay = parse_link(link)
+    prefixes, devices = [["ip", "netns", "exec", name] for name in names], ["right", "left"]
+    run_command("ip", "link", "add", "right", "netns", names[0], "type", "veth", "peer", "left", "netns", names[1])
+    rate_only = ("tbf", "rate", rate, "burst", "1mb", "latency", "1s") if rate else None
+    if delay:
+        delayed = ("netem", "delay", f"{delay * 1e3:g}ms", "limit", "100000", *(("rate", rate) if rate else ()))
+        try:
+            for prefix, device in zip(prefixes, devices, strict=True):
+                run_command(*prefix, "tc", "qdisc", "add", "dev", device, "root", *delayed)
+            rate_only = None
+        except OSError:  # a kernel without netem
+            run_command(*prefixes[0], "ip", "link", "del", "right")
+            relays.append(start_relay(names, devices, delay))
+    for i, (prefix, device) in enumerate(zip(prefixes, devices, strict=True)):
+        run_command(*prefix, "ip", "addr", "add", f"10.231.{number}.{i + 1}/30", "dev", device)
+        run_command(*prefix, "ip", "link", "set", device, "up")
+        if rate_only:
+            run_command(*prefix, "tc", "qdisc", "add", "dev", device, "root", *map(str, rate_only))
+
+
+def interface(link: str, rank: int) -> str:
+    """The device that gloo shall use in the namespace of a rank."""
+    return "lo" if link == "loopback" else "left" if rank else "right"
 
 
 def start_relay(names: list[str], devices: list[str], delay: float) -> subprocess.Popen[bytes]:
@@ -321,22 +345,26 @@ def carry(first: int, second: int, delay: float) -> None:
 # --- the run ---
 
 
-def measure(network: str, link: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Start the two processes, and wait for what they measure."""
-    here: list[list[str]] = [[], []]
-    around: Any = contextlib.nullcontext(here) if link == "loopback" else namespaces(link)
+def run_ranks(link: str, count: int, command: list[str]) -> dict[str, Any]:
+    """Start a process for each stage, and wait for what they measure.
+
+    Args:
+        link: between one stage and the next.
+        count: number of stages.
+        command: of every process; ``--rank``, ``--store`` and ``--result`` are added.
+
+    Raises:
+        OSError: namespaces cannot be had.
+        RuntimeError: a process failed.
+    """
+    here: list[list[str]] = [[] for _ in range(count)]
+    around: Any = contextlib.nullcontext(here) if link == "loopback" else namespaces(link, count)
     with tempfile.TemporaryDirectory() as folder, around as prefixes:
-        own = ["--networks", network, "--store", f"{folder}/store", "--result", f"{folder}/result"]
-        own += ["--batch-size", str(batch_size_of(network, options)), "--steps", str(options.steps)]
-        own += ["--rounds", str(options.rounds), "--methods", *options.methods]
-        own += ["--boundary", options.boundary] if options.boundary else []
-        own += ["--weigh", link] if options.weigh_link and link != "loopback" else []
         processes = []
         for rank, prefix in enumerate(prefixes):
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            environment["GLOO_SOCKET_IFNAME"] = "lo" if link == "loopback" else f"link{rank}"
-            command = [*prefix, sys.executable, __file__, "--rank", str(rank), *own]
-            processes.append(subprocess.Popen(command, env=environment))
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": interface(link, rank)}
+            own = ["--rank", str(rank), "--store", f"{folder}/store", "--result", f"{folder}/result"]
+            processes.append(subprocess.Popen([*prefix, *command, *own], env=environment))
         try:
             codes = [process.wait() for process in processes]
         finally:
@@ -346,6 +374,16 @@ def measure(network: str, link: str, options: argparse.Namespace) -> dict[str, A
             raise RuntimeError(f"the processes ended with {codes}")
         result: dict[str, Any] = json.loads(Path(f"{folder}/result").read_text())
         return result
+
+
+def measure(network: str, link: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What the processes measure of a network over a link."""
+    command = [sys.executable, __file__, "--networks", network, "--stages", str(options.stages)]
+    command += ["--batch-size", str(batch_size_of(network, options)), "--steps", str(options.steps)]
+    command += ["--rounds", str(options.rounds), "--methods", *options.methods]
+    command += ["--boundary", options.boundary] if options.boundary else []
+    command += ["--weigh", link] if options.weigh_link and link != "loopback" else []
+    return run_ranks(link, options.stages, command)
 
 
 def tell(
@@ -363,7 +401,7 @@ def tell(
         print(f"  {method:<16}{size / value:9.1f} {what}s/s{ratio}{share}")
     if {"one", "local"} <= seconds.keys():
         speedup = seconds["one"] / seconds["local"]
-        print(f"  local: {speedup:.2f} × one process (aim 1.8), {speedup / result['possible']:.2f} of the", end=" ")
+        print(f"  local: {speedup:.2f} × one process, {speedup / result['possible']:.2f} of the", end=" ")
         print(f"{result['possible']:.2f} that the balance of the stages allows (aim .95)")
     if {"both cores", "local"} <= seconds.keys():
         print(f"  local: {seconds['both cores'] / seconds['local']:.2f} × one process with both cores")
@@ -400,6 +438,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS, help="default: all")
     parser.add_argument("--links", nargs="+", default=["loopback"], metavar="LINK", help="default: loopback")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="default: all")
+    parser.add_argument("--stages", type=int, default=2, help="processes that share the local modules (default: 2)")
     parser.add_argument(
         "--batch-size", type=int, default=None, help="images per step (default: 64), or rows of 256 tokens (8)"
     )
@@ -416,6 +455,8 @@ def main() -> None:
     parser.add_argument("--result", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--relay", nargs=3, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.stages < 2:
+        parser.error(f"--stages: must be at least 2, not {options.stages}")
     if options.figure and "one" not in options.methods:
         parser.error("--figure needs the method one: give it among --methods")
     if options.relay is not None:

@@ -87,3 +87,75 @@ def test_a_gap_is_closed_only_where_seeds_can_tell(language: dict[str, Any]) -> 
     assert language["gap_closed"](guided, found | {"local": row("local", [3.3])}) is None  # one seed
     assert language["gap_closed"](guided, found | {"local": row("local", [3.4, 3.1])}) is None  # too far apart
     assert language["gap_closed"](guided, found | {"local": row("local", [3.1, 3.08])}) is None  # no gap
+
+
+@pytest.fixture(scope="module")
+def wallclock() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "benchmarks" / "wallclock.py"))
+
+
+SECONDS = {"one core": 2.0, "all cores": 1.0, "local": 0.5, "phase": 3.0, "spread": 1.5, "1f1b": 4.0, "gpipe": 5.0}
+
+
+def test_the_time_of_a_step_is_what_the_kinds_of_steps_before_it_take(wallclock: dict[str, Any]) -> None:
+    methods, kinds_of, prices = wallclock["METHODS"], wallclock["kinds_of"], wallclock["prices"]
+    guided = [False, True, False, False, True, True]
+    kinds = ["local", "spread", "local", "local", "phase", "phase"]
+    assert kinds_of(guided, methods["pgl"]) == kinds
+    assert kinds_of([True] * 3, methods["1f1b"]) == ["1f1b"] * 3
+    assert kinds_of([False] * 2, methods["local"]) == ["local"] * 2
+    assert kinds_of(guided[:2], methods["pgl 1f1b"]) == ["local", "spread 1f1b"]
+    # Five steps of 1.5 s take 7.5 s, of which four local ones take 2.
+    assert prices(SECONDS) == SECONDS | {"spread": 5.5}
+    assert wallclock["joined"](kinds, prices(SECONDS)) == [0.5, 6.0, 6.5, 7.0, 10.0, 13.0]
+    trained = wallclock["Trained"](steps=[2, 6], values=[[0.5, 0.8], [0.7, 0.9]], guided=guided)
+    curve = trained.curve(methods["pgl"], SECONDS)
+    assert [at for at, _ in curve] == [6.0, 13.0]
+    assert [value for _, value in curve] == pytest.approx([0.6, 0.85])
+    time_to = wallclock["time_to"]
+    assert time_to(curve, 0.6, more=True) == 6.0 and time_to(curve, 0.7, more=True) == 13.0
+    assert time_to(curve, 0.9, more=True) is None and time_to(curve, 0.59, more=False) is None
+    assert time_to([(1.0, 3.0), (2.0, 2.0)], 2.5, more=False) == 2.0
+
+
+def test_finished_runs_and_measured_steps_are_joined_in_a_report(
+    wallclock: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {
+        "end-to-end": [[0.5, 0.8], [0.6, 0.8]], "micro-batches": [[0.5, 0.7], [0.6, 0.7]],
+        "local": [[0.4, 0.6], [0.4, 0.7]], "pgl": [[0.5, 0.7], [0.5, 0.8]],
+    }  # fmt: skip
+    for row, values in rows.items():
+        for seed, accuracies in enumerate(values):
+            folder = tmp_path / "pairs" / row / f"seed{seed}"
+            folder.mkdir(parents=True)
+            lines = [f"{10 * (i + 1)},{value}" for i, value in enumerate(accuracies)]
+            (folder / "metrics.csv").write_text("\n".join(["step,validation_accuracy", *lines]))
+            (folder / "result.json").write_text("{}")
+    slow = {kind: 2 * value for kind, value in SECONDS.items()}
+    sent = {"one core": 0.0, "all cores": 0.0, "local": 1e6, "phase": 2e6, "spread": 1.2e6, "1f1b": 2e6, "gpipe": 2e6}
+    stages = {"ranks": [[0, 4], [4, 10]], "bare": [[0, 5], [5, 10]]}
+    steps = {
+        f"pairs, {link}, 2 stages": {"seconds": seconds, "bytes": sent, "stages": stages}
+        for link, seconds in (("loopback", SECONDS), ("100mbit+20ms", slow))
+    }
+    (tmp_path / "steps.json").write_text(json.dumps(steps))
+    argv = ["wallclock.py", "--tasks", "pairs", "--only", "report", "--out", str(tmp_path), "--panels", "100mbit+20ms"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert wallclock["main"]() == 0
+    told = capsys.readouterr().out
+    assert (tmp_path / "report.md").read_text().strip() == told.strip()
+    cells = {}
+    for line in told.splitlines():
+        row = [cell.strip() for cell in line.strip("|").split("|")]
+        cells.setdefault(row[0], row[1:])
+    # Twenty steps; of PGL the last four are guided: 16 of .5 s and 4 of 3 s. Stated are 74 %.
+    assert cells["one machine, one core"] == ["2", "80.0 ± 0.0", "0.67 (0.67)", "1.33 (1.33)"]
+    assert cells["local"] == ["2", "65.0 ± 7.1", "never (0.17)", "never (0.33)"]
+    assert cells["PGL, last fifth"] == ["2", "75.0 ± 7.1", "0.33 (0.33)", "0.67 (0.67)"]
+    assert cells["1F1B"] == ["2", "70.0 ± 0.0", "never (1.33)", "never (2.67)"]
+    assert "PGL, every fifth" not in cells  # no run of it is finished
+    assert cells["guided, every fifth"] == ["5.500; 2.00 MB", "11.000; 2.00 MB; 50 %"]
+    assert cells["end-to-end, one core"] == ["2.000", "4.000; 50 %"]
+    for ending in ("svg", "png"):
+        assert (tmp_path / f"pairs.{ending}").stat().st_size > 1000

@@ -53,7 +53,9 @@ def test_mixed_steps_equal_the_single_process(pool: Pool, tmp_path: Path, backbo
 
 @pytest.mark.parametrize("guided", [{"recompute": "modules"}, {"memory": "exact"}, {"recompute": 2}])
 def test_recomputing_guided_steps_equal_the_single_process(pool: Pool, tmp_path: Path, guided: dict[str, Any]) -> None:
-    compare(pool, tmp_path, "int8", [3, 1], {"backbone": "convolutions"}, guided=guided, steps=["guided", "local", "match"])
+    compare(
+        pool, tmp_path, "int8", [3, 1], {"backbone": "convolutions"}, guided=guided, steps=["guided", "local", "match"]
+    )
 
 
 @pytest.mark.parametrize("boundary", ["bf16", "int8", "int4"])
