@@ -16,6 +16,7 @@ rounds are told.
 
     python benchmarks/parallel.py                                        # four networks on this machine
     python benchmarks/parallel.py --links loopback 10gbit 1gbit 100mbit 20ms 100mbit+20ms   # needs root, ip and tc
+    python benchmarks/parallel.py --links 100mbit --boundary int8 --weigh-link   # in fewer bytes, cut where fewer cross
     python benchmarks/parallel.py --networks gpt --stages 3              # three processes
     python benchmarks/parallel.py --tiny                                 # a trial of everything, of no meaning
 
@@ -126,11 +127,13 @@ class Worker:
         net = make_network(network, "conv", options)
         self.alone = make_network(network, "conv", options) if dist.get_rank() == 0 else None
         self.seconds = parallel.measure_seconds(net, *self.batches[0])
-        self.net = parallel.distribute(net, assignment="time", sample=self.batches[0], timeout=600)
+        how: dict[str, Any] = {
+            "assignment": "time", "sample": self.batches[0], "timeout": 600, "boundary": options.boundary,
+            "link": options.weigh,
+        }  # fmt: skip
+        self.net = parallel.distribute(net, **how)
         # With the other auxiliary networks, which cost next to nothing, the time of a local step is the backbone's.
-        self.bare = parallel.distribute(
-            make_network(network, "linear", options), assignment="time", sample=self.batches[0], timeout=600
-        )
+        self.bare = parallel.distribute(make_network(network, "linear", options), **how)
         self.optimizers = {id(n): self._optimizer(n) for n in (self.net, self.bare, self.alone) if n is not None}
 
     @staticmethod
@@ -378,6 +381,8 @@ def measure(network: str, link: str, options: argparse.Namespace) -> dict[str, A
     command = [sys.executable, __file__, "--networks", network, "--stages", str(options.stages)]
     command += ["--batch-size", str(batch_size_of(network, options)), "--steps", str(options.steps)]
     command += ["--rounds", str(options.rounds), "--methods", *options.methods]
+    command += ["--boundary", options.boundary] if options.boundary else []
+    command += ["--weigh", link] if options.weigh_link and link != "loopback" else []
     return run_ranks(link, options.stages, command)
 
 
@@ -437,6 +442,8 @@ def main() -> None:
     parser.add_argument(
         "--batch-size", type=int, default=None, help="images per step (default: 64), or rows of 256 tokens (8)"
     )
+    parser.add_argument("--boundary", choices=["bf16", "int8", "int4"], help="what features and gradients are sent in")
+    parser.add_argument("--weigh-link", action="store_true", help="choose the stages by the bytes over the link, too")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a method in a round, a multiple of 10")
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument("--tiny", action="store_true", help="small numbers, to see whether everything runs")
@@ -444,6 +451,7 @@ def main() -> None:
     parser.add_argument("--figure", default=None, help="also draw throughput by link into this file; needs method one")
     parser.add_argument("--rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--store", default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--weigh", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--result", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--relay", nargs=3, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()

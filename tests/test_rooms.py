@@ -14,7 +14,7 @@ import torchlocal
 SOURCE = Path(torchlocal.__file__).parent
 # From the ground up. A room is a folder or a file; its files import from rooms that come before it, and from itself.
 ROOMS = (
-    "lifetime", "checks", "names", "reference", "tokens",
+    "lifetime", "checks", "names", "reference", "tokens", "boundary",
     "recompute", "cut", "rules", "guidance", "modules", "micro", "engine", "memory", "steps", "network",
     "graphs", "budget",
     "parallel", "models", "data", "run", "compare", "cli", "__main__",

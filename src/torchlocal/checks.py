@@ -14,6 +14,7 @@ __all__ = [
     "check_whole",
     "number",
     "one_of",
+    "parse_link",
     "parse_size",
     "shorten",
     "suggestion",
@@ -114,6 +115,26 @@ def parse_size(size: str) -> int:
     return found
 
 
+def parse_link(link: str | float) -> tuple[float, float]:
+    """Bits per second and one-way delay in seconds of a link such as ``100mbit``, ``1gbit+20ms``, ``20ms`` or ``1e8``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    rate, delay = math.inf, 0.0
+    for part in str(link).lower().split("+"):
+        match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)([kmg]?bit|ms)?", part.strip())
+        if match is None or not float(match[1]):
+            raise ValueError(
+                f"link={link!r} is no link: give a rate such as 100mbit or 1gbit, a delay, or 100mbit+20ms"
+            )
+        if match[2] == "ms":
+            delay = float(match[1]) / 1e3
+        else:
+            rate = float(match[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}.get((match[2] or "b")[0], 1.0)
+    return rate, delay
+
+
 _MOST_VALUES, _MOST_LEVELS = 10_000, 20
 
 
@@ -159,19 +180,3 @@ def suggestion(name: str, names: Sequence[str], *, most: int = 1, cutoff: float 
 def shorten(words: str, most: int = 60) -> str:
     """The text, or its beginning."""
     return words if len(words) <= most else f"{words[: most - 3]}..."
-
-
-def link_rate(link: Any) -> float:
-    """Bits per second of a link.
-
-    Args:
-        link: that number, or like `100mbit`, `2.5gbit`, `500kbit`.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg])bit", link) if isinstance(link, str) else None
-    rate = float(found[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[found[2]] if found else link
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
-        raise ValueError(f"link: must be bits per second, as a number or like '100mbit' or '1gbit', not {link!r}")
-    return float(rate)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from .boundary import rounded
 from .cut.batches import Batch as Inputs
 from .cut.batches import describe, device_of, num_examples, plain, same_layout
 from .cut.carry import Carried
@@ -76,7 +77,7 @@ def run_local(
 ) -> list[Tensor]:
     """A local step of all modules, of which some recompute by a plan; returns the K losses."""
     step = Step.begin(net, batch, target, autocast, backward, scale)
-    step.optimizers = optimizers
+    step.optimizers, step.boundaries = optimizers, _rounding(net)
     losses, _ = step.local(range(net.num_modules), plans, [])
     return losses
 
@@ -97,11 +98,16 @@ def run_guided(
     for i, (part, labels, share) in enumerate(parts):
         step = Step.begin(net, part, labels, autocast, backward, scale)
         step.part_of(parts, share, follow=follow)
-        step.matches = auxiliary == "match"
+        step.matches, step.boundaries = auxiliary == "match", _rounding(net)
         step.optimizers = optimizers if i == len(parts) - 1 else None
         losses = step.guided(plan.tree, follow=follow)
         total = [a + b for a, b in zip(total, losses, strict=True)] if total else losses
     return total
+
+
+def _rounding(net: LocalModules) -> dict[int, str]:
+    """What one process rounds between its modules; nothing in a prediction, so that plans are those of ranks."""
+    return {} if net.chain.fake else net.boundaries
 
 
 @dataclass
@@ -123,6 +129,7 @@ class Step:
     matches: bool = False  # whether auxiliary networks also learn to give the gradient that the global loss gives
     learnt: Callable[[int], None] | None = None  # called with every module that has its gradients, before its update
     carried: Carried | None = field(default=None)
+    boundaries: dict[int, str] = field(default_factory=dict)  # by unit, how what it takes is rounded
     run: Pass | None = None  # the latest of the network's forward
 
     @classmethod
@@ -185,8 +192,8 @@ class Step:
             )
         return None
 
-    def backward(self, loss: Tensor) -> None:
-        """Backward from a loss, outside of autocast."""
+    def backward(self, loss: Tensor, share: Tensor | float | None = None) -> None:
+        """Backward from a loss, outside of autocast; ``share``: in the loss of the whole batch, if not the step's."""
         if not loss.requires_grad:  # a module with nothing to train
             return
         if self.outputs is not None and isinstance(loss, FakeTensor) and not self.net.chain.fake:
@@ -194,7 +201,7 @@ class Step:
                 f"rule: the loss of {self.net.rule!r} reads the network's input, which is not sent to this rank; set "
                 "reads_input = True in its class"
             )
-        loss = self.weighed(loss)
+        loss = self.weighed(loss, share)
         with without_autocast(self.device):
             if self.backward_with is not None:
                 self.backward_with(loss)
@@ -203,10 +210,11 @@ class Step:
             else:
                 loss.backward()
 
-    def weighed(self, loss: Tensor) -> Tensor:
+    def weighed(self, loss: Tensor, share: Tensor | float | None = None) -> Tensor:
         """A loss as it goes backward."""
-        if isinstance(self.share, Tensor) or self.share != 1.0:
-            loss = loss * self.share
+        share = self.share if share is None else share
+        if isinstance(share, Tensor) or share != 1.0:
+            loss = loss * share
         if self.weight is not None:  # where nothing counts, the loss is 0 / 0
             loss = torch.where(self.weight > 0, loss * self.weight, 0.0)
         return loss * self.scale if self.scale != 1.0 else loss
@@ -249,7 +257,8 @@ class Step:
                     (own,) = torch.autograd.grad(loss, features, create_graph=True)
                     ours, theirs = (g.flatten(1).float() for g in (own, gradient))
                     miss = (1 - F.cosine_similarity(ours, theirs, dim=1)).mean()
-                self.backward(miss)
+                # A criterion that sums has another share in the whole.
+                self.backward(miss, 1 / len(self.parts) if self.parts is not None else 1.0)
         except (NotImplementedError, RuntimeError) as error:
             if not any(words in str(error) for words in _ONCE):
                 raise
@@ -298,6 +307,7 @@ class Step:
             with pass_.opened():
                 for k in modules:
                     loss, state = self._local_by_plan(pass_, k, plans.get(k), state)
+                    state = [self._crossing(self.net.partition.groups[k].stop, features) for features in state]
                     losses.append(loss)
                     self._update(k, modules)
             return losses, state
@@ -318,6 +328,7 @@ class Step:
             self._update(ends[unit], modules)
             if unit == last:
                 handed.append(handing)
+            handing = self._crossing(unit, handing)
             if self.carried is not None:
                 self.carried.cut()
             return handing.requires_grad_() if leaf else handing
@@ -344,6 +355,10 @@ class Step:
             with without_autocast(self.device):
                 self.carried.hand_back()
         return losses, handed
+
+    def _crossing(self, unit: int, features: Tensor) -> Tensor:
+        """What a unit takes of the features that the one before hands on."""
+        return rounded(features, self.boundaries.get(unit))
 
     def _learn(self, k: int, loss: Tensor) -> None:
         try:
@@ -431,13 +446,14 @@ class Step:
         ends = {groups[k].stop: k for k in modules if groups[k].stop < end} if follow else {}
 
         def passing(unit: int, features: Tensor) -> Tensor:
-            losses.append(self.follow(ends[unit], features))
-            self.watch(ends[unit], features)
-            return features
+            if unit in ends:
+                losses.append(self.follow(ends[unit], features))
+                self.watch(ends[unit], features)
+            return self._crossing(unit, features)
 
         pass_ = self._pass(replay=first > 0)
-        inner = tuple(unit for unit in ends if unit != last)
-        with pass_.opened(tuple({*ends, last} - {end}) if first == 0 else None):
+        inner = tuple({*ends, *self.boundaries} - {last})
+        with pass_.opened(tuple({*inner, last} - {end}) if first == 0 else None):
             (result,) = pass_.run(first, last, state, boundary=passing, stops=inner)
         if last in ends:
             passing(last, result)
@@ -500,6 +516,7 @@ class Step:
                 arrived=arrived if self.matches else None,
                 watched=frozenset(ends),
                 done=lambda unit: self._finish(unit, waiting),
+                boundaries=self.boundaries,
             ).run(plan, state, onward or learn, differentiable=first > 0)
 
     def _finish(self, unit: int, waiting: list[int | None]) -> None:

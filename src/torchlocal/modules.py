@@ -32,6 +32,8 @@ class LocalModules(nn.Module):
         chain: the network's own forward, as a chain of units.
         sample: a batch of the layout that the network was decoupled with; its floating-point tensors are empty.
         carry: what happens with tensors that carry gradients and cross a cut beside the features.
+        boundaries: by unit, how the features that its module is handed, and their gradient, are rounded in a step, as
+            if they came from another stage (see :mod:`torchlocal.boundary`); nothing by default.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class LocalModules(nn.Module):
         self.criterion = criterion
         self.sites = tuple(sites)
         self.sample, self.carry = sample, carry
+        self.boundaries: dict[int, str] = {}
 
     @property
     def num_modules(self) -> int:

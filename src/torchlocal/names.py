@@ -9,12 +9,13 @@ from pathlib import Path
 
 from torchlocal.checks import suggestion
 
-__all__ = ["DATA", "DECODERS", "NETWORKS", "TEXT", "check_names", "unknown_data", "unknown_network"]
+__all__ = ["BOUNDARIES", "DATA", "DECODERS", "NETWORKS", "TEXT", "check_names", "unknown_data", "unknown_network"]
 
 NETWORKS = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "vgg8b", "vgg11b", "mlp")
 DECODERS = ("gpt-nano", "gpt-tiny", "gpt-mini", "gpt-small", "gpt-medium", "gpt-large", "gpt-xl")  # for text
 DATA = ("fashion-mnist-small", "digits", "fashion-mnist", "cifar10", "cifar100", "svhn", "stl10", "folder")
 TEXT = ("text:", "tokens:", "dataset:")  # begin the names of texts
+BOUNDARIES = ("bf16", "int8", "int4")  # what features and gradients are sent in from stage to stage
 _DEVICE = re.compile(r"(auto|cpu|cuda|xpu|mps|mtia|hpu|xla|npu|ipu|ve|fpga|maia|hip|vulkan|meta|privateuseone)(:\d+)?")
 _REGISTERED = re.compile(r"^@register_model\(.*\)\n(?:@.*\n)*def (\w+)\(", re.MULTILINE)
 

@@ -860,6 +860,16 @@ def test_end_to_end_may_recompute_otherwise(tmp_path: Path) -> None:
     }
 
 
+def test_end_to_end_with_a_boundary_keeps_the_modules_that_it_lies_between(tmp_path: Path) -> None:
+    variants = {"rounded": {"method": "end-to-end", "boundary": "int8"}}
+    config = small_config(tmp_path, methods=("end-to-end", "rounded", "local"), variants=variants, stages=[1, 2])
+    found = {name: subject.config for name, subject in method_configs(config, Units(16)).items()}
+    assert found["end-to-end"].cut.modules == 1 and found["end-to-end"].run.boundary is None
+    assert (found["rounded"].cut, found["rounded"].rule) == (found["local"].cut, found["local"].rule)
+    assert (found["rounded"].run.boundary, found["rounded"].run.stages) == ("int8", [1, 2])
+    assert (found["rounded"].guidance.name, found["rounded"].guidance.auxiliary) == ("always", "frozen")
+
+
 def test_segments_and_title_are_those_of_every_network(tmp_path: Path) -> None:
     units = {"resnet20": 9, "resnet110": 49}
     config = small_config(tmp_path, methods=("checkpointing",), grid={"model": list(units)})

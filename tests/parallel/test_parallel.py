@@ -305,10 +305,10 @@ def _optimizers_of_modules() -> Any:
 def test_bf16_boundaries_halve_the_traffic(pool: Pool, tmp_path: Path) -> None:
     """And change the result a little."""
     sent, states = [], []
-    for i, kind in enumerate([None, "bf16"]):
+    for i, boundary in enumerate([None, "bf16"]):
         folder = tmp_path / str(i)
         folder.mkdir()
-        arguments = ({"backbone": "transformer"}, ["local"] * 2, {}, {}, {"boundary": kind})
+        arguments = ({"backbone": "transformer"}, ["local"] * 2, {}, {}, {"boundary": boundary})
         results = pool.run(2, folder, train_in_parallel, *arguments)
         sent.append(results[0][3])
         states.append(results[0][1])

@@ -19,10 +19,11 @@ from processes import Pool
 from torch import Tensor
 
 from torchlocal.cli import commands as cli
-from torchlocal.parallel import network, setup
+from torchlocal.parallel import network
 from torchlocal.parallel.team import Elsewhere, RemoteSplit
 from torchlocal.run import build as assembly
 from torchlocal.run import trainer
+from torchlocal.run.checkpoint import fixed_fields
 from torchlocal.run.config import FitConfig, GuidanceConfig
 from torchlocal.run.own import Own
 from torchlocal.run.trainer import Interrupted
@@ -150,33 +151,6 @@ def test_replicas_stop_and_go_on(pool: Pool, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
     with pytest.raises(ValueError, match="replicas=2 needs a number of ranks that it divides, not 1"):
         fit(small_config(tmp_path / "parts", replicas=2), resume=True)
-
-
-def test_a_run_with_rounded_boundaries_stops_and_goes_on(pool: Pool, tmp_path: Path, uninterrupted: Path) -> None:
-    """Bit for bit, with the stages where they were, whatever the times on the way; and not what one process trains."""
-    for name, stops in {"whole": [None], "parts": [4, None]}.items():
-        for i, stop_after in enumerate(stops):
-            folder = tmp_path / f"{name}{i}"
-            folder.mkdir()
-            pool.run(2, folder, _rounded, small_config(tmp_path / name, boundary="int4"), bool(i), stop_after)
-    assert_same_run(tmp_path / "parts", tmp_path / "whole")
-    ours, plain = (torch.load(folder / "last.pt", weights_only=True) for folder in (tmp_path / "whole", uninterrupted))
-    assert ours["stages"] == [1, 2]
-    assert any(not torch.equal(ours["net"][name], plain["net"][name]) for name in ours["net"])
-    with pytest.raises(
-        ValueError, match="boundary='int4' is about what ranks send each other, and this is one process"
-    ):
-        fit(small_config(tmp_path / "alone", boundary="int4"))
-
-
-def _rounded(config: FitConfig, resume: bool, stop_after: int | None) -> Any:
-    """The first module is slow at first, and the last one after a resumption."""
-    real = setup.measure_seconds
-    setup.measure_seconds = lambda *_, **__: [1.0, 1.0, 5.0] if resume else [5.0, 1.0, 1.0]
-    try:
-        return run(config, resume, stop_after)
-    finally:
-        setup.measure_seconds = real
 
 
 def test_ranks_of_other_configurations_are_refused(pool: Pool, tmp_path: Path) -> None:
@@ -325,3 +299,37 @@ def test_numbers_of_ranks_that_do_not_fit_are_refused(tmp_path: Path, capsys: py
     assert cli.main([*arguments, "1", "--timeout", "0"]) == 2
     assert "timeout=0.0 must be a number of seconds above 0." in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("worlds", [(1, 2), (2, 1)])
+def test_a_run_with_rounded_boundaries_goes_on_with_or_without_ranks(
+    pool: Pool, tmp_path: Path, uninterrupted: Path, worlds: tuple[int, int]
+) -> None:
+    """int4 between two stages: interrupted and resumed on one process and on two, bit for bit one run."""
+    changes = {"boundary": "int4", "stages": [1, 2]}
+    fit(small_config(tmp_path / "whole", **changes), progress=False)
+    whole, exact = ((folder / "result.json").read_text() for folder in (tmp_path / "whole", uninterrupted))
+    assert json.loads(whole)["validation_accuracy"] != json.loads(exact)["validation_accuracy"]
+    config = small_config(tmp_path / "run", **changes)
+    for i, (world, stop_after) in enumerate(zip(worlds, (4, None), strict=True)):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        arguments = (config, bool(i), stop_after)
+        told = [run(*arguments)] if world == 1 else pool.run(world, folder, run, *arguments)
+        assert stop_after is None or told[-1].startswith("Interrupted: stopped by SIGTERM after step ")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_stages_are_free_where_nothing_is_rounded(tmp_path: Path) -> None:
+    def fixed(**changes: Any) -> dict[str, Any]:
+        return fixed_fields(small_config(tmp_path, **changes).plain())
+
+    assert fixed(stages=[1, 2]) == fixed(stages=[2, 1]) == fixed()
+    assert fixed(stages=[1, 2], boundary="int8") != fixed(stages=[2, 1], boundary="int8") != fixed()
+
+
+def test_a_boundary_without_stages_that_fit_is_refused_on_one_process(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="boundary='int8': one process sends nothing to other stages"):
+        fit(small_config(tmp_path / "run", boundary="int8"), progress=False)
+    with pytest.raises(ValueError, match=r"^stages=\[1, 7\] does not give 3 local modules to 2 stages: give 2 numbers"):
+        fit(small_config(tmp_path / "run", boundary="int8", stages=[1, 7]), progress=False)

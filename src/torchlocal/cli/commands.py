@@ -127,6 +127,9 @@ def _fit(argv: Sequence[str]) -> int:
     parser.switch("quiet", "Show no progress.")
     parser.add(
         Option(name="ranks", kind=int, help="Share the local modules out to N processes (torchrun)."),
+        Option(name="machines", kind=int, default=1, help="Machines that share the ranks, each with this command."),
+        Option(name="machine", kind=int, default=0, help="Number of this machine, from 0."),
+        Option(name="meet", help="Address of machine 0 and a free port there, such as 10.0.0.1:29500."),
         Option(name="timeout", kind=float, default=_TIMEOUT, help="Seconds that a process waits for a silent one."),
     )
     values = _parse_run(parser, _at_folder(argv), _add_run_options(parser))
@@ -136,20 +139,30 @@ def _fit(argv: Sequence[str]) -> int:
     begins = values["resume"] and not any((out / name).exists() for name in _OF_A_RUN)
     if begins:
         _refuse_moved(argv, out, "config.yaml", _OF_A_RUN, "fit --resume {}")
+    if values["machines"] > 1 and values["ranks"] is None:
+        raise ValueError(f"--machines {values['machines']}: give the number of all their processes as --ranks")
     if values["ranks"] is not None and "TORCHELASTIC_RUN_ID" not in os.environ:
         if values["ranks"] < 1 or values["ranks"] % config.run.replicas:
             raise ValueError(
                 f"--ranks {values['ranks']} must be a multiple of --replicas {config.run.replicas}, at least 1"
             )
         if values["ranks"] > 1:
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else tries to connect are told beside the sentence
             from torchlocal.parallel.launch import launch
             from torchlocal.parallel.setup import assign
 
+            machines = _machines(values)
             num_modules = len(config.cut.after) + 1 if config.cut.after else config.cut.modules
             if isinstance(num_modules, int):  # too many ranks are refused here, and not by each of them
                 assign([1.0] * num_modules, values["ranks"] // config.run.replicas)
             with _continue_with(lambda: _resume_command(config, values), ChildProcessError):
-                return launch(["fit", *argv], values["ranks"], num_threads=config.run.num_threads)
+                return launch(
+                    ["fit", *argv],
+                    values["ranks"],
+                    num_threads=config.run.num_threads,
+                    machines=machines,
+                    timeout=values["timeout"],
+                )
 
     if begins and not values["quiet"] and _rank() in (None, "0"):
         print(f"nothing to resume in {out}: starting", file=sys.stderr)
@@ -177,6 +190,19 @@ def _fit(argv: Sequence[str]) -> int:
         f"Run folder: {config.run.out}"
     )
     return 0
+
+
+def _machines(values: Mapping[str, Any]) -> Any:
+    """The machines that share the ranks; None if it is this one alone."""
+    count = values["machines"]
+    if count == 1 and values["meet"] is None and values["machine"] == 0:
+        return None
+    from torchlocal.parallel.machines import Machines
+
+    machines = Machines.of(count, values["machine"], values["meet"])
+    if values["ranks"] % count:
+        raise ValueError(f"--ranks {values['ranks']} must be a multiple of --machines {count}, which have as many each")
+    return machines
 
 
 def _perplexity(result: Mapping[str, Any]) -> str:
@@ -259,6 +285,9 @@ def _resume_command(config: FitConfig, values: Mapping[str, Any]) -> str | None:
         return None if _LAUNCHER in os.environ else f"`-m torchlocal {command}` in the same torchrun command"
     if (values["ranks"] or 1) > 1:
         command += f" --ranks {values['ranks']}"
+        if values["machines"] > 1:
+            names = ("machines", "machine", "meet")
+            command += "".join(f" --{name} {shlex.quote(str(values[name]))}" for name in names)
         command += f" --timeout {values['timeout']:g}" if values["timeout"] != _TIMEOUT else ""
     return f"`torchlocal {command}`"
 
@@ -715,6 +744,9 @@ def _report_error(error: BaseException, received: Sequence[int] = ()) -> int:
     code = _interruption(error)
     rank = _rank()
     if type(error).__name__ == "Elsewhere":  # of several ranks, the one that made the mistake tells it
+        if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE") and os.environ.get("LOCAL_RANK") == "0":
+            # Its terminal may be another machine's.
+            print(f"torchlocal (rank {rank}): another rank has ended the run: {error}", file=sys.stderr, flush=True)
         return 2
     text = " ".join(" ".join([str(error), *getattr(error, "__notes__", [])]).split())
     if code is None and received and not isinstance(error, (ValueError, OSError)):

@@ -54,6 +54,9 @@ def _same_rate(config: FitConfig) -> FitConfig:
 
 def _end_to_end(config: FitConfig, found: Circumstances) -> FitConfig:
     # What says nothing about one module is the same in every comparison.
+    if config.run.boundary is not None:  # which is rounded between the modules that the other methods have
+        always = GuidanceConfig(name="always", auxiliary="frozen")
+        return replace(_same_rate(config), memory=MemoryConfig(), guidance=always)
     always = GuidanceConfig(name="always")
     return replace(
         _same_rate(config), cut=CutConfig(modules=1), rule=RuleConfig(), memory=MemoryConfig(), guidance=always

@@ -3,6 +3,6 @@
 from .channels import PeerLost
 from .network import ParallelNetwork
 from .rehearsal import measure_seconds
-from .setup import assign, check_same, distribute
+from .setup import assign, check_same, distribute, round_boundaries
 
-__all__ = ["ParallelNetwork", "PeerLost", "assign", "check_same", "distribute", "measure_seconds"]
+__all__ = ["ParallelNetwork", "PeerLost", "assign", "check_same", "distribute", "measure_seconds", "round_boundaries"]

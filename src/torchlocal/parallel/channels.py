@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["CLOSE", "Channel", "Layout", "Message", "PeerLost", "watched"]
+from .load import Waits
+
+__all__ = ["CLOSE", "Channel", "Message", "PeerLost", "watched"]
 
 CLOSE = 0  # the kind of message after which nothing follows
 _HEADER, _DESCRIPTION, _PAYLOAD = 1, 2, 3  # tags; backends without tags rely on the order, which is the same
@@ -60,16 +62,18 @@ class Message:
         flag: a number that may differ from message to message.
         tensors: the tensors, in the memory layout they were sent in.
         extra: whatever else was said; meant to stay the same from message to message.
+        notes: further numbers that may differ, as many as the channel carries.
     """
 
     kind: int
     flag: int
     tensors: list[Tensor]
     extra: Any
+    notes: list[int]
 
 
 @dataclass(frozen=True)
-class Layout:
+class _Layout:
     """How a tensor is written into one dense block, and read from it."""
 
     dtype: torch.dtype
@@ -78,7 +82,7 @@ class Layout:
     repeated: tuple[bool, ...]  # dimensions along which the same numbers repeat
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Layout:
+    def of(cls, tensor: Tensor) -> _Layout:
         strides, sizes = tensor.stride(), tuple(tensor.shape)
         repeated = tuple(stride == 0 and size > 1 for stride, size in zip(strides, sizes, strict=True))
         order = tuple(sorted(range(tensor.ndim), key=lambda dim: (-strides[dim], dim)))
@@ -117,6 +121,8 @@ class Channel:
         depth: number of messages that may wait on either side.
         timeout: longest time to wait for the other side, in seconds.
         peer: the other side as errors call it.
+        num_notes: whole numbers that travel with each message.
+        waits: counts the time that this side waits for the other one.
     """
 
     def __init__(
@@ -130,9 +136,12 @@ class Channel:
         depth: int,
         timeout: float,
         peer: str,
+        num_notes: int = 0,
+        waits: Waits | None = None,
     ) -> None:
         self._source, self._destination, self._group, self._headers = source, destination, group, headers
         self._device, self._depth, self._timeout, self._peer = device, depth, timeout, peer
+        self._num_notes, self._waits = num_notes, Waits() if waits is None else waits
         self._limit = timedelta(seconds=timeout)
         self.num_bytes = 0  # of tensors, sent so far
         self._on_their_way: deque[list[tuple[Any, Tensor]]] = deque()
@@ -144,18 +153,22 @@ class Channel:
             self._thread = threading.Thread(target=self._listen, name=f"from {peer}", daemon=True)
             self._thread.start()
 
-    def send(self, kind: int, tensors: Sequence[Tensor] = (), *, flag: int = 0, extra: Any = None) -> None:
-        """Send tensors; they must not be written to afterwards."""
-        layouts = [Layout.of(tensor) for tensor in tensors]
+    def send(
+        self, kind: int, tensors: Sequence[Tensor] = (), *, flag: int = 0, extra: Any = None, notes: Sequence[int] = ()
+    ) -> None:
+        """Send tensors; they must not be written to afterwards. Notes that are not given are 0."""
+        layouts = [_Layout.of(tensor) for tensor in tensors]
         description = pickle.dumps((extra, layouts))
         known = description in self._numbers
         if not known and len(self._numbers) < _MOST_KNOWN:
             self._numbers[description] = len(self._numbers)
         number = self._numbers.get(description, -1)  # -1: to be forgotten
-        header = torch.tensor([kind, flag, number, 0 if known else len(description)])
+        rest = [0] * (self._num_notes - len(notes))
+        header = torch.tensor([kind, flag, number, 0 if known else len(description), *notes, *rest])
         with watched(self._peer, self._timeout):
-            while len(self._on_their_way) >= self._depth:
-                self._finish_oldest()
+            with self._waits.clock():
+                while len(self._on_their_way) >= self._depth:
+                    self._finish_oldest()
             works = [self._isend(header, _HEADER, self._headers)]
             if not known:
                 block = torch.frombuffer(bytearray(description), dtype=torch.uint8)
@@ -169,7 +182,8 @@ class Channel:
 
     def receive(self, kind: int) -> Message:
         """The next message, which must be of this kind."""
-        with watched(self._peer, self._timeout):
+        self._waits.queued += self._arrived.qsize()
+        with self._waits.clock(), watched(self._peer, self._timeout):
             arrived = self._arrived.get(timeout=self._timeout)
             if isinstance(arrived, BaseException):
                 raise arrived
@@ -183,7 +197,7 @@ class Channel:
                 "the same steps in the same order on every rank"
             )
         tensors = [layout.unpack(block) for layout, block in zip(layouts, message.tensors, strict=True)]
-        return Message(message.kind, message.flag, tensors, message.extra)
+        return replace(message, tensors=tensors)
 
     def close(self) -> None:
         """Send what is on its way, and end the other side's thread; both sides have to call it."""
@@ -219,11 +233,12 @@ class Channel:
 
     def _listen(self) -> None:
         """Take headers, and have tensors written into memory, until the channel is closed."""
-        descriptions: list[tuple[Any, list[Layout]]] = []
+        descriptions: list[tuple[Any, list[_Layout]]] = []
         try:
             while True:
                 self._room.acquire()
-                kind, flag, number, length = self._take(4, torch.int64, _HEADER).tolist()
+                header = self._take(4 + self._num_notes, torch.int64, _HEADER).tolist()
+                (kind, flag, number, length), notes = header[:4], header[4:]
                 if length:
                     # Our own ranks, who could as well send us weights of their choice, are the ones who wrote it.
                     new = pickle.loads(self._take(length, torch.uint8, _DESCRIPTION).numpy().tobytes())
@@ -235,7 +250,7 @@ class Channel:
                     for block in blocks
                     if block.numel()
                 ]
-                self._arrived.put((Message(kind, flag, blocks, extra), works, layouts))
+                self._arrived.put((Message(kind, flag, blocks, extra, notes), works, layouts))
                 if kind == CLOSE:
                     return
         except BaseException as error:

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Sequence
 
 from ..lifetime import STOPPING
+from .machines import Machines, roll_call
 
 __all__ = ["LAUNCHER", "Stopped", "launch"]
 
@@ -24,13 +25,22 @@ class Stopped(Exception):
         self.signum = signum
 
 
-def launch(arguments: Sequence[str], num_ranks: int, *, num_threads: int | None = None) -> int:
-    """Run ``python -m torchlocal`` on several ranks of this machine, and wait for it.
+def launch(
+    arguments: Sequence[str],
+    num_ranks: int,
+    *,
+    num_threads: int | None = None,
+    machines: Machines | None = None,
+    timeout: float = 300.0,
+) -> int:
+    """Run ``python -m torchlocal`` on several ranks of this machine, or its share of several machines', and wait.
 
     Args:
         arguments: of the command.
-        num_ranks: number of processes.
+        num_ranks: number of processes, on all machines.
         num_threads: CPU threads of each; None: the cores shared out to them.
+        machines: that take part, each with as many ranks; None: this one alone.
+        timeout: longest time in seconds to wait for other machines.
 
     Returns:
         The exit code: 0, or that of the rank that failed first.
@@ -38,23 +48,29 @@ def launch(arguments: Sequence[str], num_ranks: int, *, num_threads: int | None 
     Raises:
         Stopped: by a signal, which was handed on to the ranks.
         ChildProcessError: a rank was killed.
+        ValueError: the machines do not fit together.
+        PeerLost: another machine has not come.
     """
+    if machines is not None:
+        roll_call(machines, num_ranks, timeout)
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     for name in ("agent.server.api", "multiprocessing.api"):  # what has to be told is told below
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
-    threads = num_threads or max(1, _num_cores() // num_ranks)
+    here = num_ranks // (machines.count if machines is not None else 1)
+    threads = num_threads or max(1, _num_cores() // here)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ[LAUNCHER] = str(os.getpid())
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",  # any free port
+        min_nodes=1 if machines is None else machines.count,
+        max_nodes=1 if machines is None else machines.count,
+        nproc_per_node=here,
+        run_id=uuid.uuid4().hex if machines is None else "torchlocal",
+        rdzv_backend="c10d" if machines is None else "static",
+        rdzv_endpoint="localhost:0" if machines is None else machines.place,  # any free port
+        rdzv_configs={} if machines is None else {"rank": machines.number, "timeout": timeout},
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # else each start leaves a folder behind
         signals_to_handle=",".join(signum.name for signum in (*STOPPING, signal.SIGQUIT)),

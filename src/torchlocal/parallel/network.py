@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from ..boundary import Original, decode, encode
 from ..cut.batches import Batch as Inputs
 from ..cut.batches import key_of, num_examples, plain
 from ..cut.forward import Pass, filled
@@ -21,11 +22,12 @@ from ..micro import cut_batch, divisor
 from ..modules import LocalModules
 from ..recompute import GuidedPlan, Plan
 from ..rules import Batch
-from .boundary import Boundary
 from .channels import Channel, Message, watched
+from .load import NUM_NUMBERS, Load, Waits
 from .pipelined import Schedule
 from .readers import Readers
-from .rehearsal import Rehearsal, layouts, rehearse
+from .rehearsal import Rehearsal, count_flops, layouts, rehearse
+from .shares import better_shares, shared_buffer
 from .stage import Stage
 from .tasks import Task, pack, random_state, restrict, set_random_state, stack, unpack
 from .ties import Ties, find_ties
@@ -61,6 +63,7 @@ class ParallelNetwork(Stage):
         stop_requested: set to a number other than 0, for example by a signal handler, it travels with the batches from
             the first stage on, which learns of it within half a second where another stage was asked.
         stopping: what it was when the last step began; the same on all ranks after the same step.
+        meter: how busy this stage is, see :meth:`loads`.
     """
 
     def __init__(
@@ -69,12 +72,18 @@ class ParallelNetwork(Stage):
         stages: Sequence[range],
         replicas: int = 1,
         *,
+        costs: Sequence[float] | None = None,
         boundary: str | None = None,
         in_flight: int = 4,
         timeout: float = 300.0,
     ) -> None:
         super().__init__(net, stages, replicas, timeout)
-        self.boundary = Boundary(boundary)
+        self._costs = costs  # of each local module, by which they were shared out
+        # The loads of the stages before this one, as of the batch that came last.
+        self._told = [0] * (self.stage * NUM_NUMBERS)
+        self._measured_from = Load()
+        self.boundary = boundary
+        self._piped_bytes = 0
         self.stop_requested = self.stopping = 0
         self._looked = 0.0  # when this stage last looked whether another was asked to stop
         self._rehearsals: dict[tuple[Any, ...], Rehearsal] = {}
@@ -84,13 +93,25 @@ class ParallelNetwork(Stage):
         self._from_previous: Channel | None = None
         self._to_previous: Channel | None = None
         self._from_next: Channel | None = None
-        self._make_channels(in_flight)
+        self._make_groups()
+        self._in_flight = in_flight
+        self._connect()
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes of tensors that this rank has sent to its neighbours in local and exact guided steps."""
+        """Bytes of tensors that this rank has sent to its neighbours."""
         channels = (self._to_next, self._to_previous, *self._ties.channels, *self._readers.channels)
-        return sum(c.num_bytes for c in channels if c is not None)
+        return self._piped_bytes + sum(c.num_bytes for c in channels if c is not None)
+
+    def loads(self) -> list[Load]:
+        """How busy the stages up to this one have been; on the last stage, all of them.
+
+        The difference of two is what was in between. The numbers of the others are as of the batch that this stage had
+        last, with which they came. Guided steps in micro-batches that overlap are left out: what waits there is not to
+        be seen from outside.
+        """
+        before = [self._told[i : i + NUM_NUMBERS] for i in range(0, len(self._told), NUM_NUMBERS)]
+        return [*map(Load.of, before), self.meter.total()]
 
     # --- steps ---
 
@@ -247,10 +268,10 @@ class ParallelNetwork(Stage):
             assert self._from_next is not None
             self._hand_on(_GUIDED, task, outputs, losses, options, step.run)
             message = self._from_next.receive(_GUIDED)
-            coded, numbers = message.extra
+            original, numbers = message.extra
             gradient, *sums = message.tensors
             ties.arrived(dict(zip(numbers, sums, strict=True)))
-            return [self.boundary.decode(gradient, coded)]
+            return [decode(gradient, original, self.boundary)]
 
         with ties.watching():
             gradients = step.through(
@@ -264,9 +285,9 @@ class ParallelNetwork(Stage):
             )
         if self._to_previous is not None:
             assert gradients[0] is not None, "the features of every stage have a gradient"
-            block, coded = self.boundary.encode(gradients[0])
+            original, block = Original.of(gradients[0]), encode(gradients[0], self.boundary)
             partial = ties.to_hand_on()
-            self._to_previous.send(_GUIDED, [block, *partial.values()], extra=(coded, tuple(partial)))
+            self._to_previous.send(_GUIDED, [block, *partial.values()], extra=(original, tuple(partial)))
         self._ties.end_guided(_GUIDED, ties.made)
         return losses
 
@@ -330,6 +351,7 @@ class ParallelNetwork(Stage):
             )
         with watched(self._others, self._timeout):
             losses: list[Tensor] = self._schedules[key].step(steps, rehearsal, follow=follow)
+        self._piped_bytes += self._schedules[key].num_bytes
         if self._from_previous is not None:
             losses = [*self._from_previous.receive(_LOSSES).tensors[0].unbind(), *losses]
         if self._to_next is not None:
@@ -378,6 +400,7 @@ class ParallelNetwork(Stage):
 
     def close(self) -> None:
         """Wait until all that was sent has arrived, and end the background threads; every rank has to call it."""
+        self.meter.pause()
         self._readers.settle()
         neighbours = (self._from_previous, self._to_next, self._to_previous, self._from_next)
         for channel in (*neighbours, *self._ties.channels, *self._readers.channels):
@@ -389,6 +412,67 @@ class ParallelNetwork(Stage):
         self._readers.settle()
         super().synchronize()
 
+    def rebalance(self, *optimizers: torch.optim.Optimizer) -> list[dict[str, Any]] | None:
+        """Share the local modules out anew, by the time that every stage took for a batch since the last call.
+
+        Every rank has to call it, between two steps; what is trained stays the same, bit for bit. A stage is taken to
+        be slower or faster than the others by the same factor for every module. Nothing changes unless that promises
+        to make the slowest stage at least 5 % faster, nor where the new shares would tie ranks to each other that are
+        not (by a parameter, or a buffer, that two modules use).
+
+        Args:
+            optimizers: of this rank; see :meth:`optimizer_state`.
+
+        Returns:
+            None, where nothing has changed. Otherwise ``modules`` and ``parameters()`` are others: what each optimizer
+            of a single process would have as its state, for :meth:`load_optimizer_state` of a new one.
+
+        Raises:
+            ValueError: the result would depend on the shares, or times are not to be had, on every rank.
+        """
+        if self.boundary is not None:
+            raise ValueError(
+                "rebalance: with a boundary that rounds, the result depends on where stages meet, so it would depend "
+                "on measured times; leave one of them out"
+            )
+        if self.device.type != "cpu":
+            raise ValueError(
+                f"rebalance: the clock of the host does not tell how long {self.device.type} computes; give the number "
+                "of modules of each stage as assignment= instead"
+            )
+        now = self.meter.total()
+        taken, self._measured_from = now - self._measured_from, now
+        gathered: list[Any] = [None] * dist.get_world_size()
+        with watched("another rank", self._timeout):
+            dist.all_gather_object(gathered, (taken.seconds_busy, taken.batches))
+        by_stage = [gathered[stage :: len(self.stages)] for stage in range(len(self.stages))]
+        if not all(batches and seconds for row in by_stage for seconds, batches in row):
+            return None
+        costs = count_flops(self.net) if self._costs is None else self._costs
+        stages = better_shares(costs, self.stages, [max(s / n for s, n in row) for row in by_stage])
+        return None if stages is None or self._binds(stages) else self._move(stages, optimizers)
+
+    def _binds(self, stages: Sequence[range]) -> bool:
+        """Whether stages would share what these do not."""
+        names = {tie.name for tie in find_ties(self.net, self.stages)}
+        if any(tie.name not in names for tie in find_ties(self.net, stages)):
+            return True
+        return shared_buffer(self.net, stages) is not None
+
+    def _move(self, stages: Sequence[range], optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str, Any]]:
+        """Have other modules on every rank; returns the optimizers' states."""
+        self.synchronize()
+        states: list[Any] = [self.optimizer_state(optimizer) for optimizer in optimizers]
+        with watched(self._others, self._timeout):
+            dist.broadcast_object_list(states, src=self._rank(len(self.stages) - 1), group=self._control)
+        self.close()
+        self.stages = list(stages)
+        self.modules = self.stages[self.stage]
+        self._owners = self._find_owners()
+        self._schedules.clear()
+        self._connect()
+        return states
+
     def load_state_dict(self, state: Mapping[str, Any]) -> Any:
         """Load a ``state_dict`` of the decoupled network; every rank has to call it with the same."""
         self._readers.settle()
@@ -398,45 +482,50 @@ class ParallelNetwork(Stage):
 
     # --- inside ---
 
-    def _make_channels(self, in_flight: int) -> None:
+    def _make_groups(self) -> None:
+        """Connections that serve however the modules are shared out."""
         limit = timedelta(seconds=self._timeout)
-        ties = find_ties(self.net, self.stages)
-        self._readers = Readers(self.net, self.stages, self.stage)
+        each = [range(k, k + 1) for k in range(self.num_modules)]
+        tied, read = bool(find_ties(self.net, each)), bool(Readers(self.net, each, 0))
         for replica in range(self.num_replicas):  # all ranks make all groups, in the same order
             ranks = self.row(replica)
             pipe: Any = dist.new_group(ranks, timeout=limit)
-            forward, backward = (self._new_groups(ranks, limit) for _ in range(2))
-            tied = [self._new_groups(ranks, limit) for _ in range(2 if ties else 0)]
-            read = [self._new_groups(ranks, limit) for _ in range(1 if self._readers else 0)]
-            if replica != self.replica:
-                continue
-            self._pipe_group, me = pipe, dist.get_rank()
+            kinds = ("forward", "backward", *(("values", "gradients") if tied else ()), *(("read",) if read else ()))
+            groups = {kind: self._new_groups(ranks, limit) for kind in kinds}
+            if replica == self.replica:
+                self._pipe_group, self._groups = pipe, groups
 
-            def connect(
-                source: int, destination: int, values: bool, ranks: list[int] = ranks, tied: list[Any] = tied
-            ) -> Channel:
-                return self._channel(ranks[source], ranks[destination], tied[0 if values else 1], in_flight)
+    def _connect(self) -> None:
+        """Make the channels between the stages as they are now."""
+        me, meter = dist.get_rank(), self.meter
+        self._ties = Ties(
+            find_ties(self.net, self.stages),
+            self.stage,
+            lambda source, destination, values: self._channel(
+                self._rank(source), self._rank(destination), "values" if values else "gradients", meter.others
+            ),
+        )
+        self._readers = Readers(self.net, self.stages, self.stage)
+        self._readers.connect(
+            lambda source, destination: self._channel(self._rank(source), self._rank(destination), "read", meter.others)
+        )
+        if not self.is_last:
+            self._to_next = self._channel(me, me + 1, "forward", meter.next, (self.stage + 1) * NUM_NUMBERS)
+            self._from_next = self._channel(me + 1, me, "backward", meter.others)
+        if not self.is_first:
+            self._from_previous = self._channel(me - 1, me, "forward", meter.previous, self.stage * NUM_NUMBERS)
+            self._to_previous = self._channel(me, me - 1, "backward", meter.others)
 
-            def connect_reader(
-                source: int, destination: int, ranks: list[int] = ranks, read: list[Any] = read
-            ) -> Channel:
-                return self._channel(ranks[source], ranks[destination], read[0], in_flight)
-
-            self._ties = Ties(ties, self.stage, connect)
-            self._readers.connect(connect_reader)
-            if not self.is_last:
-                self._to_next = self._channel(me, me + 1, forward, in_flight)
-                self._from_next = self._channel(me + 1, me, backward, in_flight)
-            if not self.is_first:
-                self._from_previous = self._channel(me - 1, me, forward, in_flight)
-                self._to_previous = self._channel(me, me - 1, backward, in_flight)
+    def _rank(self, stage: int) -> int:
+        """The rank of a stage of this replica."""
+        return self.row(self.replica)[stage]
 
     def _new_groups(self, ranks: list[int], limit: timedelta) -> tuple[Any, Any]:
         headers = dist.new_group(ranks, backend="gloo", timeout=limit)
         return (headers if self.device.type == "cpu" else dist.new_group(ranks, timeout=limit)), headers
 
-    def _channel(self, source: int, destination: int, groups: tuple[Any, Any], depth: int) -> Channel:
-        me = dist.get_rank()
+    def _channel(self, source: int, destination: int, kind: str, waits: Waits, num_notes: int = 0) -> Channel:
+        groups, me = self._groups[kind], dist.get_rank()
         peer = destination if source == me else source
         return Channel(
             source,
@@ -444,9 +533,11 @@ class ParallelNetwork(Stage):
             group=groups[0],
             headers=groups[1],
             device=self.device,
-            depth=depth,
+            depth=self._in_flight,
             timeout=self._timeout,
             peer=self.named(peer),
+            num_notes=num_notes,
+            waits=waits,
         )
 
     def _check(
@@ -473,7 +564,7 @@ class ParallelNetwork(Stage):
             return None
         count = count.to(self.device)
         total = count.clone()
-        with watched("the same stage of another replica", self._timeout):
+        with self.meter.others.clock(), watched("the same stage of another replica", self._timeout):
             dist.all_reduce(total, group=self._replicas_group)
         return torch.where(total > 0, count / total, 1.0) * self.num_replicas
 
@@ -497,6 +588,10 @@ class ParallelNetwork(Stage):
     ) -> Task:
         """The next batch: on the first stage the one that is given, elsewhere the one that arrives."""
         criterion = self.net.criterion
+        if kind in (_LOCAL, _GUIDED):
+            self.meter.begin()
+        else:
+            self.meter.pause()
         if self.is_first:
             batch = plain(batch) if kind == _OUTPUTS and batch is not None else self._fitting(batch)
             self._hear_of_stop()
@@ -514,28 +609,20 @@ class ParallelNetwork(Stage):
             return Task(Batch(input=batch, target=target, criterion=criterion), share=share, weight=weight)
         assert self._from_previous is not None
         message: Message = self._from_previous.receive(kind)
-        coded, packed, labels, plan, given, places = message.extra
+        original, packed, labels, plan, given, places = message.extra
         if given != options:
             raise RuntimeError(
                 f"the step was called with {options} here and with {given} on the first stage: give the same options "
                 "on every rank"
             )
-        self.stopping = message.flag
+        self.stopping, self._told = message.flag, message.notes
         features, losses, *tensors = message.tensors
         batch = unpack(packed, tensors, self.device, self.net.chain.mode)
         target, share, weight = unpack(labels, tensors, self.device, self.net.chain.mode)
         arrived = Batch(input=batch, target=target, criterion=criterion)
         beside = {place: tensors.pop(0) for place in places}
-        return Task(
-            arrived,
-            [self.boundary.decode(features, coded)],
-            list(losses.unbind()),
-            plan,
-            tensors,
-            share,
-            weight,
-            beside,
-        )
+        state = [decode(features, original, self._boundary_of(kind))]
+        return Task(arrived, state, list(losses.unbind()), plan, tensors, share, weight, beside)
 
     def _tell_of_stop(self) -> None:
         """Leave word for the first stage, since batches travel one way only."""
@@ -569,16 +656,18 @@ class ParallelNetwork(Stage):
         """Send a batch, and the features that are taken out of their list, to the next stage."""
         if self._to_next is None:
             return
-        features = state.pop()  # of an evaluation as they are: it judges the network as it will be used
-        block, coded = (features, None) if kind == _OUTPUTS else self.boundary.encode(features)
+        features = state.pop()
+        original, block = Original.of(features), encode(features, self._boundary_of(kind))
+        del features
         wanted = None if self.net.rule.reads_input and kind != _OUTPUTS else self._read_later
         inputs, packed = pack(task.batch.input, self.device, wanted)
         targets, labels = pack((task.batch.target, task.share, task.weight), self.device)
         # What the last module returned beside the features; what depends on a stand-in is one, too.
         beside = {i: t for i, t in run.beside.items() if not isinstance(t, FakeTensor)} if run is not None else {}
         tensors = [block, stack(losses), *inputs, *targets, *beside.values(), *task.random]
-        extra = (coded, packed, labels, task.plan, options, tuple(beside))
-        self._to_next.send(kind, tensors, flag=self.stopping, extra=extra)
+        extra = (original, packed, labels, task.plan, options, tuple(beside))
+        notes = [*self._told, *self.meter.total().numbers()]
+        self._to_next.send(kind, tensors, flag=self.stopping, extra=extra, notes=notes)
 
     def _beside(self, outputs: dict[Any, Any], task: Task) -> dict[Any, Any] | None:
         """What the calls return that are left out here."""
@@ -594,6 +683,10 @@ class ParallelNetwork(Stage):
         """The floating-point tensors of the batch that later stages read."""
         groups, inputs = self.net.partition.groups, self.net.chain.facts.inputs
         return {leaf for modules in self.stages[self.stage + 1 :] for leaf in inputs[groups[modules.start].start]}
+
+    def _boundary_of(self, kind: int) -> str | None:
+        """How features are sent in a message: those of evaluation as they are, so that it is that of one process."""
+        return self.boundary if kind in (_LOCAL, _GUIDED) else None
 
     def _rehearse(self, batch: Inputs, target: Any, autocast: torch.dtype | None, *, always: bool = False) -> Rehearsal:
         """What a step of such a batch draws; found once for each layout of batch, and not where nobody asks."""

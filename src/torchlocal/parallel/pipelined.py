@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..boundary import Original, decode, encode, encoded_bytes
 from ..engine import Step
 from ..modules import LocalModules
-from .boundary import Boundary, Coded
 from .rehearsal import Rehearsal
 
 __all__ = ["Schedule"]
@@ -29,7 +29,10 @@ class Schedule:
         schedule: ``"1f1b"`` or ``"gpipe"``.
         device: of this rank.
         group: the stages' ranks.
-        boundary: what features and gradients are sent in.
+        boundary: how features and their gradients are sent, see :mod:`torchlocal.boundary`.
+
+    Attributes:
+        num_bytes: that this stage sends in a step, features and gradients.
     """
 
     def __init__(
@@ -43,20 +46,18 @@ class Schedule:
         schedule: str,
         device: torch.device,
         group: dist.ProcessGroup,
-        boundary: Boundary,
+        boundary: str | None,
     ) -> None:
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe  # slow to import
 
         modules, self._last = stages[stage], stage == len(stages) - 1
         self._first = stage == 0
-        self._body = _Body(net, modules, device, rehearsal, boundary, last=self._last)
-        # Messages are contiguous, whatever the layout of the features that they stand for.
-        if self._first:  # whose batch is at hand
-            entry = torch.empty(1, device="meta")
-        else:
-            entry = _sample(rehearsal.features[modules.start - 1], boundary)
-        exact = Boundary(None)
-        result = _sample(rehearsal.features[modules.stop - 1], exact if self._last else boundary)
+        self._body = _Body(net, modules, device, rehearsal, boundary)
+        entry = torch.empty(1, device="meta")  # of the first stage, whose batch is at hand
+        if not self._first:
+            entry = _message(rehearsal.features[modules.start - 1], boundary)
+        result = _message(rehearsal.features[modules.stop - 1], None if self._last else boundary)
+        self.num_bytes = count * ((0 if self._first else entry.nbytes) + (0 if self._last else result.nbytes))
         pipeline_stage = PipelineStage(
             self._body,
             stage,
@@ -80,85 +81,67 @@ class Schedule:
         return self._body.finish()
 
 
-def _sample(features: Tensor, boundary: Boundary) -> Tensor:
-    """What is sent for such features."""
-    features = features.contiguous()
-    sent = torch.empty_strided(features.shape, features.stride(), dtype=features.dtype, device=features.device)
-    return _floating(boundary.encode(sent.zero_())[0]).requires_grad_()
+# torch.distributed.pipelining sends what a stage takes and returns, and their gradients, which have to be of the same
+# layout: messages are contiguous, and bytes of int8 and int4 in the guise of float32, with which nobody computes.
 
 
-def _floating(block: Tensor) -> Tensor:
-    """Bits as numbers of a kind that gradients can be asked for; nothing computes with them."""
-    return block.view(torch.float32) if block.dtype == torch.uint8 else block
+def _message(features: Tensor, boundary: str | None) -> Tensor:
+    """What is sent of features, without numbers."""
+    if boundary in (None, "bf16"):
+        found = encode(features.contiguous().clone(), boundary)
+    else:
+        size = encoded_bytes(features.numel(), boundary, features.dtype)
+        found = torch.empty(size // torch.float32.itemsize, device="meta")
+    return found.requires_grad_()
 
 
-class _Send(torch.autograd.Function):
-    """Features as they are sent, whose gradient comes back as it was sent."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, boundary: Boundary) -> Tensor:
-        features = features.contiguous()
-        ctx.boundary = boundary
-        block, ctx.coded = boundary.encode(features)
-        return _floating(block)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.boundary.decode(_bits(gradients[0], ctx.coded), ctx.coded), None
+def _written(tensor: Tensor, boundary: str | None) -> Tensor:
+    block = encode(tensor, boundary)
+    return block.view(torch.float32) if block.dtype == torch.uint8 else block.contiguous()
 
 
-class _Receive(torch.autograd.Function):
-    """Features from what was sent, and their gradient as it is sent back; ``coded`` is that of such features."""
-
-    @staticmethod
-    def forward(ctx: Any, block: Tensor, boundary: Boundary, coded: Any) -> Tensor:
-        ctx.boundary = boundary
-        return boundary.decode(_bits(block, coded), coded)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return _floating(ctx.boundary.encode(gradients[0].contiguous())[0]), None, None
-
-
-def _bits(block: Tensor, coded: Any) -> Tensor:
-    return block.contiguous().view(torch.uint8) if isinstance(coded, Coded) else block
+def _read(message: Tensor, original: Original, boundary: str | None) -> Tensor:
+    if boundary in (None, "bf16"):
+        return original.laid_out(message.view(-1))
+    return decode(message.view(torch.uint8), original, boundary)
 
 
 class _Arrive(torch.autograd.Function):
-    """Gives features the memory layout that they had, and sends their gradient back contiguous."""
+    """Reads the features from a message, and writes their gradient into one."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, strides: tuple[int, ...]) -> Tensor:
-        if features.stride() == strides:
-            return features.view_as(features)
-        return torch.empty_strided(features.shape, strides, dtype=features.dtype, device=features.device).copy_(
-            features
-        )
+    def forward(ctx: Any, message: Tensor, original: Original, boundary: str | None) -> Tensor:
+        ctx.boundary = boundary
+        found = _read(message, original, boundary)
+        return found.view_as(message) if found.data_ptr() == message.data_ptr() else found
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient.contiguous(), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _written(gradient, ctx.boundary), None, None
+
+
+class _Leave(torch.autograd.Function):
+    """Writes features into a message, and reads their gradient from one."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, boundary: str | None) -> Tensor:
+        ctx.original, ctx.boundary = Original.of(features), boundary
+        return _written(features, boundary)
+
+    @staticmethod
+    def backward(ctx: Any, message: Tensor) -> tuple[Tensor, None]:
+        return _read(message, ctx.original, ctx.boundary), None
 
 
 class _Body(nn.Module):
     """The local modules of a stage as one module, which trains their auxiliary networks on the way."""
 
     def __init__(
-        self,
-        net: LocalModules,
-        modules: range,
-        device: torch.device,
-        rehearsal: Rehearsal,
-        boundary: Boundary,
-        *,
-        last: bool,
+        self, net: LocalModules, modules: range, device: torch.device, rehearsal: Rehearsal, boundary: str | None
     ) -> None:
         super().__init__()
-        self._boundary, self._last, self._coded = boundary, last, None
-        if modules.start and boundary.kind is not None:
-            features = rehearsal.features[modules.start - 1].contiguous()
-            self._coded = boundary.encode(torch.zeros(features.shape, dtype=features.dtype, device=device))[1]
-        self._strides = rehearsal.features[modules.start - 1].stride() if modules.start else None
+        self._original = Original.of(rehearsal.features[modules.start - 1]) if modules.start else None
+        self._boundary = boundary
         self._held = (net, modules, device)  # in a tuple: the network is no submodule of it
 
     def begin(self, steps: Sequence[Step], rehearsal: Rehearsal, *, follow: bool) -> None:
@@ -175,22 +158,19 @@ class _Body(nn.Module):
         net, modules, device = self._held
         step, self._number = self._steps[self._number], self._number + 1
         entering = self._rehearsal.skip(net, range(modules.start), device, follow=self._follow)
-        if self._strides is not None:
-            if self._boundary.kind is not None:
-                features = _Receive.apply(features, self._boundary, self._coded)
-            features = _Arrive.apply(features, self._strides)
+        if self._original is not None:
+            features = _Arrive.apply(features, self._original, self._boundary)
             step.entering = entering
-        state, losses = [features] if self._strides is not None else [], list[Tensor]()
+        state, losses = [features] if self._original is not None else [], list[Tensor]()
         del features
         with step.autocast():
             result = step.forward(modules, state, losses, follow=self._follow)
         for k, loss in zip(modules, losses, strict=False):
             self._losses.setdefault(k, []).append(loss)
         self._rehearsal.skip(net, range(modules.stop, net.num_modules), device, follow=self._follow)
-        if self._last or self._boundary.kind is None:
+        if self._boundary is None or modules.stop == net.num_modules:
             return result.contiguous()
-        sent: Tensor = _Send.apply(result, self._boundary)
-        return sent
+        return _Leave.apply(result, self._boundary)
 
     def global_loss(self, prediction: Tensor, number: int) -> Tensor:
         """The loss of a micro-batch as it goes backward, on the last stage."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,27 +10,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..checks import check_whole, link_rate
-from ..cut.batches import Batch, num_examples
+from ..boundary import check_boundary, encoded_bytes
+from ..checks import check_whole, parse_link
+from ..cut.batches import Batch, device_of, plain
 from ..cut.units import balance
 from ..modules import LocalModules
-from .boundary import Boundary
 from .network import ParallelNetwork
-from .rehearsal import count_flops, measure_seconds
+from .rehearsal import count_flops, measure_seconds, rehearse
+from .shares import shared_buffer
 
-__all__ = ["assign", "check_same", "distribute", "seconds_to_send"]
+__all__ = ["assign", "check_same", "distribute", "round_boundaries", "sending_seconds"]
 
 
-def assign(costs: Sequence[float], num_stages: int, sends: Sequence[float] | None = None) -> list[range]:
-    """Consecutive local modules for every stage, so that the most expensive stage costs least.
+_CARRY = (
+    'carry: a network that was decoupled with carry="collect" hands gradients back across its cuts, which several '
+    "ranks cannot; cut elsewhere, or use one rank per replica"
+)
 
-    Where it is told what sending costs, a stage costs what computing or sending takes, whichever is more: in local
-    steps it sends while it computes the next batch, so that the slower of the two limits how many batches pass.
+
+def assign(costs: Sequence[float], num_stages: int, sending: Sequence[float] | None = None) -> list[range]:
+    """Consecutive local modules for every stage, so that the slowest of the stages, and of the links, costs least.
+
+    A stage computes while it sends, so it costs the larger of what its modules cost together and of what it costs to
+    send what its last one hands on.
 
     Args:
         costs: of each of the K local modules, in any unit: seconds, FLOPs.
         num_stages: number of stages, at most K.
-        sends: in the same unit, what it costs to send the features of each but the last module to another rank.
+        sending: of each but the last, what it costs to send what it hands on, in the same unit; None: nothing.
 
     Returns:
         One range of local modules per stage.
@@ -45,28 +51,48 @@ def assign(costs: Sequence[float], num_stages: int, sends: Sequence[float] | Non
             "start fewer, or cut the network into more"
         )
 
-    def cost(first: int, last: int) -> float:
-        computing = sum(costs[first:last])
-        return computing if sends is None or last == len(costs) else max(computing, sends[last - 1])
+    def price(first: int, last: int) -> float:
+        sent = sending[last - 1] if sending is not None and last < len(costs) else 0.0
+        return max(sum(costs[first:last]), sent)
 
-    return balance(len(costs), num_stages, cost)
+    return balance(len(costs), num_stages, price)
 
 
-def seconds_to_send(
-    net: LocalModules, link: str | float, batch: Batch, width: int, boundary: str | None
-) -> list[float]:
-    """Seconds that the features of each but the last local module take over a link.
+def sending_seconds(num_bytes: int, link: str | float, in_flight: int = 4) -> float:
+    """Seconds between two messages of a size over a link: max(V/B, (3L + V/B)/F).
+
+    gloo asks before it sends, which takes the latency L three times, and F messages are on their way at once.
+
+    Args:
+        num_bytes: size V of a message.
+        link: as in :func:`distribute`; its bytes per second are B, its one-way delay is L.
+        in_flight: number F of messages that are on their way at once.
+    """
+    bits, delay = parse_link(link)
+    seconds = 8 * num_bytes / bits
+    return max(seconds, (3 * delay + seconds) / in_flight)
+
+
+def round_boundaries(net: LocalModules, boundary: str, *, assignment: Sequence[int]) -> None:
+    """Have one process train as so many stages would that send each other ``boundary``: the same numbers, bit for bit.
+
+    Features, and in guided steps their gradients, are rounded where a stage would end (``net.boundaries``); those of
+    evaluation are not.
 
     Args:
         net: the network.
-        link: see :func:`torchlocal.checks.link_rate`.
-        batch: a batch.
-        width: bytes of a number.
-        boundary: what they are sent in, see :func:`distribute`.
+        boundary: ``"bf16"``, ``"int8"`` or ``"int4"``, as in :func:`distribute`.
+        assignment: how many local modules each stage has.
+
+    Raises:
+        ValueError: an argument is wrong, or the network cannot be shared out to several ranks.
     """
-    rate, sender, count = link_rate(link), Boundary(boundary), num_examples(batch)
-    shapes = [site.feature_shape for site in net.sites]
-    return [8 * sender.num_bytes(count * math.prod(shape[1:]), width) / rate for shape in shapes]
+    check_boundary("boundary", boundary)
+    stages = _assigned(net, assignment, len(assignment))
+    if net.carry is not None:
+        raise ValueError(_CARRY)
+    groups = net.partition.groups
+    net.boundaries = {groups[stage.start].start: boundary for stage in stages[1:]}
 
 
 def check_same(values: Mapping[str, Any]) -> None:
@@ -125,11 +151,12 @@ def distribute(
             of a local step on ``sample``; or how many local modules each stage gets.
         sample: for ``"time"``, a batch and its target; only rank 0 has to give it.
         autocast: for ``"time"``, the option that the steps will be given.
-        boundary: what features and their gradients are sent in: ``"bf16"``, or rounded at random to 8 or 4 bits,
-            ``"int8"``, ``"int4"`` (see :mod:`torchlocal.parallel.boundary`); None: as they are. With any of them the
-            results are not those of a single process any more, but they are the same in every run.
-        link: for ``"time"``, how fast the links between stages are, in bits per second or like ``"100mbit"``: local
-            modules are balanced by what limits local steps, computing or sending. None: by computing alone.
+        boundary: what features and their gradients are sent in: ``"bf16"``, ``"int8"`` or ``"int4"`` (see
+            :mod:`torchlocal.boundary`); None: as they are. The results are those of a single process that rounds them
+            in the same way (:func:`round_boundaries`).
+        link: for ``"time"``, what lies between two stages, such as ``"100mbit"`` or ``"1gbit+20ms"`` (one way), or bits
+            per second: local modules are shared out so that the slowest of the stages and of the links is as fast as
+            can be. By default sending takes no time.
         in_flight: batches that may wait on either side of a link between two stages.
         timeout: longest time in seconds that a rank waits for another one.
 
@@ -147,11 +174,15 @@ def distribute(
             f"replicas: {world} ranks cannot be {replicas!r} rows of equal length; give a divisor of {world}"
         )
     check_whole("in_flight", in_flight)
-    Boundary(boundary)
+    check_boundary("boundary", boundary)
     if link is not None:
-        link_rate(link)
+        parse_link(link)
         if assignment != "time":
-            raise ValueError(f"link: is weighed against seconds, so it needs assignment='time', not {assignment!r}")
+            raise ValueError("link: only assignment='time' weighs it; give that, or leave link out")
+    if net.boundaries:
+        raise ValueError(
+            "boundary: the network rounds its boundaries in one process; set its attribute boundaries to {} first"
+        )
     if not timeout > 0:
         raise ValueError(f"timeout: must be a number of seconds above 0, not {timeout!r}")
     num_stages = world // replicas
@@ -179,41 +210,38 @@ def distribute(
             "the checksum of the weights": _checksum(net),
         }
     )
+    stages: list[range]
+    costs: list[float] | None = None
     if isinstance(assignment, str):
         found: list[Any] = [None]
         if dist.get_rank() == 0:
             try:
-                sends = None
+                costs = _costs(net, assignment, sample, autocast)
+                sending = None
                 if link is not None and sample is not None:
-                    width = 4 if autocast is None else autocast.itemsize
-                    sends = seconds_to_send(net, link, sample[0], width, boundary)
-                found = [assign(_costs(net, assignment, sample, autocast), num_stages, sends)]
+                    sending = _sending(net, *sample, autocast, boundary, link, in_flight)
+                found = [(assign(costs, num_stages, sending), costs)]
             except ValueError as error:
                 found = [error]
         dist.broadcast_object_list(found)
         if isinstance(found[0], ValueError):
             raise found[0]
-        stages: list[range] = found[0]
+        stages, costs = found[0]
     else:
-        if len(assignment) != num_stages or sum(assignment) != net.num_modules or min(assignment) < 1:
-            raise ValueError(
-                f"assignment: {list(assignment)} does not give {net.num_modules} local modules to {num_stages} stages; "
-                "give one number of at least 1 per stage that add up to it"
-            )
-        ends = [sum(assignment[: i + 1]) for i in range(num_stages)]
-        stages = [range(end - count, end) for end, count in zip(ends, assignment, strict=True)]
-    _refuse_shared_buffers(net, stages)
-    return ParallelNetwork(net, stages, replicas, boundary=boundary, in_flight=in_flight, timeout=timeout)
+        stages = _assigned(net, assignment, num_stages)
+    if name := shared_buffer(net, stages):
+        raise ValueError(
+            f"assignment: local modules on several ranks use the buffer {name!r}, which the forward writes; put them "
+            "on one rank with assignment="
+        )
+    return ParallelNetwork(net, stages, replicas, costs=costs, boundary=boundary, in_flight=in_flight, timeout=timeout)
 
 
 def _refuse(net: LocalModules) -> None:
     """Refuse what works in one process only."""
     facts, kind = net.chain.facts, type(net.backbone).__name__
     if net.carry is not None:
-        raise ValueError(
-            'carry: a network that was decoupled with carry="collect" hands gradients back across its cuts, which '
-            "several ranks cannot; cut elsewhere, or use one rank per replica"
-        )
+        raise ValueError(_CARRY)
     if facts.python:
         raise ValueError(
             f"model: {kind} draws from Python's or numpy's random generator in its forward, and a rank cannot tell "
@@ -225,23 +253,6 @@ def _refuse(net: LocalModules) -> None:
             f"model: code of {kind} between its units writes the buffer {name!r}, of which every rank would have "
             "another; write it in a submodule that belongs to one unit, or use one rank per replica"
         )
-
-
-def _refuse_shared_buffers(net: LocalModules, stages: Sequence[range]) -> None:
-    """Refuse a buffer that one stage writes and another one uses."""
-    facts, groups = net.chain.facts, net.partition.groups
-    written: dict[str, int] = {}
-    for number, modules in enumerate(stages):
-        for unit in (unit for k in modules for unit in groups[k]):
-            for path, name in facts.written[unit]:
-                written.setdefault(f"{path}.{name}" if path else name, number)
-    for number, modules in enumerate(stages):
-        for name in (name for k in modules for unit in groups[k] for name in facts.buffers[unit]):
-            if written.get(name, number) != number:
-                raise ValueError(
-                    f"assignment: local modules on several ranks use the buffer {name!r}, which the forward writes; "
-                    "put them on one rank with assignment="
-                )
 
 
 def _tensors(net: nn.Module) -> list[tuple[str, Tensor]]:
@@ -265,6 +276,32 @@ def _costs(
     if sample is None:
         raise ValueError("sample: assignment='time' needs a batch and its target on rank 0")
     return measure_seconds(net, *sample, autocast=autocast)
+
+
+def _assigned(net: LocalModules, counts: Sequence[int], num_stages: int) -> list[range]:
+    """The local modules of every stage, of their numbers."""
+    if len(counts) != num_stages or sum(counts) != net.num_modules or min(counts) < 1:
+        raise ValueError(
+            f"assignment: {list(counts)} does not give {net.num_modules} local modules to {num_stages} stages; "
+            "give one number of at least 1 per stage that add up to it"
+        )
+    ends = [sum(counts[: i + 1]) for i in range(num_stages)]
+    return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
+def _sending(
+    net: LocalModules,
+    batch: Batch,
+    target: Any,
+    autocast: torch.dtype | None,
+    boundary: str | None,
+    link: str | float,
+    in_flight: int,
+) -> list[float]:
+    """For each local module but the last, the seconds in which what it hands on crosses the link in a local step."""
+    found = rehearse(net, plain(batch), target, device=device_of(batch, net.backbone), autocast=autocast)
+    sizes = [encoded_bytes(features.numel(), boundary, features.dtype) for features in found.features[:-1]]
+    return [sending_seconds(size, link, in_flight) for size in sizes]
 
 
 def _short(value: Any) -> str:

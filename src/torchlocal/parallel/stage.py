@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from ..cut.units import Partition
 from ..modules import LocalModules
 from .channels import watched
+from .load import Meter
 
 __all__ = ["Stage"]
 
@@ -30,7 +31,7 @@ class Stage:
 
     def __init__(self, net: LocalModules, stages: Sequence[range], replicas: int, timeout: float) -> None:
         self.net, self.stages = net, list(stages)
-        self._timeout = timeout
+        self._timeout, self.meter = timeout, Meter()
         self.device = next((p.device for p in net.parameters()), torch.device("cpu"))
         self.mesh = dist.init_device_mesh(
             self.device.type, (replicas, len(self.stages)), mesh_dim_names=("replicas", "modules")
@@ -120,6 +121,7 @@ class Stage:
 
     def train(self, mode: bool = True) -> Self:
         """Put the network into training mode."""
+        self.meter.pause()
         self.net.train(mode)
         return self
 
@@ -163,7 +165,7 @@ class Stage:
             each = torch._foreach_norm([gradient for _, gradient in found], 2.0)
             for (i, _), value in zip(found, each, strict=True):
                 norms[:, i] = torch.stack([value.to("cpu", torch.float64), torch.ones((), dtype=torch.float64)])
-        with watched(self._others, self._timeout):
+        with self.meter.others.clock(), watched(self._others, self._timeout):
             dist.all_reduce(norms, group=self._control)
         dtype = found[0][1].dtype if found else torch.float32
         total = torch.linalg.vector_norm(norms[0, norms[1] > 0].to(dtype), 2.0)
@@ -177,6 +179,7 @@ class Stage:
 
     def synchronize(self) -> None:
         """Bring the whole network up to date on every rank; every rank has to call it."""
+        self.meter.pause()
         state = self.net.state_dict(keep_vars=True)
         first = self.replica * len(self.stages)
         with torch.no_grad(), watched(self._others, self._timeout):
@@ -248,7 +251,7 @@ class Stage:
         if self._replicas_group is None:
             return value
         held = torch.tensor(value)  # on the CPU: reading it from a device would wait for all that is under way there
-        with watched("the same stage of another replica", self._timeout):
+        with self.meter.others.clock(), watched("the same stage of another replica", self._timeout):
             dist.all_reduce(held, dist.ReduceOp.MAX, group=self._column)
         return int(held)
 
@@ -270,7 +273,8 @@ class Stage:
         with watched("the same stage of another replica", self._timeout):
             while self._averages:
                 work, flat, gradients = self._averages.pop(0)
-                work.wait()
+                with self.meter.others.clock():
+                    work.wait()
                 flat /= self.num_replicas
                 parts = flat.split([gradient.numel() for gradient in gradients])
                 for gradient, part in zip(gradients, parts, strict=True):

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .channels import PeerLost, watched
+from .meet import meet
 from .setup import check_same
 
 __all__ = ["Elsewhere", "RemoteSplit", "ShareOfSplit", "Team", "process_group", "restarted", "started_by_torchrun"]
@@ -56,10 +57,24 @@ def process_group(timeout: float) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     limit = timedelta(seconds=timeout)
-    try:
+    with _meeting(timeout):
         store, rank, world = next(dist.rendezvous("env://", timeout=limit))
         store = _fresh(store, rank, world, limit)
+    with watched("another rank", timeout):
+        meet(store, rank, world, limit)
+    with _meeting(timeout):
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    with watched("another rank", timeout):
+        yield
+    with watched("another rank", timeout):
+        dist.destroy_process_group()  # not after an error: it would wait for those who are gone
+
+
+@contextmanager
+def _meeting(timeout: float) -> Iterator[None]:
+    """Tell in one sentence that the ranks have not met."""
+    try:
+        yield
     except (RuntimeError, ValueError) as error:  # in many lines of torch's own
         if isinstance(error, PeerLost):
             raise
@@ -68,10 +83,6 @@ def process_group(timeout: float) -> Iterator[None]:
             f"the {os.environ['WORLD_SIZE']} ranks cannot meet at {place} (waited up to {timeout:g} s): see whether "
             "all have started, with the same MASTER_ADDR and a MASTER_PORT that is free"
         ) from error
-    with watched("another rank", timeout):
-        yield
-    with watched("another rank", timeout):
-        dist.destroy_process_group()  # not after an error: it would wait for those who are gone
 
 
 def _fresh(store: dist.Store, rank: int, world: int, limit: timedelta) -> dist.Store:

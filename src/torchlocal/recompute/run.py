@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Protocol, TypeAlias
@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from ..boundary import rounded
 from .plan import Inner, Keep, Plan, Tape, leaves, recomputes
 from .state import RandomState, keeping_nothing, without_autocast
 
@@ -63,6 +64,7 @@ class Recomputation:
             as it is there.
         watched: the stages, all of them stops.
         done: called with a stage when the gradients of it and of all that follow are complete.
+        boundaries: by stage, how what it takes, and its gradient, are rounded.
     """
 
     def __init__(
@@ -76,9 +78,11 @@ class Recomputation:
         arrived: Callable[[int, Tensor, Tensor | None], None] | None = None,
         watched: frozenset[int] = frozenset(),
         done: Callable[[int], None] | None = None,
+        boundaries: Mapping[int, str] | None = None,
     ) -> None:
         self._stages, self._device, self._context = stages, device, context
-        self._stops, self._passed, self._done = stops, passed, done
+        self._boundaries = boundaries or {}
+        self._stops, self._passed, self._done = stops | set(self._boundaries), passed, done
         self._arrived, self._watched = arrived, watched
         self._replay = stages.replay()
 
@@ -159,6 +163,7 @@ class Recomputation:
         stages = self._stages.inside(inner.first, state)
         if stages is None:  # its trace is not right any more
             return self._tape(Tape(inner.first, inner.last), state, then, new=new)
+        self._cross(inner.first, state)
         inside = Recomputation(stages, self._device, context=self._context)
         differentiable = self._differentiable or inner.first != self._origin
 
@@ -171,7 +176,9 @@ class Recomputation:
             gradients = inside.run(inner.plan, state, finish, differentiable=differentiable)
         if self._done is not None:
             self._done(inner.first)
-        return gradients[:count]
+        del gradients[count:]
+        self._cross(inner.first, gradients)
+        return gradients
 
     def _followed(self, stage: int, outputs: list[Any], then: Following) -> Gradients:
         """What ``then`` returns; it is told of a stage that is watched."""
@@ -195,6 +202,7 @@ class Recomputation:
         for begin, end in zip([first, *stops], stops, strict=False):
             keeping = keeping_nothing() if again else nullcontext()
             with self._replay.replaying(begin, end, new=new, again=again), keeping, self._context():
+                self._cross(begin, state)
                 state = list(self._stages.run(begin, end, state))
             if again:
                 state = [_asking(value) for value in state]
@@ -203,6 +211,11 @@ class Recomputation:
             if new and self._passed is not None:
                 self._passed(end, tuple(state))
         return state
+
+    def _cross(self, stage: int, values: list[Any]) -> None:
+        """Round what crosses the boundary before a stage, in its list."""
+        if stage in self._boundaries:
+            values[:] = [rounded(v, self._boundaries[stage]) if isinstance(v, Tensor) else v for v in values]
 
 
 def _asking(value: Any) -> Any:

@@ -21,7 +21,7 @@ from torchlocal.guidance import Guidance, cosine_factor
 from torchlocal.micro import divisor
 from torchlocal.network import DecoupledNetwork, decouple
 from torchlocal.parallel.network import ParallelNetwork
-from torchlocal.parallel.setup import distribute
+from torchlocal.parallel.setup import distribute, round_boundaries
 from torchlocal.parallel.team import RemoteSplit, ShareOfSplit, Team
 from torchlocal.run.config import MOST_STEPS, FitConfig, build_guidance, build_rule, guided_options
 from torchlocal.run.own import Own
@@ -131,43 +131,49 @@ def load_shared_data(config: FitConfig, own: Own, team: Team) -> DataBundle:
 
 
 def share_out(
-    net: DecoupledNetwork,
-    config: FitConfig,
-    data: DataBundle,
-    execution: Execution,
-    team: Team,
-    stages: list[int] | None = None,
+    net: DecoupledNetwork, config: FitConfig, data: DataBundle, execution: Execution, team: Team
 ) -> ParallelNetwork:
-    """Share the local modules out to the ranks, balanced by the time that they take on the first batch.
-
-    Args:
-        net: the network.
-        config: the run's.
-        data: where the first batch comes from.
-        execution: where it runs.
-        team: the ranks.
-        stages: number of modules of each stage, if that is settled and there are as many stages.
-    """
+    """Share the local modules out to the ranks, balanced by the time that they take on the first batch, or as given."""
     if execution.precision == "fp16":
         raise ValueError(
             'precision="fp16" needs one scale for all modules, so not several ranks: give "bf16" or "fp32"'
         )
+    if config.run.balance == "epoch":
+        if execution.device.type != "cpu":
+            raise ValueError(
+                'balance="epoch" goes by the clock of the host, which does not tell how long '
+                f'{execution.device.type} computes: give "start"'
+            )
+        if config.run.compile:
+            raise ValueError(
+                'balance="epoch" moves modules, and compiled ones cannot move: give "start" or leave compile out'
+            )
     sample = None
     if team.rank == 0:
         sample = execution.place(
             next(data.train.batches(config.optimisation.batch_size, train=True, seed=config.run.seed))
         )
-    settled = stages is not None and len(stages) == team.num_stages
+    _check_stages(config, net, team.num_stages)
+    net.boundaries = {}  # what one process rounds, ranks send
     return distribute(
         net,
         replicas=team.replicas,
-        assignment=stages if stages is not None and settled else "time",
+        assignment=config.run.stages or "time",
         sample=sample,
         autocast=execution.autocast,
         boundary=config.run.boundary,
-        link=None if settled else config.run.link,
+        link=config.run.link,
         timeout=team.timeout,
     )
+
+
+def _check_stages(config: FitConfig, net: DecoupledNetwork, count: int) -> None:
+    stages = config.run.stages
+    if stages is not None and (len(stages) != count or sum(stages) != net.num_modules):
+        raise ValueError(
+            f"stages={stages!r} does not give {net.num_modules} local modules to {count} stages: give {count} numbers "
+            f"that add up to {net.num_modules}"
+        )
 
 
 def build_network(config: FitConfig, data: DataBundle, execution: Execution, own: Own = _NAMED) -> DecoupledNetwork:
@@ -193,6 +199,9 @@ def build_network(config: FitConfig, data: DataBundle, execution: Execution, own
         autocast=execution.autocast,
     )
     net.recompute_segments(config.memory.recompute)  # refuses a number of segments that it cannot be cut into
+    if config.run.boundary is not None and config.run.stages is not None:
+        _check_stages(config, net, len(config.run.stages))
+        round_boundaries(net, config.run.boundary, assignment=config.run.stages)
     layout = torch.channels_last if execution.channels_last else torch.preserve_format
     return net.to(execution.device, memory_format=layout)  # type: ignore[call-overload]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torchlocal.parallel.load import Load
 from torchlocal.run.checkpoint import write_metrics
 from torchlocal.run.config import FitConfig
 
@@ -27,6 +28,7 @@ class RunState:
         epoch: epochs begun, so that the first one is 1.
         num_epochs: those of the whole run.
         rows: what metrics.csv holds, a row for each epoch that is over.
+        loads: on several ranks how busy every stage was: in `on_step` since the last one, in `on_epoch` in that epoch.
     """
 
     config: FitConfig
@@ -37,6 +39,7 @@ class RunState:
     epoch: int
     num_epochs: int
     rows: Sequence[Mapping[str, float]]
+    loads: Sequence[Load] = ()
 
 
 class Callback:
@@ -55,11 +58,16 @@ class Callback:
         Args:
             state: where the run is.
             values: means since the last call: `loss/global`, `loss/module_1` to `loss/module_{K-1}` (without those
-                that no step measured), `lr`, `guided_share`, `images_per_second` (of text `tokens_per_second`).
+                that no step measured), `lr`, `guided_share`, `images_per_second` (of text `tokens_per_second`);
+                on several ranks for every stage the share of the time in which it did not wait, `busy/stage_1`, and the
+                batches that lay ready in front of it, `queue/stage_2`.
         """
 
     def on_epoch(self, state: RunState, row: Mapping[str, float]) -> None:
         """An epoch is over and saved; `row` is its line of metrics.csv, NaN where nothing was measured."""
+
+    def on_share(self, state: RunState, shares: Sequence[range]) -> None:
+        """The local modules are shared out to the stages anew, counted from 0 (`balance="epoch"`)."""
 
     def on_checkpoint(self, state: RunState, path: Path) -> None:
         """A checkpoint, `last.pt` or `best.pt`, has been written."""

@@ -231,6 +231,8 @@ def fixed_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     free = {name for name, one in fit_options().items() if one.free}
     fields = {name: value for name, value in short_names(config).items() if name not in free}
+    if fields.get("boundary") is None:
+        fields.pop("stages", None)  # who trains which modules makes no difference then
     recompute, memory, parts = fields.pop("recompute", None), fields.get("memory"), fields.pop("micro_batches", None)
     never, always = (fields.get("guidance.name") == name for name in ("never", "always"))
     whole = never or recompute is not None or memory in ("exact", "full") or (memory is None and always) or parts == 1

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torchlocal.checks import check_plain, link_rate, number, one_of, parse_size, text, whole
+from torchlocal.checks import check_plain, number, one_of, parse_link, parse_size, text, whole
 from torchlocal.guidance import GUIDANCES, Guidance, make_guidance
+from torchlocal.names import BOUNDARIES
 from torchlocal.run.folder import expand
 
 if TYPE_CHECKING:
@@ -164,11 +165,6 @@ def folder(name: str, value: Any, *, none: bool = False) -> None:
 
 def _choice(*choices: Any) -> Callable[[str, Any], None]:
     return lambda name, value: one_of(name, value, *choices)
-
-
-def _link(_: str, value: Any) -> None:
-    if value is not None:
-        link_rate(value)
 
 
 _COUNT, _COUNT_OR_NONE, _SWITCH = partial(whole, least=1), partial(whole, least=1, none=True), _choice(True, False)
@@ -558,6 +554,23 @@ class OptimisationConfig(Section):
             )
 
 
+def _stages(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(
+            f"{name}={value!r} must be the numbers of local modules of every stage, such as [5, 5], or None"
+        )
+    for count in value:
+        whole(name, count, 1)
+
+
+def _link(name: str, value: Any) -> None:
+    if value is not None:
+        text(name, value, "a link such as 100mbit or 1gbit+20ms, or None")
+        parse_link(value)
+
+
 def _seed(name: str, value: Any) -> None:
     whole(name, value)
     if value >= 2**32:
@@ -585,15 +598,26 @@ class RunConfig(Section):
     )
     boundary: str | None = option(
         None,
-        "What ranks send features and their gradients in: bf16, or rounded at random int8 or int4; by default as they "
-        "are.",
-        _choice(None, "bf16", "int8", "int4"),
+        "What features, and in guided steps their gradients, are sent in from stage to stage: bf16, int8 or int4; by "
+        "default as they are. One process rounds them where those of `stages` meet.",
+        _choice(None, *BOUNDARIES),
+    )
+    stages: list[int] | None = option(
+        None,
+        "Numbers of local modules of the stages, such as 5 5; by default ranks share them by the time that they take.",
+        _stages,
     )
     link: str | None = option(
         None,
-        "How fast the links between ranks are, like 100mbit or 1gbit: modules are shared out by what takes longer, "
-        "computing or sending.",
+        "What lies between two stages, such as 100mbit or 1gbit+20ms: ranks weigh the bytes that cross it when they "
+        "share the local modules.",
         _link,
+        free=True,
+    )
+    balance: str = option(
+        "start",
+        "When local modules are shared out to ranks: once at the start, or anew after each epoch, by measured times.",
+        _choice("start", "epoch"),
         free=True,
     )
     channels_last: bool | None = option(
@@ -620,6 +644,17 @@ class RunConfig(Section):
         None, "Steps between two checkpoints, beside the one at the end of each epoch.", _COUNT_OR_NONE, free=True
     )
     tensorboard: bool = option(True, "Write TensorBoard events.", _SWITCH, free=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.link is not None and self.stages is not None:
+            raise ValueError(f"link={self.link!r} means nothing to stages={self.stages!r}: give one of them")
+        for name in ("boundary", "stages", "link") if self.balance == "epoch" else ():
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f'balance="epoch" moves modules by times alone, not next to {name}={getattr(self, name)!r}: give '
+                    "one of them"
+                )
 
 
 # --- the whole ---

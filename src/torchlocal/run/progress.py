@@ -14,6 +14,7 @@ from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from torchlocal.parallel.load import describe
 from torchlocal.run.callbacks import Callback, RunState
 
 __all__ = ["Progress", "compact"]
@@ -41,6 +42,11 @@ def _speed(values: Mapping[str, float]) -> str:
     """Images or tokens per second."""
     name = next(name for name in values if name.endswith("_per_second"))
     return f"{values[name]:.0f} {name.removesuffix('_per_second')}/s"
+
+
+def _numbered(modules: range) -> str:
+    """Local modules as people count them."""
+    return f"{modules.start + 1} to {modules.stop}" if len(modules) > 1 else f"{modules.stop}"
 
 
 class Progress(Callback):
@@ -78,6 +84,8 @@ class Progress(Callback):
         if losses:
             told += f" · modules {compact([*losses, values['loss/global']])}"
         told += f" · guided {values['guided_share']:.0%} · {_speed(values)}"
+        if stages := describe(state.loads):
+            told += f" · {stages}"
         self._bar.update(self._task, told=told)
 
     def on_epoch(self, state: RunState, row: Mapping[str, float]) -> None:
@@ -92,6 +100,14 @@ class Progress(Callback):
             + (f"  perplexity {row['validation_perplexity']:.2f}" if "validation_perplexity" in row else "")
             + f"  guided {row['guided_share']:.0%}  lr {row['lr']:.2g}  {_speed(row)}"
         )
+        if stages := describe(state.loads):
+            told += f"  {stages}"
+        self._print(told, state)
+
+    def on_share(self, state: RunState, shares: Sequence[range]) -> None:
+        self._print(f"local modules shared out anew: {', '.join(map(_numbered, shares))}", state)
+
+    def _print(self, told: str, state: RunState) -> None:
         if self._bar is not None:
             self._bar.console.print(Text(told))
             return

@@ -23,6 +23,7 @@ from torchlocal.data import TextBundle
 from torchlocal.guidance import Guidance
 from torchlocal.lifetime import on_signals
 from torchlocal.network import DecoupledNetwork
+from torchlocal.parallel.load import Load
 from torchlocal.parallel.network import ParallelNetwork
 from torchlocal.parallel.team import Elsewhere, Team
 from torchlocal.run import checkpoint
@@ -155,6 +156,11 @@ def train(
     team = Team(config.run.replicas, timeout)
     modes = {"resume": resume, "memory": config.memory.limit, "recompute": config.memory.recompute}
     team.check_same(checkpoint.fixed_fields(config.plain()) | modes)
+    if config.run.boundary is not None and config.run.stages is None and team.num_stages == 1:
+        raise ValueError(
+            f"boundary={config.run.boundary!r}: one process sends nothing to other stages; say with stages which local "
+            "modules they would have (stages=[5, 5]), start several ranks, or leave boundary out"
+        )
     num_threads = torch.get_num_threads()
     with contextlib.ExitStack() as owned:
         result, saved = team.at_writer(partial(_enter, owned, out, config, resume))
@@ -273,17 +279,7 @@ class _Run:
         self.steps_per_epoch, self.num_steps = count_steps(config, len(self.data.train), what)
         self.num_epochs = -(-self.num_steps // self.steps_per_epoch)
         self.network = build_network(config, self.data, self.execution, own)
-        # Rounded on their way, features depend on where the stages meet: a resumed run keeps them there.
-        stages = None if saved is None or config.run.boundary is None else saved.get("stages")
-        self.parallel = None
-        if team.parallel:
-            self.parallel = share_out(self.network, config, self.data, self.execution, team, stages)
-        for option in () if team.parallel else ("boundary", "link"):
-            if (given := getattr(config.run, option)) is not None:
-                raise ValueError(
-                    f"{option}={given!r} is about what ranks send each other, and this is one process: start several "
-                    "(--ranks 2), or leave it out"
-                )
+        self.parallel = share_out(self.network, config, self.data, self.execution, team) if team.parallel else None
         self.net: DecoupledNetwork | ParallelNetwork = self.network if self.parallel is None else self.parallel
         if config.run.compile:
             self.net.compile()
@@ -304,6 +300,7 @@ class _Run:
         if saved is not None:
             self._restore(saved)
         self.logged = (self.position.step, self.position.epoch_full, self.loss_sums.tolist(), time.perf_counter())
+        self.epoch_loads = self.logged_loads = self._loads()
 
     def train(self) -> dict[str, Any]:
         """Train from where the run is to its end."""
@@ -329,7 +326,7 @@ class _Run:
     def _end_telling(self, callback: Callback) -> None:
         callback.on_end(self._told(), self.result)
 
-    def _told(self) -> RunState:
+    def _told(self, loads: Sequence[Load] = ()) -> RunState:
         """Where the run is, for callbacks."""
         return RunState(
             config=self.config,
@@ -340,7 +337,12 @@ class _Run:
             epoch=min(self.position.step // self.steps_per_epoch + 1, self.num_epochs),
             num_epochs=self.num_epochs,
             rows=self.rows,
+            loads=loads,
         )
+
+    def _loads(self) -> list[Load]:
+        """How busy the stages up to this one have been, where there are several."""
+        return [] if self.parallel is None or self.team.num_stages == 1 else self.parallel.loads()
 
     def _train_epoch(self, epoch: int) -> None:
         config, position = self.config, self.position
@@ -358,6 +360,7 @@ class _Run:
             )
         position.epoch_checksum = checksum
         self.net.train()
+        self.epoch_loads = self.logged_loads = self._loads()
         self._read_clock(training=False)
         for step in range(position.step, min(first + self.steps_per_epoch, self.num_steps)):
             for branch in self.branches:
@@ -422,8 +425,13 @@ class _Run:
                 "guided_share": position.num_guided / position.step,
                 **self._speed(position.step - step, now - clock),
             }
+            now_loads = self._loads()
+            loads = _between(self.logged_loads, now_loads)
+            self.logged_loads = now_loads
+            values |= {f"busy/stage_{i}": load.busy for i, load in enumerate(loads, start=1)}
+            values |= {f"queue/stage_{i}": load.queue for i, load in enumerate(loads, start=1) if i > 1}
             for callback in self.callbacks:
-                callback.on_step(self._told(), values)
+                callback.on_step(self._told(loads), values)
         self.logged = (position.step, position.epoch_full, sums, now)
 
     def _finish_epoch(self, epoch: int) -> None:
@@ -431,6 +439,7 @@ class _Run:
         config, position = self.config, self.position
         self._log()
         self._read_clock(training=True)
+        loads = _between(self.epoch_loads, self._loads())
         num_steps = position.step - epoch * self.steps_per_epoch
         losses = _means(self.logged[2], position.epoch_full, num_steps)
         measured = measure_split(
@@ -469,7 +478,21 @@ class _Run:
         # After best.pt: killed in between, the resumed run comes here again and writes best.pt again (`_restore`).
         self._save()
         for callback in self.callbacks:
-            callback.on_epoch(self._told(), row)
+            callback.on_epoch(self._told(loads), row)
+        if config.run.balance == "epoch" and position.step < self.num_steps:
+            self._share_anew()
+
+    def _share_anew(self) -> None:
+        """Share the local modules out to the ranks by the times of the epoch that is over."""
+        if self.parallel is None:
+            return
+        states = self.parallel.rebalance(self.optimizer)
+        if states is None:
+            return
+        self.optimizer = build_optimizer(self.config, self.parallel)
+        self.parallel.load_optimizer_state(self.optimizer, states[0])
+        for callback in self.callbacks:
+            callback.on_share(self._told(), self.parallel.stages)
 
     def _finish(self) -> dict[str, Any]:
         """Evaluate the test split, this once, with the best weights."""
@@ -548,9 +571,6 @@ class _Run:
 
     def _identity(self) -> dict[str, Any]:
         """What best.pt and last.pt both hold: weights, configuration, and what the data and the network are."""
-        stages: list[int] = []
-        if self.parallel is not None and self.config.run.boundary is not None:
-            stages = [len(modules) for modules in self.parallel.stages]
         return {
             "run": self.run,
             "config": self.config.plain(),
@@ -560,7 +580,6 @@ class _Run:
             "modules": [[group.start, group.stop] for group in self.net.partition.groups],
             "step": self.position.step,
             "net": self.net.state_dict(),
-            **({"stages": stages} if stages else {}),
         }
 
     def _save(self, *, training: bool = False) -> None:
@@ -781,6 +800,11 @@ def _guides_any(guidance: Guidance, num_steps: int) -> bool:
     """Whether a step is guided; of a long run some are looked at, from its end on, where a phase ends."""
     looked_at = range(num_steps - 1, max(-1, num_steps - 1 - _MOST_LOOKED_AT), -1)
     return any(map(guidance, looked_at)) or (len(looked_at) < num_steps and guidance.share > 0)
+
+
+def _between(before: Sequence[Load], now: Sequence[Load]) -> list[Load]:
+    """What each stage did from one moment to another."""
+    return [b - a for a, b in zip(before, now, strict=True)]
 
 
 def _means(sums: Sequence[float], num_full: int, num_steps: int) -> list[float]:
