@@ -159,3 +159,54 @@ def test_finished_runs_and_measured_steps_are_joined_in_a_report(
     assert cells["end-to-end, one core"] == ["2.000", "4.000; 50 %"]
     for ending in ("svg", "png"):
         assert (tmp_path / f"pairs.{ending}").stat().st_size > 1000
+
+
+@pytest.fixture(scope="module")
+def stages() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "benchmarks" / "stages.py"))
+
+
+@pytest.mark.parametrize("num", [1, 2, 5])
+def test_the_model_of_stages_is_what_a_loop_comes_to(stages: dict[str, Any], num: int) -> None:
+    """Steps that go from stage to stage one after another, each of which takes a second for a batch."""
+    c, count = 1.0, 40
+
+    def local(free: list[float]) -> None:
+        arrived = 0.0
+        for k in range(num):
+            free[k] = arrived = max(free[k], arrived) + c
+
+    free = [0.0] * num
+    ends = [(local(free), free[-1])[1] for _ in range(count)]
+    assert ends[-1] - ends[-2] == stages["local_seconds"](c, 0.0, 1.0, 0.0)
+    # Exact guided steps: a third of the time forward, the rest backward, of one batch at a time.
+    forward_and_back = sum(c / 3 for _ in range(num)) + sum(2 * c / 3 for _ in range(num))
+    assert stages["exact_seconds"](c, 0.0, 1.0, 0.0, num) == pytest.approx(forward_and_back)
+    # 1F1B: until the last stage has all micro-batches, and their gradients are back.
+    for parts in (1, 4):
+        free = [0.0] * num
+        for _ in range(parts):
+            arrived = 0.0
+            for k in range(num):
+                free[k] = arrived = max(free[k], arrived) + c / parts / 3
+        back = [0.0] * num
+        for _ in range(parts):
+            arrived = 0.0
+            for k in reversed(range(num)):
+                back[k] = arrived = max(back[k], arrived) + c / parts * 2 / 3
+        assert stages["pipelined_seconds"](c, 0.0, 1.0, 0.0, num, parts) == pytest.approx(free[-1] + back[0])
+    # PGL: while a guided batch comes through, the stages that have ended their local steps wait.
+    period = 10
+    expected = (period - 1) * c + (num - 1) * c + num * c
+    assert stages["periodic_seconds"](c, num * c, num, period, 1) == pytest.approx(expected / period)
+
+
+def test_stages_that_sleep_are_measured(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "stages.py"), "--tiny", "--json", str(tmp_path / "found.json")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert finished.returncode == 0, finished.stderr
+    found = json.loads((tmp_path / "found.json").read_text())["2"]
+    # A header; the features, their loss, and the targets of 8 examples.
+    assert found["messages"] == 4 and found["bytes"] == 8 * 64 * 4 + 4 + 8 * 8
+    assert all(seconds > 0.003 for seconds in found["seconds"].values()) and len(found["seconds"]) == 4
