@@ -627,7 +627,7 @@ def test_refused_configurations(tmp_path: Path, changes: dict[str, Any], told: s
             r"^guidance.share=0.1 means nothing to guidance.name='periodic': leave it out, or give "
             r"guidance.name=random or annealed or phased$",
         ),
-        ({"auxiliary": "ignore"}, r"^guidance.auxiliary='ignore' is unknown: give 'follow' or 'frozen'$"),
+        ({"auxiliary": "ignore"}, r"^guidance.auxiliary='ignore' is unknown: give 'follow', 'match' or 'frozen'$"),
     ],
     ids=str,
 )
