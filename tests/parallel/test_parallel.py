@@ -223,6 +223,23 @@ def test_overlapping_micro_batches_equal_the_single_process(
     compare(pool, tmp_path, 3, {"backbone": backbone}, guided=guided, alone={"memory": plan})
 
 
+def test_fewer_micro_batches_than_stages_are_for_gpipe(pool: Pool, tmp_path: Path) -> None:
+    for told in pool.run(3, tmp_path, _few_micro_batches):
+        assert told.startswith("micro_batches: 1f1b wants no fewer parts than there are stages, 3, not 2;")
+
+
+def _few_micro_batches() -> str:
+    net = tl.distribute(build("convolutions"))
+    given, told = batches(1)[0] if net.is_first else (), "nothing"
+    try:
+        net.guided_step(*given, micro_batches=2)
+    except ValueError as error:
+        told = str(error)
+    net.guided_step(*given, micro_batches=2, schedule="gpipe")
+    net.close()
+    return told
+
+
 def test_overlapping_micro_batches_of_another_layout(pool: Pool, tmp_path: Path) -> None:
     """The messages of torch.distributed.pipelining are contiguous; features in channels last are not."""
     plan, options = GuidedPlan(tree=Tape(0, 4), micro_batches=4), {"layout": torch.channels_last}

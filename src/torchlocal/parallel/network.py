@@ -310,6 +310,11 @@ class ParallelNetwork(Stage):
                 "not add its gradients up in the order of a single process; leave micro_batches out, or put those "
                 "modules on one rank with assignment="
             )
+        if schedule == "1f1b" and isinstance(count, int) and 1 <= count < len(self.stages):
+            raise ValueError(
+                f"micro_batches: 1f1b wants no fewer parts than there are stages, {len(self.stages)}, not {count};"
+                ' give more, or schedule="gpipe"'
+            )
         if self.is_first:
             batch = self._fitting(batch)
             size = num_examples(batch)
