@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,27 @@ def _no_folder(out: Path) -> str:
     except (ValueError, Elsewhere) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
+
+
+def test_other_numbers_of_threads_are_told(pool: Pool, tmp_path: Path) -> None:
+    for unequal in (False, True):
+        folder = tmp_path / str(unequal)
+        folder.mkdir()
+        told = pool.run(2, folder, _threads, folder / "run", unequal)
+        assert [any("ranks compute with 1 to 2 threads each" in one for one in warned) for warned in told] == [
+            False, unequal,
+        ]  # fmt: skip
+
+
+def _threads(out: Path, unequal: bool) -> list[str]:
+    torch.set_num_threads(1 + (unequal and dist.get_rank()))
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            fit(small_config(out, num_threads=None, epochs=1), progress=False)
+    finally:
+        torch.set_num_threads(1)
+    return [str(warning.message) for warning in warned]
 
 
 def test_fp16_and_odd_batches_are_refused(pool: Pool, tmp_path: Path) -> None:

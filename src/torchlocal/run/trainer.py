@@ -170,9 +170,21 @@ def train(
             return cast(dict[str, Any], result)
         torch.set_num_threads(config.run.num_threads or num_threads)
         try:
+            _compare_threads(team)
             return _Run(config, own, saved, progress, team, callbacks, branches).train()
         finally:
             torch.set_num_threads(num_threads)
+
+
+def _compare_threads(team: Team) -> None:
+    """Say so where ranks have other numbers of threads, as machines of unequal size do by themselves."""
+    counts = team.gather(torch.get_num_threads())
+    if team.writes and len(set(counts)) > 1:
+        warnings.warn(
+            f"ranks compute with {min(counts)} to {max(counts)} threads each, so the result is no single process's bit "
+            "for bit: give num_threads for one that is",
+            stacklevel=3,
+        )
 
 
 def _enter(
