@@ -418,7 +418,10 @@ def test_plan_recommends_one_that_fits() -> None:
         (lambda net, x, y: net.guided_step(x, y, memory="local", recompute=2), "recompute: memory='local' chooses"),
         (lambda net, x, y: net.guided_step(x, y, memory="full", recompute=2), "recompute: memory='full' chooses"),
         (lambda net, x, y: net.local_step(x, y, recompute="all"), "recompute: must be None or 'largest'"),
-        (lambda net, x, y: predict(net, step="guided", auxiliary="melted"), "auxiliary: must be 'follow' or 'frozen'"),
+        (
+            lambda net, x, y: predict(net, step="guided", auxiliary="melted"),
+            "auxiliary: must be 'follow', 'match' or 'frozen'",
+        ),
         (lambda net, x, y: predict(net, step="local", memory="exact"), "memory: means nothing to step='local'"),
         (lambda net, x, y: predict(net, step="local", auxiliary="frozen"), "auxiliary: means nothing to step='local'"),
         (lambda net, x, y: predict(net, step="plain", recompute=2), "recompute: means nothing to step='plain'"),
