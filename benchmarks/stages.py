@@ -1,6 +1,6 @@
 """What grows with the number of stages, the model of docs/parallel.md against stages that sleep, and its predictions.
 
-    python benchmarks/stages.py --stages 1 2 4 8    # what grows with the number of stages, and seconds per step
+    python benchmarks/stages.py --stages 2 4 8      # what grows with the number of stages, and seconds per step
     python benchmarks/stages.py --predict           # the model for 8, 64 and 512 machines; measures nothing
     python benchmarks/stages.py --tiny              # a trial of everything, of no meaning
 
@@ -14,7 +14,7 @@ cores, and what is measured is who waits for whom. Each process has one thread. 
     messages     that a stage sends per local step, and bytes (of the stage that sends most)
     processor    milliseconds of processor time per local step and stage, beside the sleep
 
-and seconds per step of local steps, exact guided steps, 1F1B with four micro-batches, and PGL with every tenth step
+and seconds per step of local steps, exact guided steps, 1F1B with eight micro-batches, and PGL with every tenth step
 guided (exact), each beside what the model says.
 """
 
@@ -40,7 +40,7 @@ import torchlocal as tl
 from torchlocal import parallel
 
 BATCH, WIDTH = 8, 64
-PERIOD, MICRO_BATCHES, IN_FLIGHT = 10, 4, 4
+PERIOD, MICRO_BATCHES, IN_FLIGHT = 10, 8, 4
 METHODS = ("local", "guided", "1f1b", "pgl")
 
 
@@ -266,9 +266,9 @@ def tell(results: dict[int, dict[str, Any]], c: float) -> None:
 def main() -> int:
     """Measure, or predict."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--stages", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--sleep", type=float, default=0.06, help="seconds per stage and step (default: 0.06)")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps (default: 20)")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps (default: 10)")
     parser.add_argument("--predict", action="store_true", help="print what the model says of many machines")
     parser.add_argument("--tiny", action="store_true", help="small numbers, to see whether everything runs")
     parser.add_argument("--json", default=None, help="also write the numbers to this file")
@@ -283,7 +283,10 @@ def main() -> int:
         return 0
     if options.tiny:
         options.stages, options.sleep, options.steps = [2], 0.003, 10
-    results = {stages: measure(stages, options) for stages in options.stages}
+    results = {}
+    for stages in options.stages:
+        results[stages] = measure(stages, options)
+        print(f"{stages} stages are measured", file=sys.stderr)
     tell(results, options.sleep)
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=2))
