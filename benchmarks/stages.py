@@ -8,7 +8,7 @@ Each stage is one tiny local module that sleeps for a given time in its forward 
 in proportion to the images that it is given, as if it computed on a machine of its own: so eight stages fit on two
 cores, and what is measured is who waits for whom. Each process has one thread. What is told of each number of stages:
 
-    start        seconds from the start of a process, after its imports, to the end of its first step
+    start        seconds from the start of a process, which finds its imports done, to the end of its first step
     memory       MiB that a process has taken from the end of its imports to its end (resident, largest of all stages)
     threads      of a process; descriptors: files and sockets that it has open (largest of all stages)
     messages     that a stage sends per local step, and bytes (of the stage that sends most)
@@ -22,9 +22,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,12 +34,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.pipelining  # here rather than in each stage
 from torch import Tensor, nn
 
 import torchlocal as tl
 from torchlocal import parallel
 
-BATCH, WIDTH = 8, 64
+BATCH, WIDTH = 16, 64  # two images in each of eight micro-batches, for BatchNorm
 PERIOD, MICRO_BATCHES, IN_FLIGHT = 10, 8, 4
 METHODS = ("local", "guided", "1f1b", "pgl")
 
@@ -221,19 +222,18 @@ def work(options: argparse.Namespace) -> None:
 
 def measure(stages: int, options: argparse.Namespace) -> dict[str, Any]:
     """Start the stages, and wait for what they measure."""
+    context = multiprocessing.get_context("fork")  # what is imported here need not be imported by each
     with tempfile.TemporaryDirectory() as folder:
-        own = ["--world", str(stages), "--store", f"{folder}/store", "--result", f"{folder}/result"]
-        own += ["--sleep", str(options.sleep), "--steps", str(options.steps)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        command = [sys.executable, __file__, *own, "--rank"]
-        processes = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(stages)]
-        try:
-            codes = [process.wait() for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        if any(codes):
-            raise RuntimeError(f"the stages ended with {codes}")
+        processes = []
+        for rank in range(stages):
+            own = {"rank": rank, "world": stages, "store": f"{folder}/store", "result": f"{folder}/result"}
+            told = argparse.Namespace(**vars(options) | own)
+            processes.append(context.Process(target=work, args=(told,), daemon=True))
+            processes[-1].start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
+            raise RuntimeError(f"the stages ended with {[process.exitcode for process in processes]}")
         result: dict[str, Any] = json.loads(Path(f"{folder}/result").read_text())
         return result
 
@@ -272,17 +272,14 @@ def main() -> int:
     parser.add_argument("--predict", action="store_true", help="print what the model says of many machines")
     parser.add_argument("--tiny", action="store_true", help="small numbers, to see whether everything runs")
     parser.add_argument("--json", default=None, help="also write the numbers to this file")
-    for name, kind in (("--rank", int), ("--world", int), ("--store", str), ("--result", str)):
-        parser.add_argument(name, type=kind, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.rank is not None:
-        work(options)
-        return 0
     if options.predict:
         predict()
         return 0
     if options.tiny:
         options.stages, options.sleep, options.steps = [2], 0.003, 10
+    os.environ |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
     results = {}
     for stages in options.stages:
         results[stages] = measure(stages, options)

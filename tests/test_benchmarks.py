@@ -207,6 +207,6 @@ def test_stages_that_sleep_are_measured(tmp_path: Path) -> None:
     finished = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert finished.returncode == 0, finished.stderr
     found = json.loads((tmp_path / "found.json").read_text())["2"]
-    # A header; the features, their loss, and the targets of 8 examples.
-    assert found["messages"] == 4 and found["bytes"] == 8 * 64 * 4 + 4 + 8 * 8
+    # A header; the features, their loss, and the targets of 16 examples.
+    assert found["messages"] == 4 and found["bytes"] == 16 * 64 * 4 + 4 + 16 * 8
     assert all(seconds > 0.003 for seconds in found["seconds"].values()) and len(found["seconds"]) == 4
