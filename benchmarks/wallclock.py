@@ -69,7 +69,7 @@ from torchlocal.run.own import Own
 from torchlocal.run.trainer import Interrupted
 
 sys.path.insert(0, str(Path(__file__).parent))
-from parallel import parse_link, run_ranks
+from parallel import run_ranks
 
 LINKS = ("loopback", "10gbit", "1gbit", "100mbit", "100mbit+20ms")
 WARM = 5  # steps of a real run that are not timed: in the first ones the network is watched
@@ -259,14 +259,13 @@ class Worker:
         net = build_network(config, self.data, self.execution).train()
         if alone:
             return net
-        rate, _ = (None, 0.0) if self.options.link == "loopback" else parse_link(self.options.link)
         return parallel.distribute(
             net,
             assignment="time",
             sample=self.batches[0] if self.first else None,
             autocast=self.execution.autocast,
             boundary=self.options.boundary,
-            link=rate,
+            link=None if self.options.link == "loopback" else self.options.link,
             timeout=600,
         )
 
@@ -296,7 +295,7 @@ class Worker:
         dist.barrier()
         cores = os.cpu_count() or 1
         torch.set_num_threads(cores if kind == "all cores" else 1)  # the other ranks wait, and compute nothing
-        start, sent = 0.0, bytes_on_links(self.options.link)
+        start, sent = 0.0, bytes_on_links()
         for i in range(-PERIOD, count):
             if i == 0:
                 start = time.perf_counter()
@@ -310,7 +309,7 @@ class Worker:
         dist.barrier()
         torch.set_num_threads(1)
         # Bytes are those of all steps: the first stages run ahead, by more when the last one has come to its first.
-        return seconds, (bytes_on_links(self.options.link) - sent) / (PERIOD + count)
+        return seconds, (bytes_on_links() - sent) / (PERIOD + count)
 
     def measure(self) -> dict[str, Any] | None:
         """Everything, in turns; on the first rank."""
@@ -413,12 +412,12 @@ class Worker:
         return seconds, losses, state if dist.get_rank() == 0 else {}
 
 
-def bytes_on_links(link: str) -> int:
-    """Bytes that this namespace has sent so far, with all headers."""
+def bytes_on_links() -> int:
+    """Bytes that this namespace has sent so far, with all headers; 0 without a link."""
     total = 0
     for line in Path("/proc/net/dev").read_text().splitlines()[2:]:
         device, _, numbers = line.partition(":")
-        if (device.strip() == "lo") == (link == "loopback"):
+        if device.strip() in ("left", "right"):
             total += int(numbers.split()[8])
     return total
 
@@ -599,7 +598,7 @@ def report(name: str, options: argparse.Namespace) -> list[str]:
                 continue
             seconds = prices(measured["seconds"])[kind]
             cell = f"{seconds:.3f}"
-            if kind in measured["bytes"] and measured["bytes"][kind]:
+            if link != "loopback" and measured["bytes"][kind]:
                 cell += f"; {told_megabytes(kind, measured['bytes'])}"
             if kind in undisturbed and link != "loopback":
                 cell += f"; {100 * undisturbed[kind] / seconds:.0f} %"
