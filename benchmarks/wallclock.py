@@ -205,10 +205,10 @@ def config_of(name: str, row: str, seed: int, options: argparse.Namespace) -> tl
     """The configuration of a run."""
     task = TASKS[name]
     recipe = {key: value for key, value in read_recipe(task.recipe).items() if key != "compare"}
-    given = {"num_threads": 1, "device": "cpu", "tensorboard": False, "data_root": options.data_root, **task.changes}
+    given = {"num_threads": 1, "device": "cpu", "tensorboard": False, **task.changes}
     given |= task.tiny if options.tiny else {}
-    if options.tiny and name == "text":
-        given["data_root"] = str(options.out / "data")
+    if name == "text":
+        given["data_root"] = str(options.out / "data") if options.tiny else options.data_root
     base = tl.FitConfig.of(**recipe).changed(**given)
     tiny = {"modules": 1} if options.tiny and row in ("end-to-end", "micro-batches") else {}
     return base.changed(**task.rows[row]).changed(**tiny, seed=seed, out=str(folder_of(name, row, seed, options)))
