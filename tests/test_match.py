@@ -170,6 +170,23 @@ def test_what_has_no_gradient_of_its_gradient_is_refused() -> None:
         net.guided_step(*batch(), auxiliary="copy")
 
 
+def test_a_rule_that_reads_the_embedding_is_refused() -> None:
+    """Before the step: where the gradient arrives, what the first unit made is gone."""
+    torch.manual_seed(0)
+    net = tl.decouple(
+        GPT(40, 16, layers=4, width=16, heads=2, tied=False),
+        2,
+        sample=torch.zeros(2, 8, dtype=torch.long),
+        rule="lopt",
+        criterion=TokenCrossEntropy(),
+    )
+    tokens = torch.randint(40, (2, 8))
+    for step in (net.guided_step, lambda *given, **options: tl.memory.predict(net, *given, step="guided", **options)):
+        with pytest.raises(ValueError, match="auxiliary: 'match' comes when the gradient arrives, and the embedding"):
+            step(tokens, tokens.roll(-1, 1), auxiliary="match")
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
 def test_its_memory_is_predicted() -> None:
     net = build()
     follow, match = (tl.memory.predict(net, step="guided", auxiliary=a).flops for a in ("follow", "match"))

@@ -94,7 +94,7 @@ def run_guided(
     optimizers: Sequence[SupportsStep] | None = None,
 ) -> list[Tensor]:
     """A guided step of all modules by a plan, one part of the batch after another; returns the losses."""
-    follow, total = follows(auxiliary), list[Tensor]()
+    follow, total = follows(net, auxiliary), list[Tensor]()
     for i, (part, labels, share) in enumerate(parts):
         step = Step.begin(net, part, labels, autocast, backward, scale)
         step.part_of(parts, share, follow=follow)
@@ -242,11 +242,8 @@ class Step:
         network = self.net.auxiliary[k]
         if gradient is None or not any(parameter.requires_grad for parameter in network.parameters()):
             return
-        features, batch, random = (
-            features.detach().requires_grad_(),
-            self.batch,
-            RandomState.get(self.device, numpy=False),
-        )
+        features, batch = features.detach().requires_grad_(), self.batch
+        random = RandomState.get(self.device, numpy=False)
         if hasattr(batch.criterion, "from_features"):  # whose gradient cannot be differentiated
             batch = replace(batch, criterion=partial(_call, batch.criterion))
         try:
@@ -563,10 +560,15 @@ def check_arguments(
     return batch
 
 
-def follows(auxiliary: str) -> bool:
-    """Whether the auxiliary networks learn in a guided step; refuses what is no word for it."""
+def follows(net: LocalModules, auxiliary: str) -> bool:
+    """Whether the auxiliary networks learn in a guided step; refuses what is no word for it, or not with this rule."""
     if auxiliary not in ("follow", "match", "frozen"):
         raise ValueError(f"auxiliary: must be 'follow', 'match' or 'frozen', not {auxiliary!r}")
+    if auxiliary == "match" and net.rule.reads_embedding and net.num_modules > 1:
+        raise ValueError(
+            f"auxiliary: 'match' comes when the gradient arrives, and the embedding that the loss of {net.rule!r} reads "
+            "is gone by then; give 'follow', or use another rule"
+        )
     return auxiliary != "frozen"
 
 

@@ -115,7 +115,7 @@ def guided_step(
             go together, or the number of optimizers is not K.
     """
     batch = check_arguments(net, batch, optimizers, backward, scale)
-    follows(auxiliary)  # refuses another word
+    follows(net, auxiliary)  # refuses another word
     plan, parts = plan_and_parts(
         net,
         batch,

@@ -153,7 +153,7 @@ class FakeStep:
         optimizers: object = None,
     ) -> Prediction:
         """Take a guided step by a plan, and count."""
-        net, follow = self.net, follows(auxiliary)
+        net, follow = self.net, follows(self.net, auxiliary)
 
         def step(each: list[Any] | None, counter: PeakCounter) -> float:
             fewer, batch, target = self._fewer_parts(plan, 1 if each is None else 3)

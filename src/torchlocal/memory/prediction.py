@@ -90,7 +90,7 @@ def predict_on(
     takes = {"plain": (), "local": ("recompute", "optimizers")}.get(step, ("auxiliary", *_OPTIONS))
     given = {"recompute": recompute, "memory": memory, "micro_batches": micro_batches, "optimizers": optimizers}
     meant = [name for name in _OPTIONS if given[name] is not None and name not in takes]
-    follows(auxiliary)  # refuses another word
+    follows(net, auxiliary)  # refuses another word
     if (auxiliary != "follow" and "auxiliary" not in takes) or meant:
         name = meant[0] if meant else "auxiliary"
         raise ValueError(f"{name}: means nothing to step={step!r}; leave it out")

@@ -75,12 +75,12 @@ class _GuidedSearch:
         self._fake, net, self._most_parts = fake, fake.net, most_parts
         self.device_type = fake.device.type
         given = target if target is not None else fake.target
-        self._cuttable = most_parts > 1 and can_cut(net, fake.given, given, follow=follows(auxiliary))
+        self._cuttable = most_parts > 1 and can_cut(net, fake.given, given, follow=follows(net, auxiliary))
         self._bench = bench = Bench(fake, options["autocast"])
         self._auxiliary, self._options = auxiliary, options
         self._forward = sum(cost.flops for cost in bench.costs.values())
         self._gradients = [bench.gradients(unit) for unit in range(len(bench.costs))]
-        groups = net.partition.groups[:-1] if follows(auxiliary) else ()
+        groups = net.partition.groups[:-1] if follows(net, auxiliary) else ()
         self._aside = {group.stop: bench.auxiliary(k) for k, group in enumerate(groups)}
 
     def local_peak(self) -> int:

@@ -207,7 +207,7 @@ class ParallelNetwork(Stage):
             The losses known to this rank, on the last stage what :func:`torchlocal.guided_step` returns.
         """
         self._check(optimizers, backward, scale)
-        follow = follows(auxiliary)
+        follow = follows(self.net, auxiliary)
         options = (auxiliary, str(autocast), scale)
         if micro_batches is not None and memory in (None, "full"):
             if schedule not in _SCHEDULES:
