@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from processes import Pool
-from test_parallel import STEPS, assert_same, batches, build, run_steps, state_of, train_in_parallel
+from test_parallel import STEPS, assert_same, batches, build, run_steps
+from test_parallel import compare as same_as_single
 
 import torchlocal as tl
 from torchlocal import parallel
@@ -32,16 +33,12 @@ def compare(
     options, guided = options or {}, guided or {}
     alone = guided if alone is None else alone
     exact = run_steps(build(**build_options), steps, options, alone)
-    net = build(**build_options)
-    parallel.round_boundaries(net, boundary, assignment=assignment)
-    losses = run_steps(net, steps, options, alone)
-    assert losses != exact
-    how = {"boundary": boundary, "assignment": assignment}
-    results = pool.run(len(assignment), folder, train_in_parallel, build_options, steps, options, guided, how)
-    for _, state, _, _ in results:
-        assert_same(state, state_of(net))
-    assert results[-1][0] == losses
-    assert torch.equal(results[0][2], torch.get_rng_state())
+    single = build(**build_options)
+    parallel.round_boundaries(single, boundary, assignment=assignment)
+    how = {"boundary": boundary, "assignment": assignment, "single": single}
+    world, trained = len(assignment), {"steps": steps, "options": options, "guided": guided, "alone": alone}
+    results = same_as_single(pool, folder, world, build_options, **trained, **how)
+    assert results[-1][0] != exact
     return results
 
 

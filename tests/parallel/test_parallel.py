@@ -151,11 +151,15 @@ def compare(
     options: dict[str, Any] | None = None,
     guided: dict[str, Any] | None = None,
     alone: dict[str, Any] | None = None,
+    single: Any = None,
     **how: Any,
 ) -> list[Any]:
-    """Train on several ranks and on one: losses, parameters, buffers and random state must be the same."""
+    """Train on several ranks and on one: losses, parameters, buffers and random state must be the same.
+
+    ``single`` is the network of the one process, where that is another than the ranks build.
+    """
     options, guided = options or {}, guided or {}
-    net = build(**build_options)
+    net = build(**build_options) if single is None else single
     losses = run_steps(net, steps, options, guided if alone is None else alone)
     results = pool.run(world, folder, train_in_parallel, build_options, steps, options, guided, how)
     for _, state, _, _ in results:
