@@ -566,8 +566,8 @@ def follows(net: LocalModules, auxiliary: str) -> bool:
         raise ValueError(f"auxiliary: must be 'follow', 'match' or 'frozen', not {auxiliary!r}")
     if auxiliary == "match" and net.rule.reads_embedding and net.num_modules > 1:
         raise ValueError(
-            f"auxiliary: 'match' comes when the gradient arrives, and the embedding that the loss of {net.rule!r} reads "
-            "is gone by then; give 'follow', or use another rule"
+            "auxiliary: 'match' comes when the gradient arrives, and the embedding that the loss of "
+            f"{net.rule!r} reads is gone by then; give 'follow', or use another rule"
         )
     return auxiliary != "frozen"
 
