@@ -235,6 +235,10 @@ def make_optimizer(config: FitConfig, parameters: Iterable[Any]) -> torch.optim.
             raise ValueError(f'optimizer={chosen.optimizer!r} cannot be used: give "sgd", "adamw", {", ".join(names)}')
     arguments = inspect.signature(kind).parameters
     options |= {name: getattr(chosen, name) for name in ("momentum", "weight_decay") if name in arguments}
+    if chosen.betas is not None:
+        if "betas" not in arguments:
+            raise ValueError(f"betas={chosen.betas!r} are unknown to optimizer={chosen.optimizer!r}: leave them out")
+        options["betas"] = tuple(chosen.betas)
     for name in ("weight_decay", "auxiliary_weight_decay"):
         if getattr(chosen, name) and "weight_decay" not in arguments:
             raise ValueError(
