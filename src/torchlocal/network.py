@@ -18,6 +18,7 @@ from .cut.batches import Batch, as_prediction, plain, shaped, tensors_of
 from .cut.facts import Facts
 from .cut.forward import Forward
 from .cut.inside import Inside
+from .cut.read_out import layer_of
 from .cut.units import Partition, Unit, Units, balance
 from .memory import plans, predict
 from .memory.fakes import MakesOptimizer
@@ -188,6 +189,8 @@ def prepare(
             "or pass a list of modules"
         )
     chain = Forward(backbone, Facts.of(found), prediction, Inside, found.seen.mode)
+    if getattr(criterion, "scores", "whole") == "chunked":
+        layer_of(backbone, chain.facts.read_out)
     anchor = next((p for p in backbone.parameters() if p.is_floating_point()), torch.empty(0))
     chain.sample = kept = tree_map_only(Tensor, _without_values, batch)
 

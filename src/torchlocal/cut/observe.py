@@ -172,8 +172,13 @@ class Observation:
 
     def place(self, moment: int) -> str:
         """The innermost call that a node was made in, by its number in autograd's count."""
+        call = self.innermost(moment)
+        return call.path if call is not None else ""
+
+    def innermost(self, moment: int) -> Call | None:
+        """That call itself, if it was made in any."""
         inside = [c for c in self.calls if c.begin <= moment < c.end]
-        return min(inside, key=lambda c: c.end - c.begin).path if inside else ""
+        return min(inside, key=lambda c: c.end - c.begin, default=None)
 
 
 def clock() -> int:

@@ -367,9 +367,9 @@ def _recompute(name: str, value: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig(Section):
-    """What a guided step may take."""
+    """What a step may take."""
 
-    title: ClassVar[str] = "memory of guided steps"
+    title: ClassVar[str] = "memory"
 
     limit: int | str | None = option(
         None,
@@ -390,6 +390,12 @@ class MemoryConfig(Section):
         "The most micro-batches that memory local, or a size, may cut a batch into; with 1 it stays whole.",
         _COUNT_OR_NONE,
         guided=True,
+    )
+    scores: str = option(
+        "whole",
+        "Of text: the scores of the last module over all tokens are made as a whole, or chunked: a few positions at a "
+        "time, as those of rule solo always are. The loss is the same up to rounding.",
+        _choice("whole", "chunked"),
     )
 
     def __post_init__(self) -> None:
