@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from torchlocal.data import DataBundle, LoaderBundle
+from torchlocal.data.images import send
 from torchlocal.graphs import CapturedStep, capture
 from torchlocal.guidance import Guidance, cosine_factor
 from torchlocal.micro import divisor
@@ -74,7 +75,7 @@ class Execution:
         def placed(tensor: Tensor) -> Tensor:
             images = self.channels_last and tensor.ndim == 4 and tensor.is_floating_point()
             layout = torch.channels_last if images else torch.preserve_format
-            return tensor.to(self.device, non_blocking=True, memory_format=layout)
+            return send(tensor, self.device).to(memory_format=layout)
 
         return tree_map_only(Tensor, placed, batch)
 
@@ -99,10 +100,10 @@ def resolve_execution(config: FitConfig) -> Execution:
     return Execution(device=device, precision=precision, channels_last=channels_last)
 
 
-def load_shared_data(config: FitConfig, own: Own, team: Team) -> DataBundle:
+def load_shared_data(config: FitConfig, own: Own, team: Team, device: torch.device) -> DataBundle:
     """Load the data where they are read; the other ranks only learn how many there are, and of what shape."""
     if not team.parallel:
-        return own.load(config)
+        return own.load(config).to(device)
     if isinstance(own.bundle, LoaderBundle):
         raise ValueError(
             "data: loaders of your own are read by one process: train on a single rank, or hand in what "
@@ -126,6 +127,7 @@ def load_shared_data(config: FitConfig, own: Own, team: Team) -> DataBundle:
         loaded = own.load(config)
     if loaded is None:
         return told
+    loaded = loaded.to(device)
     share: Any = ShareOfSplit(loaded.train, team.replica, team.replicas)
     return dataclasses.replace(loaded, train=share)
 

@@ -96,7 +96,7 @@ def load_run(
         config = FitConfig.of(**saved["config"]).changed(device=device)
     config = own.named(config if data_root is None else config.changed(data_root=data_root))
     execution = resolve_execution(config)
-    data = own.load(config)
+    data = own.load(config).to(execution.device)
     _check_classes(path, saved["data"].get("classes", data.classes), data.classes)
     if isinstance(data, TextBundle):
         checkpoint.check_same_tokens(path, saved["data"], data)

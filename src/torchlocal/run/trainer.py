@@ -285,7 +285,7 @@ class _Run:
         self.execution = resolve_execution(config)
         if saved is not None:
             self._check_config(saved)
-        self.data = load_shared_data(config, own, team)
+        self.data = load_shared_data(config, own, team, self.execution.device)
         self.text = isinstance(self.data, TextBundle)
         what = "rows of text" if self.text else "training images"
         self.steps_per_epoch, self.num_steps = count_steps(config, len(self.data.train), what)
