@@ -22,6 +22,7 @@ from .cut.units import Partition, Unit, Units, balance
 from .memory import plans, predict
 from .memory.fakes import MakesOptimizer
 from .modules import LocalModules
+from .recompute import RandomState
 from .rules import Rule, Site, make_rule
 from .rules.downstream import Downstream
 from .steps import guided_step, local_step
@@ -276,12 +277,14 @@ def _total_bytes(
     num_modules: int,
 ) -> int:
     """What so many local modules take in all: parameters, optimizer state, batch and local step, by prediction."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # for auxiliary networks to throw away
-        net = assemble(num_modules)
-        try:
-            return predict(net, step="local", optimizer=optimizer, autocast=autocast).total_bytes
-        except DataDependentOutputException:  # the optimizer looks at values (Adafactor)
-            return predict(net, step="local", optimizer=SGD_WITH_MOMENTUM, autocast=autocast).total_bytes
+    random = RandomState.get(device)
+    try:
+        net = assemble(num_modules)  # with auxiliary networks to throw away
+        return predict(net, step="local", optimizer=optimizer, autocast=autocast).total_bytes
+    except DataDependentOutputException:  # the optimizer looks at values (Adafactor)
+        return predict(net, step="local", optimizer=SGD_WITH_MOMENTUM, autocast=autocast).total_bytes
+    finally:
+        random.set()
 
 
 def _fewest(total_bytes: Callable[[int], int], most: int) -> int:

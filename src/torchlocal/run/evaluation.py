@@ -16,6 +16,7 @@ from torchlocal.data import DataBundle, Split, TextBundle
 from torchlocal.data.text import IGNORED
 from torchlocal.network import DecoupledNetwork
 from torchlocal.parallel.network import ParallelNetwork
+from torchlocal.recompute import RandomState
 from torchlocal.run import checkpoint
 from torchlocal.run.build import Execution, build_network, resolve_execution
 from torchlocal.run.config import FitConfig
@@ -100,8 +101,11 @@ def load_run(
     _check_classes(path, saved["data"].get("classes", data.classes), data.classes)
     if isinstance(data, TextBundle):
         checkpoint.check_same_tokens(path, saved["data"], data)
-    with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten
+    random = RandomState.get(execution.device)  # the weights drawn here are overwritten
+    try:
         net = build_network(config, data, execution, own)
+    finally:
+        random.set()
     checkpoint.load_network(net, saved, path)
     return config, execution, data, net
 
