@@ -23,7 +23,7 @@ from torchlocal.micro import divisor
 from torchlocal.network import DecoupledNetwork, decouple
 from torchlocal.parallel.network import ParallelNetwork
 from torchlocal.parallel.setup import distribute, round_boundaries
-from torchlocal.parallel.team import RemoteSplit, ShareOfSplit, Team
+from torchlocal.parallel.team import Elsewhere, RemoteSplit, ShareOfSplit, Team
 from torchlocal.run.config import MOST_STEPS, FitConfig, build_guidance, build_rule, guided_options
 from torchlocal.run.own import Own
 
@@ -150,6 +150,7 @@ def share_out(
             raise ValueError(
                 'balance="epoch" moves modules, and compiled ones cannot move: give "start" or leave compile out'
             )
+    _check_own_gpus(execution, team)
     sample = None
     if team.rank == 0:
         sample = execution.place(
@@ -167,6 +168,20 @@ def share_out(
         link=config.run.link,
         timeout=team.timeout,
     )
+
+
+def _check_own_gpus(execution: Execution, team: Team) -> None:
+    """Refuse ranks that share a GPU, which NCCL would refuse in words of its own when they first meet."""
+    if execution.device.type != "cuda":
+        return
+    found = team.gather(str(torch.cuda.get_device_properties(execution.device).uuid))
+    if len(set(found)) == len(found):
+        return
+    told = (
+        f'device="{execution.device}": {len(found)} ranks have {len(set(found))} GPUs between them, and each needs one '
+        'of its own: start as many ranks as there are GPUs, with device="cuda", or give device="cpu"'
+    )
+    raise ValueError(told) if team.writes else Elsewhere(told)
 
 
 def _check_stages(config: FitConfig, net: DecoupledNetwork, count: int) -> None:
@@ -496,14 +511,14 @@ def _processor() -> str:
 
 
 def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type
 
 
 def _has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":  # either makes a ResNet's step 1.5 to 2.5 times faster than float32
         capabilities = torch.cpu.get_capabilities()
         return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
