@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import Decoder, SmallNet
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,10 +17,12 @@ import torchlocal as tl
 from torchlocal.memory import plans
 from torchlocal.micro import divisor
 from torchlocal.parallel.team import Elsewhere, RemoteSplit, ShareOfSplit
+from torchlocal.rules import RULES
 from torchlocal.rules.infopro import UpsampledConv
 from torchlocal.run import build
 from torchlocal.run.config import FitConfig
 from torchlocal.run.own import Own
+from torchlocal.tokens import TokenCrossEntropy
 
 CUDA = build.Execution(device=torch.device("cuda"), precision="fp32", channels_last=False)
 
@@ -42,6 +45,60 @@ def test_a_search_has_the_callers_current_device(monkeypatch: pytest.MonkeyPatch
         found = plans.by_itself(lambda: (threading.get_ident(), torch.is_grad_enabled()), torch.device(device))
     assert found[0] != threading.get_ident() and found[1]
     assert asked == told
+
+
+class NoReading(TorchDispatchMode):
+    """Refuses what has the host wait for a device: values that it reads, or that shapes depend on, or that it makes."""
+
+    READING = (
+        torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default,
+        torch.ops.aten.masked_select.default, torch.ops.aten._unique2.default, torch.ops.aten.lift_fresh.default,
+    )  # fmt: skip
+    INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in self.READING
+        assert func not in self.INDEXING or all(i is None or i.dtype not in (torch.bool, torch.uint8) for i in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.sum().item(), lambda x: bool(x.any()), lambda x: x[x > 0], lambda x: x.nonzero(), torch.unique,
+        lambda x: torch.tensor([1.0]), lambda x: x.masked_select(x > 0), lambda x: torch.equal(x, x + 1),
+        lambda x: x.__setitem__(x > 0, torch.zeros(3)),
+    ],
+)  # fmt: skip
+def test_reading_is_noticed(read: Any) -> None:
+    with NoReading():
+        x = torch.ones(3).mul(2)
+        with pytest.raises(AssertionError):
+            read(x)
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_no_rule_has_the_host_wait_for_the_device(rule: str) -> None:
+    """In any kind of step, from the second of its kind on: the first one may search for a plan."""
+    torch.manual_seed(0)
+    text = rule in ("solo", "lopt")
+    model: nn.Module = Decoder(11, 8) if text else SmallNet(5, 3)
+    x = torch.randint(11, (6, 8)) if text else torch.randn(6, 3, 16, 16)
+    y = torch.randint(11, (6, 8)) if text else torch.randint(5, (6,))
+    modules = 2 if rule == "lopt" else 3
+    net = tl.decouple(
+        model, modules, sample=x, rule=rule, criterion=TokenCrossEntropy() if text else nn.CrossEntropyLoss()
+    )
+    steps: list[tuple[Any, dict[str, Any]]] = [
+        (net.local_step, {}), (net.local_step, {"recompute": "largest"}),
+        (net.guided_step, {"memory": "full"}), (net.guided_step, {"recompute": "modules"}),
+        (net.guided_step, {"memory": "exact"}), (net.guided_step, {"auxiliary": "frozen", "memory": "full"}),
+    ]  # fmt: skip
+    for step, options in steps:
+        first = step(x, y, **options)
+        with NoReading():
+            again = step(x, y, **options)
+        assert len(first) == len(again) == (1 if options.get("auxiliary") else modules)
 
 
 def test_class_weights_on_a_device_count_targets_on_the_host() -> None:
