@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -93,10 +94,10 @@ def test_batches_are_what_their_draws_say(name: str, device: torch.device | None
 def test_reflection_beyond_the_other_edge(size: tuple[int, int]) -> None:
     """As numpy reflects: to and fro."""
     pixels = torch.randint(0, 256, (9, 1, *size), generator=make_generator(1), dtype=torch.uint8)
-    augmentation = Augmentation(padding=5, mode="reflect", flip=True)
-    drawn = augmentation.draw(9, make_generator(2))
-    found = augmentation.gather(pixels, torch.arange(9), *drawn)
-    assert torch.equal(found, augmentation(pixels, make_generator(2)))
+    source = MemorySource(pixels, Augmentation(padding=5, mode="reflect", flip=True))
+    order = torch.tensor([3, 1, 8, 1])
+    found, expected = (made.fetch(order, make_generator(2)) for made in (source.to(CPU), source))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("held", [True, False])
@@ -110,6 +111,8 @@ def test_nothing_is_read_from_the_device(monkeypatch: pytest.MonkeyPatch, name: 
         return tensor
 
     monkeypatch.setattr(Tensor, "pin_memory", pin)
+    # What is done on the host, by numpy, which knows no fake tensors.
+    monkeypatch.setattr(Augmentation, "pad", lambda self, images: F.pad(images, (self.padding,) * 4))
     if not held:
         monkeypatch.setattr(images, "_MOST_HELD", 0)
     with FakeTensorMode(allow_non_fake_inputs=True):

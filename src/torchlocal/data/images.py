@@ -12,7 +12,8 @@ from torch import Tensor
 
 __all__ = ["Augmentation", "ImageSource", "MemorySource", "send"]
 
-_MOST_HELD = 512 * 2**20  # bytes of a split that a device holds; above, batches are gathered on the host and sent
+# Bytes of a split, with its border, that a device holds; above, batches are gathered on the host and sent.
+_MOST_HELD = 512 * 2**20
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -53,17 +54,22 @@ class Augmentation:
         offsets = torch.randint(0, 2 * self.padding + 1, (2, batch), generator=generator)
         return offsets, torch.rand(batch, generator=generator) < 0.5
 
+    def pad(self, images: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` on the host with the border from which crops are taken."""
+        if not self.padding:
+            return images
+        if self.mode == "reflect":
+            border = ((0, 0), (0, 0), (self.padding, self.padding), (self.padding, self.padding))
+            return torch.from_numpy(np.pad(images.numpy(), border, mode="reflect"))
+        return F.pad(images, (self.padding,) * 4)
+
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Augments `(B, C, H, W)` uint8 images on the host."""
         batch, _, height, width = images.shape
         offsets, flipped = (drawn.numpy() for drawn in self.draw(batch, generator))
         pixels = images.numpy()
         if self.padding:
-            if self.mode == "reflect":
-                border = ((0, 0), (0, 0), (self.padding, self.padding), (self.padding, self.padding))
-                padded = np.pad(pixels, border, mode="reflect")
-            else:
-                padded = F.pad(images, (self.padding,) * 4).numpy()
+            padded = self.pad(images).numpy()
             # All crops of all images as one view; numpy copies the chosen ones several times faster than torch.
             windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
             pixels = windows[np.arange(batch), :, offsets[0], offsets[1]]
@@ -74,35 +80,15 @@ class Augmentation:
             pixels[flipped] = mirrored
         return torch.from_numpy(pixels)
 
-    def gather(self, images: Tensor, which: Tensor, offsets: Tensor, flipped: Tensor) -> Tensor:
-        """Augments some of `(N, C, H, W)` uint8 images where they are: each pixel is looked up where it comes from.
+    def places(self, batch: int, width: int, generator: torch.Generator) -> Tensor:
+        """The same draws as places in the padded images.
 
-        Args:
-            images: all images.
-            which: `(B,)`, their indices.
-            offsets: `(2, B)`, as drawn, on the same device.
-            flipped: `(B,)`, likewise; of bool, or 0 and 1.
+        Returns:
+            `(3, B)`: the row and the column of the first pixel of each, and the step to the next column, 1 or -1.
         """
-        (rows, above), (columns, beside) = map(self._places, offsets, images.shape[2:])
-        if self.flip:
-            mirrored = flipped.bool()[:, None]
-            columns = torch.where(mirrored, columns.flip(1), columns)
-            beside = torch.where(mirrored, beside.flip(1), beside)
-        channels = torch.arange(images.shape[1], device=images.device)[:, None, None]
-        pixels = images[which[:, None, None, None], channels, rows[:, None, :, None], columns[:, None, None, :]]
-        if self.padding and self.mode != "reflect":
-            pixels.masked_fill_(above[:, None, :, None] | beside[:, None, None, :], 0)
-        return pixels
-
-    def _places(self, offsets: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """For each place of the crops, along one dimension, that in the image, and whether it is on the border."""
-        places = offsets[:, None] + torch.arange(size, device=offsets.device) - self.padding
-        outside = (places < 0) | (places >= size)
-        if self.mode == "reflect":
-            period = max(2 * size - 2, 1)
-            places = places.remainder(period)
-            return torch.minimum(places, period - places), outside
-        return places.clamp(0, size - 1), outside
+        offsets, flipped = self.draw(batch, generator)
+        mirrored = flipped.long() if self.flip else torch.zeros_like(offsets[0])
+        return torch.stack([offsets[0], offsets[1] + mirrored * (width - 1), 1 - 2 * mirrored])
 
 
 class ImageSource(Protocol):
@@ -140,7 +126,7 @@ class MemorySource:
         self.augmentation = augmentation
         self.shape = (images.shape[1], images.shape[2], images.shape[3])
         self._device = device
-        self._held: Tensor | None = None
+        self._held: Tensor | None = None  # with a border
 
     def to(self, device: torch.device) -> MemorySource:
         """The same images, of which batches are made on a device."""
@@ -161,14 +147,32 @@ class MemorySource:
         augmentation: Augmentation | None,
         generator: torch.Generator | None,
     ) -> Tensor:
-        if self._held is None and self.images.nbytes <= _MOST_HELD:
-            self._held = self.images.to(device)
-        images = self._held
-        if images is None:
-            images = send(self.images.index_select(0, indices), device)
-            indices = torch.arange(len(indices))
+        self._hold(device)
+        held, (channels, height, width) = self._held, self.shape
         if augmentation is None or generator is None:
-            return images if self._held is None else images.index_select(0, send(indices, device))
-        offsets, flipped = augmentation.draw(len(indices), generator)
-        drawn = send(torch.cat([indices[None], offsets, flipped[None]]), device)  # in one transfer
-        return augmentation.gather(images, drawn[0], drawn[1:3], drawn[3])
+            if held is None:
+                return send(self.images.index_select(0, indices), device)
+            border = self._padding
+            inside = held[:, :, border : border + height, border : border + width]
+            return inside.index_select(0, send(indices, device))
+        places = augmentation.places(len(indices), width, generator)
+        if held is None:
+            held = send(augmentation.pad(self.images.index_select(0, indices)), device)
+            indices = torch.arange(len(indices))
+        # Each pixel is looked up where it comes from; all numbers that say so come in one transfer.
+        which, top, left, step = send(torch.cat([indices[None], places]), device)[:, :, None, None, None].unbind()
+        rows = top + torch.arange(height, device=device)[:, None]
+        columns = left + step * torch.arange(width, device=device)
+        return held[which, torch.arange(channels, device=device)[:, None, None], rows, columns]
+
+    @property
+    def _padding(self) -> int:
+        return 0 if self.augmentation is None else self.augmentation.padding
+
+    def _hold(self, device: torch.device) -> None:
+        """Have all images on the device, from the first batch on, if they are small enough."""
+        count, channels, height, width = self.images.shape
+        size = count * channels * (height + 2 * self._padding) * (width + 2 * self._padding)
+        if self._held is None and size <= _MOST_HELD:
+            images = self.images if self.augmentation is None else self.augmentation.pad(self.images)
+            self._held = images.to(device)
