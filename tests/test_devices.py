@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -161,10 +162,18 @@ class Ranks:
 @pytest.mark.parametrize("writes", [True, False])
 def test_ranks_that_share_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch, writes: bool) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-b"))
-    build._check_own_gpus(CUDA, Ranks(["GPU-a", "", "GPU-c"], writes=writes))  # type: ignore[arg-type]
+    build._check_devices(CUDA, Ranks(["GPU-a", "", "GPU-c"], writes=writes))  # type: ignore[arg-type]
     with pytest.raises(ValueError if writes else Elsewhere, match='"cuda": 3 ranks have 2 GPUs between them') as error:
-        build._check_own_gpus(CUDA, Ranks(["GPU-b", "", "GPU-c"], writes=writes))  # type: ignore[arg-type]
+        build._check_devices(CUDA, Ranks(["GPU-b", "", "GPU-c"], writes=writes))  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
+
+
+def test_ranks_on_devices_that_cannot_send_are_refused() -> None:
+    mps, ranks = replace(CUDA, device=torch.device("mps")), Ranks([], writes=True)
+    with pytest.raises(ValueError, match='device="mps": ranks send to each other from a CPU or from GPUs') as error:
+        build._check_devices(mps, ranks)  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+    build._check_devices(replace(CUDA, device=torch.device("cpu")), ranks)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("first", [True, False])

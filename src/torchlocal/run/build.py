@@ -150,7 +150,7 @@ def share_out(
             raise ValueError(
                 'balance="epoch" moves modules, and compiled ones cannot move: give "start" or leave compile out'
             )
-    _check_own_gpus(execution, team)
+    _check_devices(execution, team)
     sample = None
     if team.rank == 0:
         sample = execution.place(
@@ -170,17 +170,21 @@ def share_out(
     )
 
 
-def _check_own_gpus(execution: Execution, team: Team) -> None:
-    """Refuse ranks that share a GPU, which NCCL would refuse in words of its own when they first meet."""
+def _check_devices(execution: Execution, team: Team) -> None:
+    """Refuse devices that ranks cannot send from: neither CPU nor CUDA, or one GPU for several, which NCCL refuses."""
+    if execution.device.type == "cpu":
+        return
     if execution.device.type != "cuda":
-        return
-    found = team.gather(str(torch.cuda.get_device_properties(execution.device).uuid))
-    if len(set(found)) == len(found):
-        return
-    told = (
-        f'device="{execution.device}": {len(found)} ranks have {len(set(found))} GPUs between them, and each needs one '
-        'of its own: start as many ranks as there are GPUs, with device="cuda", or give device="cpu"'
-    )
+        told = "ranks send to each other from a CPU or from GPUs of CUDA only"
+    else:
+        found = team.gather(str(torch.cuda.get_device_properties(execution.device).uuid))
+        if len(set(found)) == len(found):
+            return
+        told = (
+            f"{len(found)} ranks have {len(set(found))} GPUs between them, and each needs one of its own; start as "
+            'many ranks as there are GPUs, with device="cuda"'
+        )
+    told = f'device="{execution.device}": {told}: give device="cpu", or train on a single rank'
     raise ValueError(told) if team.writes else Elsewhere(told)
 
 
