@@ -22,7 +22,7 @@ from .cut.units import Partition, Unit, Units, balance
 from .memory import plans, predict
 from .memory.fakes import MakesOptimizer
 from .modules import LocalModules
-from .recompute import RandomState
+from .recompute import undisturbed
 from .rules import Rule, Site, make_rule
 from .rules.downstream import Downstream
 from .steps import guided_step, local_step
@@ -277,14 +277,12 @@ def _total_bytes(
     num_modules: int,
 ) -> int:
     """What so many local modules take in all: parameters, optimizer state, batch and local step, by prediction."""
-    random = RandomState.get(device)
-    try:
-        net = assemble(num_modules)  # with auxiliary networks to throw away
-        return predict(net, step="local", optimizer=optimizer, autocast=autocast).total_bytes
-    except DataDependentOutputException:  # the optimizer looks at values (Adafactor)
-        return predict(net, step="local", optimizer=SGD_WITH_MOMENTUM, autocast=autocast).total_bytes
-    finally:
-        random.set()
+    with undisturbed(device):  # by auxiliary networks to throw away
+        net = assemble(num_modules)
+        try:
+            return predict(net, step="local", optimizer=optimizer, autocast=autocast).total_bytes
+        except DataDependentOutputException:  # the optimizer looks at values (Adafactor)
+            return predict(net, step="local", optimizer=SGD_WITH_MOMENTUM, autocast=autocast).total_bytes
 
 
 def _fewest(total_bytes: Callable[[int], int], most: int) -> int:

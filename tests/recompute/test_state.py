@@ -12,10 +12,11 @@ from torch import Tensor, nn
 import torchlocal as tl
 from torchlocal import engine
 from torchlocal.cut import forward
-from torchlocal.recompute import RandomState
+from torchlocal.recompute import RandomState, undisturbed
 from torchlocal.run import trainer
 
 DEVICE = torch.device("cuda", 1)
+ORDER = ("cpu", "python", "cuda:0", "cuda:1", "xpu:0", "xpu:1", "mps")  # of what `drawn` returns
 
 
 class Devices:
@@ -27,7 +28,10 @@ class Devices:
 
     def __init__(self, *, single: bool = False) -> None:
         self.generators = [torch.Generator().manual_seed(i) for i in range(1 if single else 2)]
-        self.current, self.single = 0, single
+        self.current, self.single, self.woken = 0, single, True
+
+    def is_initialized(self) -> bool:
+        return self.woken
 
     def _chosen(self, device: tuple[Any, ...]) -> torch.Generator:
         assert len(device) == (0 if self.single else 1)
@@ -68,8 +72,7 @@ def test_the_state_is_that_of_the_device(devices: dict[str, Devices], name: str)
     before.set()
     assert not before.differs()
     again = drawn(devices)
-    order = ["cpu", "python", "cuda:0", "cuda:1", "xpu:0", "xpu:1", "mps"]
-    repeated = {where for where, a, b in zip(order, first, again, strict=True) if torch.equal(a, b)}
+    repeated = {where for where, a, b in zip(ORDER, first, again, strict=True) if torch.equal(a, b)}
     assert repeated == {"cpu", "python"} | ({"cuda": {"cuda:1"}, "meta": set()}.get(name, {name}))
 
 
@@ -79,6 +82,21 @@ def test_what_a_device_alone_has_drawn_is_seen(devices: dict[str, Devices]) -> N
     assert not before.differs()  # another device
     torch.rand(1, generator=devices["cuda"].generators[1])
     assert before.differs()
+
+
+@pytest.mark.parametrize("woken", [True, False])
+def test_generators_are_left_as_they_were(
+    devices: dict[str, Devices], monkeypatch: pytest.MonkeyPatch, woken: bool
+) -> None:
+    """Those of the CPU and of the device that is used; and of all others of the accelerator, which a seed is for."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *, check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    devices["cuda"].woken = woken
+    with undisturbed(torch.device("xpu", 1)):
+        first = drawn(devices)
+    again = drawn(devices)
+    same = {where for where, a, b in zip(ORDER, first, again, strict=True) if torch.equal(a, b)}
+    assert same == {"cpu", "python", "xpu:1"} | ({"cuda:0", "cuda:1"} if woken else set())
 
 
 class Noise(nn.Module):
@@ -128,7 +146,6 @@ def test_a_run_keeps_the_state_of_its_device(devices: dict[str, Devices], name: 
     first = drawn(devices)
     trainer._set_random_states(kept, device)
     again = drawn(devices)
-    order = ["cpu", "python", "cuda:0", "cuda:1", "xpu:0", "xpu:1", "mps"]
-    assert {where for where, a, b in zip(order, first, again, strict=True) if torch.equal(a, b)} == {"cpu", name}
+    assert {where for where, a, b in zip(ORDER, first, again, strict=True) if torch.equal(a, b)} == {"cpu", name}
     trainer._set_random_states({"cpu": kept["cpu"]}, device)  # a run that was begun on a CPU goes on elsewhere
     assert torch.equal(torch.rand(3), first[0])

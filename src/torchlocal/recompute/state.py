@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RandomState", "Replay", "held", "keeping_nothing", "put_aside", "started_from", "without_autocast"]
+__all__ = [
+    "RandomState",
+    "Replay",
+    "held",
+    "keeping_nothing",
+    "put_aside",
+    "started_from",
+    "undisturbed",
+    "without_autocast",
+]
 
 
 class RandomState:
@@ -59,6 +68,26 @@ class RandomState:
         assert self.python is not None
         (now, numpy_now), (then, numpy_then) = _python_state(numpy=True), self.python
         return now != then or (numpy_then is not None and repr(numpy_now[2:]) != repr(numpy_then[2:]))
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Have all generators be afterwards what they were; also of other devices, which ``torch.manual_seed`` seeds."""
+    devices = {device, *_in_use()}
+    states = [RandomState.get(one) for one in devices]
+    try:
+        yield
+    finally:
+        for state in states:
+            state.set()
+
+
+def _in_use() -> list[torch.device]:
+    """All devices of the accelerator, if it has been woken."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or not getattr(torch.get_device_module(accelerator), "is_initialized", lambda: True)():
+        return []
+    return [torch.device(accelerator.type, index) for index in range(torch.accelerator.device_count())]
 
 
 def _device_state(device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ from torchlocal.data import DataBundle, Split, TextBundle
 from torchlocal.data.text import IGNORED
 from torchlocal.network import DecoupledNetwork
 from torchlocal.parallel.network import ParallelNetwork
-from torchlocal.recompute import RandomState
+from torchlocal.recompute import undisturbed
 from torchlocal.run import checkpoint
 from torchlocal.run.build import Execution, build_network, resolve_execution
 from torchlocal.run.config import FitConfig
@@ -80,7 +80,7 @@ def evaluate(
 def load_run(
     path: Path, *, device: str, data_root: str | None, own: Own = _NAMED
 ) -> tuple[FitConfig, Execution, DataBundle, DecoupledNetwork]:
-    """What a checkpoint was trained with, and its network with the weights; the random generator is left alone.
+    """What a checkpoint was trained with, and its network with the weights; the random generators are left alone.
 
     Args:
         path: the checkpoint.
@@ -101,11 +101,8 @@ def load_run(
     _check_classes(path, saved["data"].get("classes", data.classes), data.classes)
     if isinstance(data, TextBundle):
         checkpoint.check_same_tokens(path, saved["data"], data)
-    random = RandomState.get(execution.device)  # the weights drawn here are overwritten
-    try:
+    with undisturbed(execution.device):  # by a seed, and by weights that are overwritten
         net = build_network(config, data, execution, own)
-    finally:
-        random.set()
     checkpoint.load_network(net, saved, path)
     return config, execution, data, net
 
