@@ -40,6 +40,7 @@ def test_a_network_on_two_devices_is_refused() -> None:
 def test_a_search_has_the_callers_current_device(monkeypatch: pytest.MonkeyPatch, device: str, told: list[int]) -> None:
     """Which a thread of its own would not have; on a CPU no accelerator is woken."""
     asked: list[int] = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *, check_available: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
     monkeypatch.setattr(torch.accelerator, "set_device_index", asked.append)
     with torch.no_grad():

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from torchlocal.data import DataBundle, Split, images, load_data
+from torchlocal.data import DataBundle, Split, bundle, images, load_data
 from torchlocal.data.images import Augmentation, MemorySource, send
 from torchlocal.data.splits import make_generator
 
@@ -191,3 +191,12 @@ def test_a_cpu_makes_its_batches_as_ever() -> None:
     there: DataBundle = data.to(torch.device("meta"))
     assert [getattr(there, name)._device.type for name in ("train", "validation", "test")] == ["meta"] * 3
     assert data.train._device == CPU and len(there.train) == len(data.train)
+
+
+def test_loaders_of_ones_own_are_left_alone() -> None:
+    loader = [(torch.zeros(2, 3), torch.zeros(2))]
+    data = bundle({"train": loader, "validation": loader})
+    there = data.to(torch.device("meta"))
+    assert type(there) is type(data) and there.train is data.train and there.validation is data.validation
+    assert there.test is None
+    assert next(there.train.batches(2, train=True))[0].device == CPU

@@ -144,7 +144,9 @@ def by_itself(function: Callable[[], _Result], device: torch.device) -> _Result:
 
     Which device is the current one is also said for each thread, and a network may say ``"cuda"`` and mean that one.
     """
-    current = None if device.type in ("cpu", "meta") else torch.accelerator.current_device_index()
+    accelerator = None if device.type == "cpu" else torch.accelerator.current_accelerator(check_available=True)
+    known = accelerator is not None and accelerator.type == device.type
+    current = torch.accelerator.current_device_index() if known else None
 
     def run() -> _Result:
         if current is not None:
