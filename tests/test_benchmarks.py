@@ -13,9 +13,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_gpu(folder: Path) -> str:
+def run_gpu(folder: Path, *sections: str) -> str:
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--tiny", "--threads", "1", "--out", str(folder)]
-    command += ["--sections", "right", "--only", "resnet32"]
+    command += ["--sections", *sections, "--only", "resnet32"]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     finished = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert finished.returncode == 0, finished.stderr
@@ -23,7 +23,7 @@ def run_gpu(folder: Path) -> str:
 
 
 def test_the_checks_for_accelerators_hold_on_the_cpu(tmp_path: Path) -> None:
-    run_gpu(tmp_path)
+    run_gpu(tmp_path, "right", "augmentation")
     content = json.loads((tmp_path / "results.json").read_text())
     section = content["sections"]["right"]
     checks = [row for row in section["rows"] if row["table"] == "right"]
@@ -32,7 +32,12 @@ def test_the_checks_for_accelerators_hold_on_the_cpu(tmp_path: Path) -> None:
     assert all(row["holds"] and row["differing"] == 0 and row["tensors"] > 50 for row in checks), checks
     report = (tmp_path / "results.md").read_text()
     assert "## right (finished" in report and "| resnet32 | guided = plain | 85 | 0 |" in report
-    assert "right" not in run_gpu(tmp_path)  # a section that is finished is not run again
+    section = content["sections"]["augmentation"]
+    (batches,) = (row for row in section["rows"] if row["table"] == "batches of the device")
+    assert section["status"] == "finished" and (batches["batches"], batches["differing"]) == (8, 0), section
+    speeds = {(r["network"], r["step"], r["batches"]) for r in section["rows"] if r["table"] == "images per second"}
+    assert len(speeds) == 3 + 2 * 4
+    assert "right" not in run_gpu(tmp_path, "right")  # a section that is finished is not run again
 
 
 @pytest.fixture(scope="module")

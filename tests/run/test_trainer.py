@@ -24,6 +24,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchlocal as tl
+from torchlocal.data import DataBundle
+from torchlocal.data.images import MemorySource
 from torchlocal.memory import plans
 from torchlocal.run import build as assembly
 from torchlocal.run import checkpoint, trainer
@@ -47,6 +49,7 @@ from torchlocal.run.own import Own
 from torchlocal.run.progress import Progress, compact
 from torchlocal.run.trainer import Diverged, Interrupted
 
+PARTS = ("train", "validation", "test")
 TIMES = ("seconds", "train_seconds", "epoch_seconds", "images_per_second", "run")
 
 
@@ -344,6 +347,35 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path) -> None:
         with NoReading():
             losses = train_step(net, optimizer, batches[:1], config=config, execution=execution, guided=guided)
         assert len(losses) == 3 and not any(loss.requires_grad for loss in losses)
+
+
+@pytest.mark.parametrize("changes", [{}, {"accumulate": 2, "data": "pairs:digits"}, {"channels_last": True}])
+def test_a_run_whose_batches_are_made_on_its_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """Their images are those of the host, so the run is the same; also when it is stopped and resumed there."""
+
+    def there(bundle: DataBundle, device: torch.device) -> DataBundle:
+        assert device.type == "cpu"
+        return replace(bundle, **{name: getattr(bundle, name).to(device) for name in PARTS})
+
+    def fetch(source: MemorySource, *given: Any) -> Tensor:
+        made.append(len(given[1]))
+        return fetch_there(source, *given)
+
+    fetch_there, made = MemorySource._fetch_there, list[int]()
+    monkeypatch.setattr(MemorySource, "_fetch_there", fetch)
+    with monkeypatch.context() as patched:
+        patched.setattr(DataBundle, "to", there)
+        after_steps(patched, 2, stop())
+        with pytest.raises(Interrupted):
+            fit(small_config(tmp_path / "there", epochs=1, **changes))
+        patched.setattr(trainer, "train_step", train_step)
+        fit(small_config(tmp_path / "there", epochs=1, **changes), resume=True)
+    num_made = len(made)
+    fit(small_config(tmp_path / "host", epochs=1, **changes))
+    assert num_made > 5 and len(made) == num_made
+    assert_same_run(tmp_path / "there", tmp_path / "host")
 
 
 @pytest.mark.parametrize("guided", [False, True])
