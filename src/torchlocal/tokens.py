@@ -26,9 +26,9 @@ class TokenCrossEntropy(nn.CrossEntropyLoss):
     """Cross-entropy of scores (..., V) against token ids (...), the mean over the positions that are not ignored.
 
     With ``from_features`` instead of a call the scores are never held as a whole; the values agree to rounding. The
-    auxiliary networks of rule ``solo`` are always trained so. With ``scores="chunked"`` the last module, and with it the
-    global loss, is as well: a step calls the network up to its read-out, which has to be the ``nn.Linear`` that
-    its forward ends in.
+    auxiliary networks of rule ``solo`` are always trained so. With ``scores="chunked"`` the last module, and with it
+    the global loss, is as well: a step calls the network up to its read-out, which has to be the ``nn.Linear`` that its
+    forward ends in.
 
     Args:
         ignore_index: target of positions that do not count.
