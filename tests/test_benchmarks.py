@@ -1,5 +1,6 @@
 """Benchmarks, in their tiny form on the CPU."""
 
+import argparse
 import json
 import os
 import runpy
@@ -9,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from torchlocal.recompute import Tape
+from torchlocal.run.build import build_network, resolve_execution
+from torchlocal.run.config import guided_options
+from torchlocal.run.own import Own
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -116,6 +122,21 @@ def test_the_time_of_a_step_is_what_the_kinds_of_steps_before_it_take(wallclock:
     assert time_to(curve, 0.6, more=True) == 6.0 and time_to(curve, 0.7, more=True) == 13.0
     assert time_to(curve, 0.9, more=True) is None and time_to(curve, 0.59, more=False) is None
     assert time_to([(1.0, 3.0), (2.0, 2.0)], 2.5, more=False) == 2.0
+
+
+@pytest.mark.parametrize("name", ["pairs", "pairs32"])
+def test_end_to_end_is_trained_in_four_parts_and_nothing_recomputed(wallclock: dict[str, Any], name: str) -> None:
+    options = argparse.Namespace(out=Path("unused"), tiny=True, seeds=[0])
+    config = wallclock["config_of"](name, "micro-batches", 0, options).changed(batch_size=128, num_train=128)
+    config = wallclock["in_parts"](config)
+    data, execution = Own().load(config), resolve_execution(config)
+    net = build_network(config, data, execution).train()
+    x, y = next(iter(data.train.batches(128, train=True, seed=0)))
+    plan = net.guided_plan(x, y, autocast=execution.autocast, **guided_options(config))
+    units = {"pairs": 10, "pairs32": 16}[name]
+    assert (plan.tree, plan.micro_batches, plan.recomputed) == (Tape(0, units), 4, 0.0)
+    with pytest.raises(RuntimeError, match="made the search find"):  # parts of 8 images are fewer than it considers
+        wallclock["in_parts"](config.changed(batch_size=32))
 
 
 def test_finished_runs_and_measured_steps_are_joined_in_a_report(
