@@ -1,6 +1,7 @@
 """Benchmarks, in their tiny form on the CPU."""
 
 import argparse
+import importlib
 import json
 import os
 import runpy
@@ -180,6 +181,56 @@ def test_finished_runs_and_measured_steps_are_joined_in_a_report(
     assert cells["end-to-end, one core"] == ["2.000", "4.000; 50 %"]
     for ending in ("svg", "png"):
         assert (tmp_path / f"pairs.{ending}").stat().st_size > 1000
+
+
+@pytest.fixture
+def links(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The other benchmark, whose names can be replaced."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("parallel")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_quota_gives_each_process_its_share_of_a_core(
+    links: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
+    monkeypatch.setattr(links, "quota_folder", lambda: (tmp_path, version))
+    rmdir = os.rmdir
+
+    def empty_and_remove(folder: Path) -> None:  # the kernel's files do not count
+        for file in folder.iterdir():
+            file.unlink()
+        rmdir(folder)
+
+    monkeypatch.setattr(os, "rmdir", empty_and_remove)
+    names = ["cpu.cfs_quota_us", "cpu.cfs_period_us"] if version == 1 else ["cpu.max"]
+    for share, expected in ((0.6, "3000 5000"), (1.0, "5000 5000"), (0.1, "1000 10000")):
+        with links.quotas(share, 2) as enters:
+            groups = sorted(path for path in tmp_path.iterdir() if path.is_dir())
+            assert [" ".join((group / name).read_text() for name in names) for group in groups] == [expected] * 2
+            for group, enter in zip(groups, enters, strict=True):
+                done = subprocess.run([*enter, "sh", "-c", "echo $$ $0", "a b"], capture_output=True, text=True)
+                assert done.stdout.split(maxsplit=1) == [(group / "cgroup.procs").read_text().strip(), "a b\n"]
+        assert not any(path.is_dir() for path in tmp_path.iterdir())
+    with links.quotas(None, 2) as enters:
+        assert enters == [[], []] and not any(path.is_dir() for path in tmp_path.iterdir())
+
+
+def test_a_share_that_cannot_be_had_is_refused(
+    links: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert links.check_share(None) is None
+    assert links.check_share(1.5) == "--share: must be a number above 0 and at most 1, not 1.5"
+    monkeypatch.setattr(links, "quota_folder", lambda: (tmp_path / "missing", 1))
+    monkeypatch.setattr(sys, "argv", ["parallel.py", "--share", "0.6"])
+    with pytest.raises(SystemExit):
+        links.main()
+    assert "--share: a quota of the CPU takes root and cgroups with the controller cpu: " in capsys.readouterr().err
+    monkeypatch.setattr(links, "check_share", lambda share: None)
+    monkeypatch.setattr(sys, "argv", ["parallel.py", "--share", "0.6", "--methods", "both cores"])
+    with pytest.raises(SystemExit):
+        links.main()
+    assert "--share: is of one core, and these methods take two" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
