@@ -183,6 +183,33 @@ def test_finished_runs_and_measured_steps_are_joined_in_a_report(
         assert (tmp_path / f"pairs.{ending}").stat().st_size > 1000
 
 
+def test_a_real_run_is_told_beside_what_the_joining_says_of_it(
+    wallclock: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = {"seconds": SECONDS, "stages": {"ranks": [[0, 4], [4, 10]], "bare": [[0, 5], [5, 10]]}}
+    (tmp_path / "steps.json").write_text(json.dumps({"pairs, 100mbit, 2 stages": measured}))
+    result = {
+        "kinds": ["local"] * 7 + ["phase"] * 2, "seconds": [9.0] * 5 + [0.4, 0.8, 3.5, 4.0], "losses": 9,
+        "same_losses": [True] * 9, "same_tensors": 3, "tensors": 3, "largest_difference": 0.0,
+        "stages": [[0, 4], [4, 10]], "others": 0.12,
+    }  # fmt: skip
+    started: list[Any] = []
+    names = wallclock["main"].__globals__  # as they are looked up
+    monkeypatch.setitem(names, "run_ranks", lambda *arguments: [result, started.append(arguments)][0])
+    verify = ["wallclock.py", "--tasks", "pairs", "--verify", "100mbit", "pgl", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", verify)
+    assert wallclock["main"]() == 0
+    assert capsys.readouterr().out.splitlines()[1:5] == [
+        "  local modules 1–4 | 5–10; other programs took 12 % of all cores meanwhile",
+        "  2 × local: 1.2 s, 0.600 s each; joined 1.0 s, 0.500 s each; measured / joined 1.20",
+        "  2 × guided, in a phase: 7.5 s, 3.750 s each; joined 6.0 s, 3.000 s each; measured / joined 1.25",
+        "  all 4: 8.7 s, 2.175 s each; joined 7.0 s, 1.750 s each; measured / joined 1.24",
+    ]
+    assert started[0][2][-5:] == ["--method", "pgl", "--modules", "4", "6"]  # the stages that were measured
+    result["same_tensors"] = 2
+    assert wallclock["main"]() == 1
+
+
 @pytest.fixture
 def links(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The other benchmark, whose names can be replaced."""
