@@ -117,7 +117,7 @@ class Grid:
         steps = options.steps
         self.base = recipe.changed(
             num_threads=1, device=options.device, capture=options.device.startswith("cuda"), precision="fp32",
-            tensorboard=False, data_root=options.data_root, steps=steps,
+            tensorboard=False, data_root=options.data_root, steps=steps, decay=options.share,
             epoch_rows=max(1, steps // EPOCHS) * recipe.optimisation.batch_size,
         )  # fmt: skip
         self.sizes: tuple[int, ...] = (8, 4, 2)
