@@ -393,10 +393,8 @@ class Finished:
         return statistics.fmean(self.losses)
 
     def spread(self) -> MethodResult:
-        """For the same judgement as of comparisons, where more is better."""
-        return MethodResult(
-            method=self.row.name, num_modules=0, guided_share=0, accuracies=tuple(-loss for loss in self.losses)
-        )
+        """For the same judgement as of comparisons."""
+        return MethodResult(method=self.row.name, num_modules=0, guided_share=0, test=tuple(self.losses))
 
 
 def read_finished(grid: Grid, rows: Sequence[Row], seeds: Sequence[int]) -> dict[str, Finished]:

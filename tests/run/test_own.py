@@ -279,7 +279,7 @@ def test_compare_own_objects(tmp_path: Path) -> None:
     made = CompareConfig(out=str(tmp_path / "made"), seeds=(0, 1), fit=config(tmp_path), **options)
     found = compare(made, model=lambda: SmallNet(10, 1), data=loaders(), progress=False)
     assert [result.method for result in found.results] == ["end-to-end", "local", "pgl"]
-    assert all(len(result.accuracies) == 2 and result.peak_bytes for result in found.results)
+    assert all(len(result.test) == 2 and result.peak_bytes for result in found.results)
     assert "5 training batches of 8" in dict(found.facts)["Data"]
     copied = CompareConfig(out=str(tmp_path / "copied"), fit=config(tmp_path, steps=3), **options)
     assert "own:SmallNet" in compare(copied, model=start, data=loaders(), progress=False).title

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torchlocal import __version__ as torchlocal_version
 from torchlocal.compare.circumstances import Measured, check_parts
 from torchlocal.compare.costs import StepCosts, measure_costs
+from torchlocal.compare.measures import Measure, measure_of
 from torchlocal.compare.methods import METHODS, RIVALS, CompareConfig, Subject, method_configs
 from torchlocal.compare.report import write_report
 from torchlocal.compare.results import Comparison, MethodResult
@@ -144,12 +145,14 @@ def _compare(config: CompareConfig, own: Own, out: Path, progress: bool) -> Comp
         raise Diverged(
             f"every run diverged ({'; '.join(diverged)}): lower lr={config.fit.optimisation.lr:g}, or train in fp32"
         )
+    measure = measure_of(next(iter(next(iter(trained.values())).values())))
     comparison = Comparison(
         title=f"{_several(config, 'model')} on {data.name}, {_modules_text(config)}",
         results=tuple(
-            _method_result(method, subjects[method], found, out / firsts[method], costs.get(method))
+            _method_result(method, subjects[method], found, measure, out / firsts[method], costs.get(method))
             for method, found in results.items()
         ),
+        measure=measure,
         facts=(
             *_facts(config, data, trained, diverged, alike, begun).items(),
             ("Trained until", _last_day(runs.values())),
@@ -160,7 +163,7 @@ def _compare(config: CompareConfig, own: Own, out: Path, progress: bool) -> Comp
         device=resolve_execution(config.fit).device.type,
     )
     write_report(comparison, out)
-    write_file(out / "runs.csv", _runs_table(trained, costs))
+    write_file(out / "runs.csv", _runs_table(trained, measure, costs))
     return comparison
 
 
@@ -299,20 +302,27 @@ def _versions() -> str:
 
 
 def _method_result(
-    method: str, subject: Subject, by_seed: Mapping[int, Mapping[str, Any]], folder: Path, cost: StepCosts | None
+    method: str,
+    subject: Subject,
+    by_seed: Mapping[int, Mapping[str, Any]],
+    measure: Measure,
+    folder: Path,
+    cost: StepCosts | None,
 ) -> MethodResult:
     results = list(by_seed.values())
     parameters = results[0]["num_parameters"]
-    curves = [_curves(folder / f"seed{seed}" / "metrics.csv") for seed in by_seed]
+    validation = f"validation_{measure.name}"
+    curves = [_curves(folder / f"seed{seed}" / "metrics.csv", validation) for seed in by_seed]
     return MethodResult(
         method=method,
         num_modules=results[0]["num_modules"],
         guided_share=statistics.fmean(result["guided_share"] for result in results),
-        accuracies=tuple(result["test_accuracy"] for result in results),
-        validation=tuple(curve["validation_accuracy"] for curve in curves),
+        test=tuple(result[f"test_{measure.name}"] for result in results),
+        validation=tuple(curve[validation] for curve in curves),
         losses=tuple(curve["train_loss"] for curve in curves),
         epoch_steps=tuple(map(int, curves[0]["step"])),
-        depth_accuracies=tuple(tuple(result["depth_accuracy"]) for result in results),
+        depth=tuple(tuple(result[f"depth_{measure.name}"]) for result in results),
+        further={name: tuple(result.get(name) for result in results) for name in (validation, *measure.of_runs)},
         peak_bytes=None if cost is None else cost.total_peak_bytes,
         step_seconds=None if cost is None else cost.mean_seconds,
         step_flops=None if cost is None else cost.mean_flops,
@@ -325,22 +335,25 @@ def _method_result(
     )
 
 
-def _runs_table(results: Mapping[str, Mapping[int, Mapping[str, Any]]], costs: Mapping[str, StepCosts]) -> str:
+def _runs_table(
+    results: Mapping[str, Mapping[int, Mapping[str, Any]]], measure: Measure, costs: Mapping[str, StepCosts]
+) -> str:
     """Every run as a line of CSV; the peak is empty where it was not measured."""
-    columns = ("validation_accuracy", "test_accuracy", "guided_share", "steps", "seconds")
+    name = measure.name
+    columns = (f"validation_{name}", f"test_{name}", *measure.of_runs, "guided_share", "steps", "seconds")
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["method", "seed", *columns, "peak_bytes"])
     for method, by_seed in results.items():
         peak = costs[method].total_peak_bytes if method in costs else ""
         for seed, result in by_seed.items():
-            writer.writerow([method, seed, *(result[column] for column in columns), peak])
+            writer.writerow([method, seed, *(result.get(column) for column in columns), peak])
     return buffer.getvalue()
 
 
-def _curves(path: Path) -> dict[str, tuple[float, ...]]:
+def _curves(path: Path, validation: str) -> dict[str, tuple[float, ...]]:
     """What was measured in every epoch; without the file the report simply lacks the curves."""
-    names = ("step", "train_loss", "validation_accuracy")
+    names = ("step", "train_loss", validation)
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))

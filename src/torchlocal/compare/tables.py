@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torchlocal.compare.report import format_bytes, format_count, new_table
+from torchlocal.compare.columns import format_bytes, format_count
+from torchlocal.compare.report import new_table
 from torchlocal.memory import LABELS
 
 if TYPE_CHECKING:
