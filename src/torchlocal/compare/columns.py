@@ -69,12 +69,14 @@ class Column:
         header: as it is shown.
         cell: of a row.
         right: whether it is aligned to the right.
+        narrow: whether it is also shown in a terminal.
     """
 
     key: str
     header: str
     cell: Callable[[Row], str]
     right: bool = True
+    narrow: bool = True
 
 
 def columns(measure: Measure, reach: float | None = None) -> list[Column]:
@@ -84,7 +86,7 @@ def columns(measure: Measure, reach: float | None = None) -> list[Column]:
         return lambda row: _optional(row.further[index], lambda value: f"{value:{form}}")
 
     told = [
-        Column(key=one.name, header=one.header, cell=further(index, one.form))
+        Column(key=one.name, header=one.header, cell=further(index, one.form), narrow=one.narrow)
         for index, one in enumerate(measure.further)
     ]
     goal = [

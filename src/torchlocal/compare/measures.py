@@ -32,6 +32,7 @@ class Further:
         value: takes it from what was measured of a method; None where that lacks it.
         form: how it is written, as format specification.
         note: what the report says of it, with `{number}` for that of its column.
+        narrow: whether it is also shown in a terminal.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Further:
     value: Callable[[Judged], float | None]
     form: str
     note: str = ""
+    narrow: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +176,7 @@ TOKEN_LOSS = Measure(
             value=_mean("validation_loss"),
             form=".3f",
             note="Validation loss ({number}) is that of the chosen epoch, mean over seeds.",
+            narrow=False,
         ),
     ),
     of_runs=("validation_perplexity", "test_perplexity", "validation_bits_per_byte", "test_bits_per_byte"),

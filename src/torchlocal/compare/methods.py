@@ -11,8 +11,7 @@ from fractions import Fraction
 from functools import partial
 from typing import Any, Protocol
 
-from torchlocal.checks import whole
-from torchlocal.names import TEXT
+from torchlocal.checks import number, whole
 from torchlocal.run.config import (
     MOST_STEPS,
     CutConfig,
@@ -186,6 +185,12 @@ class CompareConfig:
         "memory nor FLOPs. Then equal-time cannot be trained, and is left out unless it is asked for.",
         partial(whole, most=1_000_000),
     )
+    reach: float | None = option(
+        None,
+        "A validation accuracy (0.75), of text a validation loss (3.4): also tell after how much time each method "
+        "reaches it.",
+        partial(number, what="a number above 0", above=0, none=True),
+    )
     grid: Mapping[str, Sequence[Any]] = option(
         {},
         "Options to vary, as OPTION: [VALUE, ...]: every method is trained with every combination of them that makes a "
@@ -196,11 +201,8 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.fit.data.name.startswith(TEXT):
-            raise ValueError(
-                f"data={self.fit.data.name!r} is text, and compare reports accuracies: train each method with fit, and "
-                "compare what evaluate tells"
-            )
+        if self.reach is not None and not self.timing_rounds:
+            raise ValueError(f"reach={self.reach!r} needs the time of steps: give timing_rounds above 0")
         if not self.timing_rounds and self.methods == _DEFAULT:
             object.__setattr__(self, "methods", tuple(method for method in _DEFAULT if method != "equal-time"))
         known = [*METHODS, *self.variants]

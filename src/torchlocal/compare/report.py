@@ -42,7 +42,7 @@ def new_table(title: str, caption: str | None = None) -> Table:
 
 def terminal_table(comparison: Comparison) -> Table:
     """The comparison as a rich table."""
-    table, shown = new_table(comparison.title), _columns(comparison)
+    table, shown = new_table(comparison.title), [one for one in _columns(comparison) if one.narrow]
     for one in shown:
         # Names stay whole when the terminal is narrow; the other headers may wrap.
         table.add_column(
