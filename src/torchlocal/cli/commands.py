@@ -48,7 +48,7 @@ _COMMANDS = {
     "fit": "Train one network: end-to-end, locally, or with periodic guidance.",
     "evaluate": "Tell the accuracy of a run, on text its perplexity, also by depth through every auxiliary network.",
     "generate": "Continue a text with a network that was trained on text.",
-    "compare": "Train by several methods and seeds; report accuracy, memory and time side by side.",
+    "compare": "Train by several methods and seeds; report accuracy, of text loss, memory and time side by side.",
     "partition": "Show where a network is cut into local modules and what each unit costs.",
     "plan": "Predict what every way to train takes, and recommend one that fits into a memory budget.",
     "export": "Write the trained backbone as safetensors, .pt, a torch.export program, or a folder for transformers.",
