@@ -9,7 +9,7 @@ keeps the rows that it has, and the next one gets its chance. Every row is print
 ``results.md``) as soon as it is known. A second run with the same ``--out`` skips sections that are finished.
 
     right            guided = plain, recomputation, isolation, autocast, GradScaler, channels_last
-    blocks           compiled blocks against uncompiled ones
+    blocks           compiled blocks against uncompiled ones, of GPT-2 and of a ResNet
     fit              runs of the trainer on images and on text: their steps called, and captured
     synchronisation  which call of a step waits for the device, if any
     memory           the allocator's peak against the prediction; what memory=BYTES holds
@@ -19,6 +19,8 @@ keeps the rows that it has, and the next one gets its chance. Every row is print
     streams          module k's backward beside module k + 1's forward
     accuracy         Fashion-MNIST (``--data FOLDER`` with the IDX files), as many epochs as there is time for
     compiled         torch.compile with an activation memory budget; compiled modules with CUDA graphs
+    augmentation     batches of images made on the device against batches of the host: the same, and how fast a run is
+    ranks            two processes, as stages and as replicas, against one (NCCL; needs two GPUs)
 
 Times are medians over rounds in which the methods take turns; ``n`` is the number of rounds. Memory is in MiB above
 what is there at rest. "Differing" counts tensors that are not equal bit for bit, of ``tensors`` compared.
@@ -29,15 +31,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import csv
 import functools
 import gc
 import gzip
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -59,8 +64,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import torchlocal as tl
+from torchlocal.data import Split
+from torchlocal.data.images import Augmentation, MemorySource
 from torchlocal.models import build_model
 from torchlocal.recompute import GuidedPlan, Tape
+from torchlocal.rules.greedy import WIDTH
+from torchlocal.run.build import Execution
 from torchlocal.run.callbacks import RunState
 
 CUDA = torch.cuda.is_available() and "--tiny" not in sys.argv
@@ -71,7 +80,7 @@ BUDGET = 8 * 2**30  # of the largest batch
 # name: seconds
 LIMITS = {
     "right": 85.0,
-    "blocks": 60.0,
+    "blocks": 120.0,
     "fit": 60.0,
     "synchronisation": 30.0,
     "memory": 75.0,
@@ -81,6 +90,8 @@ LIMITS = {
     "streams": 25.0,
     "accuracy": 75.0,
     "compiled": 90.0,
+    "augmentation": 60.0,
+    "ranks": 120.0,
 }
 Step = Callable[[], Any]
 
@@ -215,7 +226,7 @@ class Run:
     tiny: bool
     plans: Plans
     data: Path | None = None
-    only: Sequence[str] = ()  # networks of the section "right"
+    only: Sequence[str] = ()  # networks of the sections "right" and "blocks"
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
@@ -947,12 +958,14 @@ class Checks:
 
 
 def compiled_blocks(run: Run) -> None:
-    """Compiled blocks: against the same steps uncompiled, and among themselves."""
+    """Compiled blocks, without dropout: against the same steps uncompiled, and among themselves."""
     backend = {"backend": "inductor"} if CUDA else {"backend": "aot_eager"}
-    vision = Case("resnet8, no dropout", 3, _resnet(8), (8, 3, 32, 32), cuts=("layer1.0", "layer2.0"))
+    vision = Case("resnet8", 3, _resnet(8), (8, 3, 32, 32), cuts=("layer1.0", "layer2.0"))
     cuts = ("transformer.h.0",)
-    text = Case("gpt2, no dropout", 2, lambda: _gpt2(2, 64, 32, 256, 0.0), (8, 32), outputs=256, cuts=cuts)
-    for case in (vision, text):
+    text = Case("gpt2", 2, lambda: _gpt2(2, 64, 32, 256, 0.0), (8, 32), outputs=256, cuts=cuts)
+    for case in (text, vision):  # which takes nearly a minute to compile
+        if run.only and case.name not in run.only:
+            continue
         with noting(run.report, network=case.name, check="compiled"):
             run.clock.check(10.0)
             checks = Checks(run, case)
@@ -2073,6 +2086,119 @@ def tell_compiled(
         run.report.row("compiled", **labels, method=name, **row, first_call_s=seconds[name])
 
 
+# -------------------------------------------------------------------------------------------------------- augmentation
+
+
+def endless(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches to train on, one epoch after another."""
+    for epoch in itertools.count():
+        yield from split.batches(size, epoch=epoch, train=True)
+
+
+def augmentation(run: Run) -> None:
+    """Batches of images like CIFAR's, made on the host and on the device; and what a run does with them in a second."""
+    count, size = (512, 16) if run.tiny else (50_000, 128)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(10, (count,), generator=generator)
+    source = MemorySource(pixels, Augmentation(padding=4, mode="reflect", flip=True))
+    host = Split(source, labels, num_classes=10, mean=(0.49, 0.48, 0.45), std=(0.25, 0.24, 0.26))
+    execution = Execution(device=DEVICE, precision="fp32", channels_last=False)
+    there, differing, compared_ = host.to(DEVICE), 0, 8
+    for (x, y), (expected, target) in itertools.islice(
+        zip(endless(there, size), endless(host, size), strict=True), compared_
+    ):
+        differing += not (torch.equal(x.cpu(), expected) and torch.equal(y, target))
+    places = waits_of(lambda: execution.place(next(endless(there, size))))
+    waits = "skipped: no CUDA device" if places is None else ", ".join(sorted(set(places))) or "nowhere"
+    run.report.row("batches of the device", batches=compared_, differing=differing, waits=waits)
+
+    def made(split: Split, place: Callable[[Any], Any]) -> Callable[[], tuple[Tensor, Tensor]]:
+        batches = endless(split, size)
+        return lambda: place(next(batches))
+
+    def unpinned(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(tensor.to(DEVICE, non_blocking=True) for tensor in batch)
+
+    ways = {
+        "host": made(host, unpinned), "host, pinned": made(host, execution.place),
+        "device": made(there, execution.place),
+    }  # fmt: skip
+    tell_speeds(run, ways, size, network="none", step="none")
+    x, y = ways["device"]()
+    ways["one batch, over and over"] = lambda: (x, y)
+    for depth, modules in ((8, 3),) if run.tiny else ((20, 10), (32, 16)):
+        case = Case(f"resnet{depth}", modules, _resnet(depth), (size, 3, 32, 32))
+        for kind in ("local", "guided"):
+            with noting(run.report, network=case.name, step=kind):
+                run.clock.check(5.0)
+                net = case.decouple(case.model())
+                optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+                called: Any = net.local_step if kind == "local" else net.guided_step
+                learn = tl.capture(called, x, y) if CUDA else called
+
+                def train_on(
+                    way: Callable[[], tuple[Tensor, Tensor]],
+                    learn: Any = learn,
+                    optimizer: torch.optim.Optimizer = optimizer,
+                ) -> None:
+                    learn(*way())
+                    optimizer.step()
+                    if not CUDA:  # a graph overwrites gradients
+                        optimizer.zero_grad()
+
+                steps = {name: functools.partial(train_on, way) for name, way in ways.items()}
+                tell_speeds(run, steps, size, network=case.name, step=kind)
+
+
+def tell_speeds(run: Run, steps: Mapping[str, Step], size: int, **labels: Any) -> None:
+    """Time these in turns, and tell how many images they take in a second."""
+    for step in steps.values():
+        step()
+    for name, times in in_turns(steps, run, rounds=3 if run.tiny else 15, seconds=6.0, **labels).items():
+        median, width = spread(times)
+        row = {"ms": median, "iqr_half": width, "n": len(times), "images_per_s": 1e3 * size / median}
+        run.report.row("images per second", **labels, batches=name, **row)
+
+
+# --------------------------------------------------------------------------------------------------------------- ranks
+
+
+def ranks(run: Run) -> None:
+    """Runs of the trainer on two processes, each with a device of its own, against one."""
+    if CUDA and torch.cuda.device_count() < 2:
+        run.report.row("ranks", run="all", note="skipped: one device")
+        return
+    options = {
+        "model": "resnet20", "modules": 2 if run.tiny else 10, "data": "pairs:fashion-mnist-small",
+        "num_train": 128 if run.tiny else 10_000, "num_validation": 64, "batch_size": 32 if run.tiny else 128,
+        "device": DEVICE.type, "lr": 0.1, "epochs": 2, "precision": "fp32", "tensorboard": False,
+        "memory": "full", "guidance": {"period": 5},
+    }  # fmt: skip
+    ways: dict[str, tuple[int, dict[str, Any]]] = {
+        "one process": (1, {}), "two stages": (2, {}), "two replicas": (2, {"replicas": 2}),
+    }  # fmt: skip
+    nets: dict[str, Named] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (count, changes) in ways.items():
+            run.clock.check(10.0)
+            with noting(run.report, run=name):
+                out, recipe = Path(folder) / name, Path(folder) / f"{name}.yaml"
+                recipe.write_text(json.dumps(options | changes | {"out": str(out)}))
+                command = [sys.executable, "-m", "torchlocal", "fit", "--config", str(recipe), "--quiet"]
+                command += ["--ranks", str(count)] if count > 1 else []
+                finished = subprocess.run(command, capture_output=True, text=True, timeout=max(10.0, run.clock.left))
+                if finished.returncode:
+                    raise RuntimeError(finished.stderr.strip()[-400:])
+                rows = list(csv.DictReader((out / "metrics.csv").open()))
+                speed = float(rows[-1]["images_per_second"])  # of the second epoch: the first one warms up
+                nets[name] = torch.load(out / "last.pt", weights_only=True, map_location="cpu")["net"]
+                row = {"images_per_s": speed, "steps": int(rows[-1]["step"]), "loss": float(rows[-1]["train_loss"])}
+                run.report.row("ranks", run=name, processes=count, **row)
+    if {"one process", "two stages"} <= set(nets):
+        run.report.row("weights after the run", run="two stages", **compared(nets["two stages"], nets["one process"]))
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 
 SECTIONS: dict[str, Callable[[Run], None]] = {
@@ -2087,6 +2213,8 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "streams": streams,
     "accuracy": accuracy,
     "compiled": compiled,
+    "augmentation": augmentation,
+    "ranks": ranks,
 }
 
 
@@ -2115,7 +2243,7 @@ def about() -> dict[str, Any]:
         found["memory_GiB"] = round(torch.cuda.mem_get_info()[1] / 2**30, 1)
     else:
         found["threads"] = torch.get_num_threads()
-    return found | {"torchlocal": tl.__version__, "cores": os.cpu_count(), "rule": "dgl (the default)"}
+    return found | {"torchlocal": tl.__version__, "cores": os.cpu_count(), "rule": f"{tl.DGLRule()!r}, width {WIDTH}"}
 
 
 def main() -> None:
@@ -2128,7 +2256,7 @@ def main() -> None:
     parser.add_argument("--redo", action="store_true", help="also sections that are finished")
     parser.add_argument("--minutes", type=float, default=8.0, help="limit for everything (default: 8)")
     parser.add_argument("--data", type=Path, default=None, help="folder with the IDX files of Fashion-MNIST")
-    parser.add_argument("--only", nargs="+", default=(), help='only these networks in the section "right"')
+    parser.add_argument("--only", nargs="+", default=(), help='only these networks in "right" and "blocks"')
     parser.add_argument(
         "--workers", type=int, default=None, help="processes that search for plans (default: 10; CPU: 0)"
     )

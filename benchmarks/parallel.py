@@ -18,6 +18,7 @@ rounds are told.
     python benchmarks/parallel.py --links loopback 10gbit 1gbit 100mbit 20ms 100mbit+20ms   # needs root, ip and tc
     python benchmarks/parallel.py --links 100mbit --boundary int8 --weigh-link   # in fewer bytes, cut where fewer cross
     python benchmarks/parallel.py --networks gpt --stages 3              # three processes
+    python benchmarks/parallel.py --networks gpt --stages 3 --share 0.6  # on two cores, each .6 of one (needs root)
     python benchmarks/parallel.py --tiny                                 # a trial of everything, of no meaning
 
 The networks are three for images and ``gpt``, a decoder (gpt-tiny, its read-out not tied, which would make the first
@@ -26,6 +27,9 @@ stage wait for the last one in every step; local losses read copies of the read-
 A link is ``loopback`` (no namespaces), or a rate (``1gbit``) and a one-way delay (``20ms``), joined by ``+``; there is
 one from each stage to the next. Rates are tc's token bucket on a veth pair. Delays are netem's where the kernel has it,
 otherwise two TUN devices and a relay.
+
+More stages than cores are honest with ``--share``: a quota (cgroup v1 or v2) gives each process that share of one core,
+in slices of a few milliseconds. One process has the share of one as well, and methods with two threads are left out.
 """
 
 from __future__ import annotations
@@ -35,7 +39,9 @@ import collections
 import contextlib
 import fcntl
 import json
+import math
 import os
+import resource
 import select
 import signal
 import statistics
@@ -342,34 +348,119 @@ def carry(first: int, second: int, delay: float) -> None:
                 os.write(file, packet)
 
 
+# --- shares of a core ---
+
+
+def quota_folder() -> tuple[Path, int]:
+    """Where cgroups with a quota of the CPU can be made, and the version of these: 1 or 2.
+
+    Raises:
+        OSError: nowhere.
+    """
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, where, kind, options, *_ = line.split()
+        if kind == "cgroup" and "cpu" in options.split(","):
+            return Path(where), 1
+        if kind == "cgroup2" and "cpu" in Path(where, "cgroup.controllers").read_text().split():
+            return Path(where), 2
+    raise OSError("no cgroup with the controller cpu is mounted")
+
+
+@contextlib.contextmanager
+def quotas(share: float | None, count: int) -> Iterator[list[list[str]]]:
+    """Cgroups that give a share of one core each; what to put before a command to run it, with its threads, in each.
+
+    Raises:
+        OSError: the rights, or cgroups, are missing.
+    """
+    if share is None:
+        yield [[] for _ in range(count)]
+        return
+    made: list[Path] = []
+    try:
+        folder, version = quota_folder()
+        period = max(5000, math.ceil(1000 / share))  # microseconds; the kernel wants a quota of at least 1000
+        if version == 2:
+            (folder / "cgroup.subtree_control").write_text("+cpu")
+        for i in range(count):
+            group = folder / f"torchlocal{os.getpid()}-{i}"
+            group.mkdir()
+            made.append(group)
+            quota = round(share * period)
+            if version == 2:
+                (group / "cpu.max").write_text(f"{quota} {period}")
+            else:
+                (group / "cpu.cfs_period_us").write_text(str(period))
+                (group / "cpu.cfs_quota_us").write_text(str(quota))
+        enter = 'echo $$ > "$0" && exec "$@"'
+        yield [["sh", "-c", enter, str(group / "cgroup.procs")] for group in made]
+    finally:
+        for group in made:
+            os.rmdir(group)
+
+
+def check_share(share: float | None) -> str | None:
+    """Why processes cannot have that share of a core here; None if they can."""
+    if share is None:
+        return None
+    if not 0 < share <= 1:
+        return f"--share: must be a number above 0 and at most 1, not {share}"
+    try:
+        with quotas(share, 1):
+            return None
+    except OSError as error:
+        return f"--share: a quota of the CPU takes root and cgroups with the controller cpu: {error}"
+
+
 # --- the run ---
 
 
-def run_ranks(link: str, count: int, command: list[str]) -> dict[str, Any]:
+def run_ranks(link: str, count: int, command: list[str], share: float | None = None) -> dict[str, Any]:
     """Start a process for each stage, and wait for what they measure.
 
     Args:
         link: between one stage and the next.
         count: number of stages.
         command: of every process; ``--rank``, ``--store`` and ``--result`` are added.
+        share: of one core that every process gets; None: as much as there is.
+
+    Returns:
+        What they measure, and as ``others`` the share of all cores that other programs took meanwhile.
 
     Raises:
-        OSError: namespaces cannot be had.
+        OSError: namespaces, or quotas, cannot be had.
         RuntimeError: a process failed.
     """
+    before = time.perf_counter(), *seconds_of_cores()
+    result = _run_ranks(link, count, command, share)
+    wall, busy, ours = (b - a for a, b in zip(before, (time.perf_counter(), *seconds_of_cores()), strict=True))
+    return result | {"others": max(0.0, busy - ours) / (wall * (os.cpu_count() or 1))}
+
+
+def seconds_of_cores() -> tuple[float, float]:
+    """Seconds that all cores together have worked so far, and of these those of this process and its children."""
+    user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
+    busy = (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+    own = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return busy, sum(one.ru_utime + one.ru_stime for one in own)
+
+
+def _run_ranks(link: str, count: int, command: list[str], share: float | None) -> dict[str, Any]:
     here: list[list[str]] = [[] for _ in range(count)]
     around: Any = contextlib.nullcontext(here) if link == "loopback" else namespaces(link, count)
-    with tempfile.TemporaryDirectory() as folder, around as prefixes:
+    with tempfile.TemporaryDirectory() as folder, quotas(share, count) as enters, around as prefixes:
         processes = []
         for rank, prefix in enumerate(prefixes):
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": interface(link, rank)}
             own = ["--rank", str(rank), "--store", f"{folder}/store", "--result", f"{folder}/result"]
-            processes.append(subprocess.Popen([*prefix, *command, *own], env=environment))
+            # A quota is entered first: a network namespace has another /sys.
+            processes.append(subprocess.Popen([*enters[rank], *prefix, *command, *own], env=environment))
         try:
             codes = [process.wait() for process in processes]
         finally:
             for process in processes:
                 process.kill()
+                process.wait()
         if any(codes):
             raise RuntimeError(f"the processes ended with {codes}")
         result: dict[str, Any] = json.loads(Path(f"{folder}/result").read_text())
@@ -383,7 +474,7 @@ def measure(network: str, link: str, options: argparse.Namespace) -> dict[str, A
     command += ["--rounds", str(options.rounds), "--methods", *options.methods]
     command += ["--boundary", options.boundary] if options.boundary else []
     command += ["--weigh", link] if options.weigh_link and link != "loopback" else []
-    return run_ranks(link, options.stages, command)
+    return run_ranks(link, options.stages, command, options.share)
 
 
 def tell(
@@ -393,6 +484,7 @@ def tell(
     seconds, (what, size) = result["seconds"], unit
     stages = " | ".join(f"{start + 1}–{stop}" for start, stop in result["stages"])
     print(f"\n{network}, {link}: local modules {stages}, {result[f'bytes_per_{what}']:,.0f} bytes per {what}")
+    print(f"  {told_others(result)}")
     for method, value in seconds.items():
         ratio = f"  {seconds['one'] / value:5.2f} × one process" if "one" in seconds else ""
         share = ""
@@ -407,6 +499,11 @@ def tell(
         print(f"  local: {seconds['both cores'] / seconds['local']:.2f} × one process with both cores")
     if {"1f1b", "local"} <= seconds.keys():
         print(f"  local: {seconds['1f1b'] / seconds['local']:.2f} × 1f1b with {MICRO_BATCHES} micro-batches (aim 1.3)")
+
+
+def told_others(result: dict[str, Any]) -> str:
+    """Whether the machine was quiet."""
+    return f"other programs took {100 * result['others']:.0f} % of all cores meanwhile"
 
 
 def draw(results: dict[str, Any], options: argparse.Namespace) -> Figure:
@@ -444,6 +541,7 @@ def main() -> None:
     )
     parser.add_argument("--boundary", choices=["bf16", "int8", "int4"], help="what features and gradients are sent in")
     parser.add_argument("--weigh-link", action="store_true", help="choose the stages by the bytes over the link, too")
+    parser.add_argument("--share", type=float, default=None, help="of one core that every process gets (default: all)")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a method in a round, a multiple of 10")
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument("--tiny", action="store_true", help="small numbers, to see whether everything runs")
@@ -466,6 +564,12 @@ def main() -> None:
     if options.rank is not None:
         work(options.rank, options)
         return
+    if refused := check_share(options.share):
+        parser.error(refused)
+    if options.share is not None:
+        options.methods = [method for method in options.methods if not method.startswith("both")]
+        if not options.methods:
+            parser.error("--share: is of one core, and these methods take two")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that namespaces are taken down
     results: dict[str, Any] = {}
     for link in options.links:

@@ -21,11 +21,14 @@ The methods, and what a step of theirs is:
     pgl 1f1b              the same, guided steps in 4 micro-batches that overlap
 
 Guided steps among local ones drain the pipeline, and are measured in that pattern; those that follow each other, in a
-phase. Every rank has one thread. Two tasks, four links and two stages need root, ip and tc:
+phase. Every rank has one thread. With ``--share`` a quota gives each a part of a core, so that three stages on two
+cores are three honest machines; one core is such a part then, and all cores are left out. All tasks over five links, on
+two stages, need root, ip and tc:
 
     python benchmarks/wallclock.py
     python benchmarks/wallclock.py --tasks text --only measure    # or train, or report
     python benchmarks/wallclock.py --verify 100mbit pgl --tasks pairs
+    python benchmarks/wallclock.py --stages 3 --share 0.6 --only measure  # three machines on two cores
     python benchmarks/wallclock.py --tiny --out trial             # a trial of everything, of no meaning
 """
 
@@ -41,7 +44,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -69,7 +72,7 @@ from torchlocal.run.own import Own
 from torchlocal.run.trainer import Interrupted
 
 sys.path.insert(0, str(Path(__file__).parent))
-from parallel import run_ranks
+from parallel import check_share, run_ranks, told_others
 
 LINKS = ("loopback", "10gbit", "1gbit", "100mbit", "100mbit+20ms")
 WARM = 5  # steps of a real run that are not timed: in the first ones the network is watched
@@ -164,8 +167,7 @@ TASKS = {
         changes={"decay": 0.2},
         rows={
             "end-to-end": {**END_TO_END, "memory": None},
-            # In as many bytes as PGL takes in all: that is four micro-batches, and nothing recomputed.
-            "micro-batches": {**END_TO_END, "memory": 15228872},
+            "micro-batches": {**END_TO_END, **PARTS},
             "local": {"guidance": {"name": "never"}, "memory": None},
             "periodic": {"guidance": {"name": "periodic", "period": PERIOD}},
             "pgl": LAST_FIFTH,
@@ -199,6 +201,11 @@ TASKS = {
         },
     ),
 }  # fmt: skip
+TASKS["pairs32"] = replace(
+    TASKS["pairs"],
+    told="ResNet-32, pairs of Fashion-MNIST images",
+    changes={**TASKS["pairs"].changes, "model": "resnet32"},
+)
 
 
 def config_of(name: str, row: str, seed: int, options: argparse.Namespace) -> tl.FitConfig:
@@ -230,7 +237,33 @@ def train(name: str, options: argparse.Namespace) -> None:
         if row not in options.rows or (folder / "result.json").exists():
             continue
         print(f"{name}: {row}, seed {seed}", flush=True)
-        tl.fit(config_of(name, row, seed, options), resume=True, progress=False)
+        config = config_of(name, row, seed, options)
+        if row == "micro-batches" and not options.tiny:  # whose batches have too few examples
+            config = in_parts(config)
+        tl.fit(config, resume=True, progress=False)
+
+
+def in_parts(config: tl.FitConfig) -> tl.FitConfig:
+    """Where every step is guided, in so many bytes that it is in ``MICRO_BATCHES`` parts, and nothing is recomputed.
+
+    Raises:
+        RuntimeError: the search of plans finds another one for so many bytes.
+    """
+    data, execution = Own().load(config), resolve_execution(config)
+    net = build_network(config, data, execution).train()
+    batches = data.train.batches(config.optimisation.batch_size, train=True, seed=config.run.seed)
+    x, y = execution.place(next(iter(batches)))
+    how: dict[str, Any] = {"auxiliary": config.guidance.auxiliary, "autocast": execution.autocast}
+    size = tl.memory.predict(net, x, y, step="guided", memory=plain_parts(net), **how).step_bytes
+    found = net.guided_plan(x, y, memory=size, micro_batches=MICRO_BATCHES, **how)
+    if replace(found, peak_bytes=None) != plain_parts(net):
+        raise RuntimeError(f"{size} bytes, which {MICRO_BATCHES} micro-batches take, made the search find {found}")
+    return config.changed(memory=size, micro_batches=MICRO_BATCHES)
+
+
+def plain_parts(net: tl.DecoupledNetwork) -> GuidedPlan:
+    """Micro-batches one after another, and nothing recomputed."""
+    return GuidedPlan(tree=Tape(0, len(net.partition.units)), micro_batches=MICRO_BATCHES)
 
 
 # --- 2: seconds of steps ---
@@ -261,11 +294,11 @@ class Worker:
             return net
         return parallel.distribute(
             net,
-            assignment="time",
+            assignment=self.options.modules or "time",
             sample=self.batches[0] if self.first else None,
             autocast=self.execution.autocast,
             boundary=self.options.boundary,
-            link=None if self.options.link == "loopback" else self.options.link,
+            link=None if self.options.link == "loopback" or self.options.modules else self.options.link,
             timeout=600,
         )
 
@@ -276,7 +309,7 @@ class Worker:
             return train_step(net, optimizer, [batch], config=config, execution=self.execution, guided=kind != "local")
         parts: dict[str, Any] = {"micro_batches": MICRO_BATCHES, "schedule": kind.split()[-1]}
         if isinstance(net, tl.DecoupledNetwork):  # what one process does that shall come to the same
-            parts = {"memory": GuidedPlan(tree=Tape(0, len(net.partition.units)), micro_batches=MICRO_BATCHES)}
+            parts = {"memory": plain_parts(net)}
         auxiliary = "follow" if " " in kind else "frozen"
         losses: list[Tensor] = net.guided_step(
             *self.execution.place(batch), auxiliary=auxiliary, autocast=self.execution.autocast, **parts
@@ -321,6 +354,7 @@ class Worker:
             for group in optimizer.param_groups:
                 group["lr"] = 1e-5  # so that thousands of steps on few batches stay finite
         kinds = [kind for kind in KINDS if self.task.pipes or kind not in ("phase 1f1b", "spread 1f1b")]
+        kinds = [kind for kind in kinds if self.options.share is None or kind != "all cores"]
         found: dict[str, list[float]] = {kind: [] for kind in kinds}
         sent: dict[str, float] = {}
         for number in range(self.options.rounds):
@@ -359,7 +393,8 @@ class Worker:
             config = config_of(self.name, chosen.row, self.options.seeds[0], self.options)
             config = config if config.guidance.name == "never" else config.changed(memory="full")
         config = config.changed(steps=self.options.verify_steps)
-        shares = self.real(config, method, self.build(config))
+        net = self.build(config)
+        shares = self.real(config, method, net)
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, shares)
         if not self.first:
@@ -375,6 +410,7 @@ class Worker:
             "same_tensors": sum(torch.equal(state[key], state_alone[key]) for key in state),
             "largest_difference": max(float((state[k].double() - state_alone[k].double()).abs().max()) for k in state),
             "kinds": self.kinds(config, method),
+            "stages": [[stage.start, stage.stop] for stage in net.stages],
         }
 
     def kinds(self, config: tl.FitConfig, method: str) -> list[str]:
@@ -383,8 +419,8 @@ class Worker:
         guidance = build_guidance(config).bind(num_steps=num_steps, steps_per_epoch=per_epoch)
         return kinds_of([guidance(step) for step in range(num_steps)], METHODS[method])
 
-    def real(self, config: tl.FitConfig, method: str, net: Any) -> tuple[float, list[Tensor], dict[str, Tensor]]:
-        """Train as a run does; returns seconds, losses and, on the first rank, weights."""
+    def real(self, config: tl.FitConfig, method: str, net: Any) -> tuple[list[float], list[Tensor], dict[str, Tensor]]:
+        """Train as a run does; returns the seconds of each step, losses and, on the first rank, weights."""
         optimizer, kinds = build_optimizer(config, net), self.kinds(config, method)
         per_epoch, num_steps = count_steps(config, len(self.data.train))
         size, reads = config.optimisation.batch_size, not isinstance(net, parallel.ParallelNetwork) or net.is_first
@@ -392,17 +428,16 @@ class Worker:
             self.data.train.batches(size, epoch=epoch, train=True, seed=config.run.seed) for epoch in itertools.count()
         )
         torch.manual_seed(config.run.seed)
-        losses, start = [], 0.0
+        losses, ends = [], [time.perf_counter()]
         for step, kind in enumerate(kinds):
-            if step == WARM:
-                start = time.perf_counter()
             rate = learning_rate(config, step, steps_per_epoch=per_epoch, num_steps=num_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_factor", 1.0)
             kind = kind.replace("spread", "phase")
             found = self.take(kind, net, optimizer, next(batches) if reads else (None, None))
             losses.append(torch.stack([loss.detach() for loss in found]) if found else torch.empty(0))
-        seconds = time.perf_counter() - start
+            ends.append(time.perf_counter())
+        seconds = [end - start for start, end in itertools.pairwise(ends)]
         if isinstance(net, parallel.ParallelNetwork):
             net.synchronize()
             state = {key: tensor.clone() for key, tensor in net.net.state_dict().items() if isinstance(tensor, Tensor)}
@@ -441,13 +476,22 @@ def command(name: str, link: str, options: argparse.Namespace) -> list[str]:
     found += ["--stages", str(options.stages), "--steps", str(options.steps), "--rounds", str(options.rounds)]
     found += ["--seeds", str(options.seeds[0]), "--verify-steps", str(options.verify_steps)]
     found += ["--boundary", options.boundary] if options.boundary else []
+    found += ["--share", str(options.share)] if options.share is not None else []
     found += ["--data-root", options.data_root] if options.data_root else []
     return found + (["--tiny"] if options.tiny else [])
 
 
 def key_of(name: str, link: str, options: argparse.Namespace) -> str:
     """Under which the steps of a task over a link are kept."""
-    return ", ".join([name, link, f"{options.stages} stages", *([options.boundary] if options.boundary else [])])
+    share = [] if options.share is None else [told_share(options)]
+    return ", ".join(
+        [name, link, f"{options.stages} stages", *([options.boundary] if options.boundary else []), *share]
+    )
+
+
+def told_share(options: argparse.Namespace) -> str:
+    """What every rank has."""
+    return f"{options.share:g} of a core each"
 
 
 def measure(name: str, options: argparse.Namespace) -> None:
@@ -460,10 +504,11 @@ def measure(name: str, options: argparse.Namespace) -> None:
             continue
         print(f"{key}: measured", flush=True)
         try:
-            steps[key] = run_ranks(link, options.stages, command(name, link, options))
+            steps[key] = run_ranks(link, options.stages, command(name, link, options), options.share)
         except OSError as error:
             print(f"  left out, since namespaces or tc are not to be had here: {error}", flush=True)
             continue
+        print(f"  {told_others(steps[key])}", flush=True)
         options.out.mkdir(parents=True, exist_ok=True)
         write_json(path, steps)
 
@@ -568,7 +613,7 @@ def report(name: str, options: argparse.Namespace) -> list[str]:
         return []
     links = list(found)
     stated = f"{100 * task.stated:g} %" if task.is_accuracy else f"{task.stated:g}"
-    lines = [f"### {task.told}, {options.stages} stages{f', {options.boundary}' if options.boundary else ''}", ""]
+    lines = [f"### {', '.join([task.told, *key_of(name, links[0], options).split(', ')[2:]])}", ""]
     lines += [f"Minutes to a {task.unit.split(',')[0]} of {stated}, and of the whole training (in brackets):", ""]
     lines += [
         f"| | n | at the end | {' | '.join(links)} |",
@@ -585,7 +630,9 @@ def report(name: str, options: argparse.Namespace) -> list[str]:
             cells.append(
                 "" if curve is None else f"{'never' if at is None else f'{at / 60:.2f}'} ({curve[-1][0] / 60:.2f})"
             )
-        lines.append(f"| {chosen.label} | {len(one.values)} | {told_end(one, task)} | {' | '.join(cells)} |")
+        lines.append(
+            f"| {told_method(method, options)} | {len(one.values)} | {told_end(one, task)} | {' | '.join(cells)} |"
+        )
     base = steps.get(key_of(name, "loopback", options))
     lines += ["", "Seconds of a step; MB on all links; share of its own throughput without a link (loopback):", ""]
     lines += [f"| kind of step | {' | '.join(links)} |", f"|---|{'---:|' * len(links)}"]
@@ -604,13 +651,19 @@ def report(name: str, options: argparse.Namespace) -> list[str]:
                 cell += f"; {100 * undisturbed[kind] / seconds:.0f} %"
             cells.append(cell)
         if cells:
-            lines.append(f"| {TOLD[kind]} | {' | '.join(cells)} |")
+            part = options.share is not None and kind == "one core"
+            lines.append(f"| {'end-to-end, one machine' if part else TOLD[kind]} | {' | '.join(cells)} |")
     shared = {link: steps[key_of(name, link, options)]["stages"] for link in links}
     lines += ["", "Local modules of the stages: " + "; ".join(
         f"{link} {told_stages(stages['ranks'])}, 1F1B and GPipe {told_stages(stages['bare'])}"
         for link, stages in shared.items()
     ) + ".", ""]  # fmt: skip
     return lines
+
+
+def told_method(method: str, options: argparse.Namespace) -> str:
+    """In the tables and the figure."""
+    return METHODS[method].label if method != "one core" or options.share is None else "one machine"
 
 
 TOLD = {
@@ -665,7 +718,7 @@ def draw(name: str, options: argparse.Namespace) -> Figure:
         axes.set_xlim(0, 1.04 * longest)
         if not task.is_accuracy:  # the first losses are of a network that knows nothing
             axes.set_ylim(top=statistics.median(v for m in shown for _, v in found[link][m]) * 1.25)
-        label_ends(axes, ends, task)
+        label_ends(axes, ends, task, options)
         machines = {2: "Two", 3: "Three", 4: "Four"}.get(options.stages, str(options.stages))
         axes.set_title(f"{machines} machines, {TITLES.get(link, link)}", loc="left", fontsize=12, fontweight="bold")
         axes.set_ylabel(task.unit)
@@ -676,14 +729,14 @@ def draw(name: str, options: argparse.Namespace) -> Figure:
     return figure
 
 
-def label_ends(axes: Any, ends: Mapping[str, tuple[float, float]], task: Task) -> None:
+def label_ends(axes: Any, ends: Mapping[str, tuple[float, float]], task: Task, options: argparse.Namespace) -> None:
     """Names of the lines, in their colours, with where they end, in the corner that curves never come to."""
     for i, method in enumerate(sorted(ends, key=lambda m: ends[m][0])):
         at, value = ends[method]
         told = f"{value:.1f} %" if task.is_accuracy else f"{value:.2f}"
         height = 0.11 * (len(ends) - i) - 0.04 if task.is_accuracy else 1 - 0.04 - 0.11 * i
         name = axes.text(
-            0.99, height, f"{METHODS[method].label}: {told} in {at:.1f} min", color=METHODS[method].colour,
+            0.99, height, f"{told_method(method, options)}: {told} in {at:.1f} min", color=METHODS[method].colour,
             fontsize=10.5, fontweight="bold", ha="right", va="center", transform=axes.transAxes,
         )  # fmt: skip
         name.set_in_layout(False)
@@ -700,15 +753,24 @@ TITLES = {
 
 def tell_verified(name: str, link: str, method: str, options: argparse.Namespace) -> int:
     """Train on ranks over a link and print what came of it; 1 if what was promised bit for bit is not."""
-    result = run_ranks(link, options.stages, [*command(name, link, options), "--method", method])
-    measured = read_steps(options).get(key_of(name, link, options))
-    same, kinds = all(result["same_losses"]), result["kinds"]
-    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-    print(f"{name}, {link}, {method}: {len(kinds)} steps ({counts})")
-    print(f"  without the first {WARM} steps measured {result['seconds']:.1f} s", end="")
-    if measured is not None:
-        print(f", joined {joined(kinds[WARM:], prices(measured['seconds']))[-1]:.1f} s", end="")
-    print(f"\n  losses of {result['losses']} steps equal those of one process bit for bit: {same}")
+    measured, extra = read_steps(options).get(key_of(name, link, options)), ["--method", method]
+    if measured is not None:  # on the stages that were measured: others would have come of times that differ a little
+        where = "bare" if METHODS[method].row in ("end-to-end", "micro-batches") else "ranks"
+        extra += ["--modules", *(str(stop - start) for start, stop in measured["stages"][where])]
+    result = run_ranks(link, options.stages, [*command(name, link, options), *extra], options.share)
+    same, kinds, seconds = all(result["same_losses"]), result["kinds"][WARM:], result["seconds"][WARM:]
+    print(f"{name}, {link}, {method}: {len(result['kinds'])} steps, of which the first {WARM} are not timed")
+    print(f"  local modules {told_stages(result['stages'])}; {told_others(result)}")
+    for kind in [*dict.fromkeys(kinds), None]:
+        chosen = [i for i in range(len(kinds)) if kind in (None, kinds[i])]
+        taken = sum(seconds[i] for i in chosen)
+        line = f"all {len(chosen)}" if kind is None else f"{len(chosen)} × {TOLD[kind]}"
+        line += f": {taken:.1f} s, {taken / len(chosen):.3f} s each"
+        if measured is not None:
+            price = sum(prices(measured["seconds"])[kinds[i]] for i in chosen)
+            line += f"; joined {price:.1f} s, {price / len(chosen):.3f} s each; measured / joined {taken / price:.2f}"
+        print(f"  {line}")
+    print(f"  losses of {result['losses']} steps equal those of one process bit for bit: {same}")
     print(f"  {result['same_tensors']} of {result['tensors']} parameters and buffers equal; ", end="")
     print(f"largest difference {result['largest_difference']:.2g}")
     exact = METHODS[method].guided[0] == "phase"
@@ -721,6 +783,7 @@ def main() -> int:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS, help="default: all")
     parser.add_argument("--links", nargs="+", default=list(LINKS), metavar="LINK", help=f"default: {' '.join(LINKS)}")
     parser.add_argument("--stages", type=int, default=2, help="processes that share the local modules (default: 2)")
+    parser.add_argument("--share", type=float, default=None, help="of one core that every rank gets (default: all)")
     parser.add_argument("--boundary", default=None, help="what features are sent in: bf16, int8, int4 (default: as is)")
     rows = list(dict.fromkeys(row for task in TASKS.values() for row in task.rows))
     parser.add_argument("--rows", nargs="+", default=rows, choices=rows, help="what is trained (default: all)")
@@ -739,6 +802,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a trial of a few steps")
     for hidden in ("--rank", "--store", "--result", "--link", "--method"):
         parser.add_argument(hidden, default=None, type=int if hidden == "--rank" else str, help=argparse.SUPPRESS)
+    parser.add_argument("--modules", nargs="+", default=None, type=int, help=argparse.SUPPRESS)  # of each stage
     options = parser.parse_args()
     if options.stages < 2:
         parser.error(f"--stages: must be at least 2, not {options.stages}")
@@ -750,6 +814,8 @@ def main() -> int:
     if options.rank is not None:
         work(options)
         return 0
+    if options.only in (None, "measure") and (refused := check_share(options.share)):
+        parser.error(refused)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that namespaces are taken down
     if options.verify:
         if options.verify[1] not in METHODS or METHODS[options.verify[1]].alone:

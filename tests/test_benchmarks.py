@@ -1,5 +1,7 @@
 """Benchmarks, in their tiny form on the CPU."""
 
+import argparse
+import importlib
 import json
 import os
 import runpy
@@ -10,12 +12,17 @@ from typing import Any
 
 import pytest
 
+from torchlocal.recompute import Tape
+from torchlocal.run.build import build_network, resolve_execution
+from torchlocal.run.config import guided_options
+from torchlocal.run.own import Own
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_gpu(folder: Path) -> str:
+def run_gpu(folder: Path, *sections: str) -> str:
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--tiny", "--threads", "1", "--out", str(folder)]
-    command += ["--sections", "right", "--only", "resnet32"]
+    command += ["--sections", *sections, "--only", "resnet32"]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     finished = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert finished.returncode == 0, finished.stderr
@@ -23,7 +30,7 @@ def run_gpu(folder: Path) -> str:
 
 
 def test_the_checks_for_accelerators_hold_on_the_cpu(tmp_path: Path) -> None:
-    run_gpu(tmp_path)
+    run_gpu(tmp_path, "right", "augmentation")
     content = json.loads((tmp_path / "results.json").read_text())
     section = content["sections"]["right"]
     checks = [row for row in section["rows"] if row["table"] == "right"]
@@ -32,7 +39,12 @@ def test_the_checks_for_accelerators_hold_on_the_cpu(tmp_path: Path) -> None:
     assert all(row["holds"] and row["differing"] == 0 and row["tensors"] > 50 for row in checks), checks
     report = (tmp_path / "results.md").read_text()
     assert "## right (finished" in report and "| resnet32 | guided = plain | 85 | 0 |" in report
-    assert "right" not in run_gpu(tmp_path)  # a section that is finished is not run again
+    section = content["sections"]["augmentation"]
+    (batches,) = (row for row in section["rows"] if row["table"] == "batches of the device")
+    assert section["status"] == "finished" and (batches["batches"], batches["differing"]) == (8, 0), section
+    speeds = {(r["network"], r["step"], r["batches"]) for r in section["rows"] if r["table"] == "images per second"}
+    assert len(speeds) == 3 + 2 * 4
+    assert "right" not in run_gpu(tmp_path, "right")  # a section that is finished is not run again
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +130,21 @@ def test_the_time_of_a_step_is_what_the_kinds_of_steps_before_it_take(wallclock:
     assert time_to([(1.0, 3.0), (2.0, 2.0)], 2.5, more=False) == 2.0
 
 
+@pytest.mark.parametrize("name", ["pairs", "pairs32"])
+def test_end_to_end_is_trained_in_four_parts_and_nothing_recomputed(wallclock: dict[str, Any], name: str) -> None:
+    options = argparse.Namespace(out=Path("unused"), tiny=True, seeds=[0])
+    config = wallclock["config_of"](name, "micro-batches", 0, options).changed(batch_size=128, num_train=128)
+    config = wallclock["in_parts"](config)
+    data, execution = Own().load(config), resolve_execution(config)
+    net = build_network(config, data, execution).train()
+    x, y = next(iter(data.train.batches(128, train=True, seed=0)))
+    plan = net.guided_plan(x, y, autocast=execution.autocast, **guided_options(config))
+    units = {"pairs": 10, "pairs32": 16}[name]
+    assert (plan.tree, plan.micro_batches, plan.recomputed) == (Tape(0, units), 4, 0.0)
+    with pytest.raises(RuntimeError, match="made the search find"):  # parts of 8 images are fewer than it considers
+        wallclock["in_parts"](config.changed(batch_size=32))
+
+
 def test_finished_runs_and_measured_steps_are_joined_in_a_report(
     wallclock: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,6 +186,83 @@ def test_finished_runs_and_measured_steps_are_joined_in_a_report(
     assert cells["end-to-end, one core"] == ["2.000", "4.000; 50 %"]
     for ending in ("svg", "png"):
         assert (tmp_path / f"pairs.{ending}").stat().st_size > 1000
+
+
+def test_a_real_run_is_told_beside_what_the_joining_says_of_it(
+    wallclock: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = {"seconds": SECONDS, "stages": {"ranks": [[0, 4], [4, 10]], "bare": [[0, 5], [5, 10]]}}
+    (tmp_path / "steps.json").write_text(json.dumps({"pairs, 100mbit, 2 stages": measured}))
+    result = {
+        "kinds": ["local"] * 7 + ["phase"] * 2, "seconds": [9.0] * 5 + [0.4, 0.8, 3.5, 4.0], "losses": 9,
+        "same_losses": [True] * 9, "same_tensors": 3, "tensors": 3, "largest_difference": 0.0,
+        "stages": [[0, 4], [4, 10]], "others": 0.12,
+    }  # fmt: skip
+    started: list[Any] = []
+    names = wallclock["main"].__globals__  # as they are looked up
+    monkeypatch.setitem(names, "run_ranks", lambda *arguments: [result, started.append(arguments)][0])
+    verify = ["wallclock.py", "--tasks", "pairs", "--verify", "100mbit", "pgl", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", verify)
+    assert wallclock["main"]() == 0
+    assert capsys.readouterr().out.splitlines()[1:5] == [
+        "  local modules 1–4 | 5–10; other programs took 12 % of all cores meanwhile",
+        "  2 × local: 1.2 s, 0.600 s each; joined 1.0 s, 0.500 s each; measured / joined 1.20",
+        "  2 × guided, in a phase: 7.5 s, 3.750 s each; joined 6.0 s, 3.000 s each; measured / joined 1.25",
+        "  all 4: 8.7 s, 2.175 s each; joined 7.0 s, 1.750 s each; measured / joined 1.24",
+    ]
+    assert started[0][2][-5:] == ["--method", "pgl", "--modules", "4", "6"]  # the stages that were measured
+    result["same_tensors"] = 2
+    assert wallclock["main"]() == 1
+
+
+@pytest.fixture
+def links(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The other benchmark, whose names can be replaced."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("parallel")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_quota_gives_each_process_its_share_of_a_core(
+    links: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
+    monkeypatch.setattr(links, "quota_folder", lambda: (tmp_path, version))
+    rmdir = os.rmdir
+
+    def empty_and_remove(folder: Path) -> None:  # the kernel's files do not count
+        for file in folder.iterdir():
+            file.unlink()
+        rmdir(folder)
+
+    monkeypatch.setattr(os, "rmdir", empty_and_remove)
+    names = ["cpu.cfs_quota_us", "cpu.cfs_period_us"] if version == 1 else ["cpu.max"]
+    for share, expected in ((0.6, "3000 5000"), (1.0, "5000 5000"), (0.1, "1000 10000")):
+        with links.quotas(share, 2) as enters:
+            groups = sorted(path for path in tmp_path.iterdir() if path.is_dir())
+            assert [" ".join((group / name).read_text() for name in names) for group in groups] == [expected] * 2
+            for group, enter in zip(groups, enters, strict=True):
+                done = subprocess.run([*enter, "sh", "-c", "echo $$ $0", "a b"], capture_output=True, text=True)
+                assert done.stdout.split(maxsplit=1) == [(group / "cgroup.procs").read_text().strip(), "a b\n"]
+        assert not any(path.is_dir() for path in tmp_path.iterdir())
+    with links.quotas(None, 2) as enters:
+        assert enters == [[], []] and not any(path.is_dir() for path in tmp_path.iterdir())
+
+
+def test_a_share_that_cannot_be_had_is_refused(
+    links: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert links.check_share(None) is None
+    assert links.check_share(1.5) == "--share: must be a number above 0 and at most 1, not 1.5"
+    monkeypatch.setattr(links, "quota_folder", lambda: (tmp_path / "missing", 1))
+    monkeypatch.setattr(sys, "argv", ["parallel.py", "--share", "0.6"])
+    with pytest.raises(SystemExit):
+        links.main()
+    assert "--share: a quota of the CPU takes root and cgroups with the controller cpu: " in capsys.readouterr().err
+    monkeypatch.setattr(links, "check_share", lambda share: None)
+    monkeypatch.setattr(sys, "argv", ["parallel.py", "--share", "0.6", "--methods", "both cores"])
+    with pytest.raises(SystemExit):
+        links.main()
+    assert "--share: is of one core, and these methods take two" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

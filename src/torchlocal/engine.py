@@ -24,6 +24,7 @@ from .cut.batches import Batch as Inputs
 from .cut.batches import describe, device_of, num_examples, plain, same_layout
 from .cut.carry import Carried
 from .cut.forward import Pass
+from .cut.read_out import layer_of
 from .micro import Parts, criterion_of_parts
 from .modules import LocalModules
 from .recompute import (
@@ -168,6 +169,11 @@ class Step:
         """Local loss of module ``k``, for the last module the global loss."""
         try:
             if k == self.net.num_modules - 1:
+                if self.net.to_read_out:
+                    layer = layer_of(self.net.backbone, self.net.chain.facts.read_out)
+                    criterion: Any = self.batch.criterion
+                    found: Tensor = criterion.from_features(features, layer.weight, layer.bias, self.batch.target)
+                    return found
                 return self.batch.criterion(features, self.batch.target)
             batch = self.batch
             if k == 0 and self.reads_embedding:
@@ -405,6 +411,7 @@ class Step:
             expected=expected,
             entering=self.entering,
             embedding=self.reads_embedding,
+            to_read_out=self.net.to_read_out,
         )
         return self.run
 

@@ -170,6 +170,7 @@ def _counted(options: dict[str, Any], target: Tensor) -> Tensor:
     weight = options.get("weight")
     if weight is None:
         return counted.sum().to(torch.float32)
+    weight = weight.to(target.device)  # a run has its targets on the host while it counts, and a criterion on a device
     return torch.where(counted, weight[target.clamp(min=0, max=len(weight) - 1)], 0).sum()
 
 

@@ -66,6 +66,11 @@ class LocalModules(nn.Module):
         return len(self.partition.groups)
 
     @property
+    def to_read_out(self) -> bool:
+        """Whether steps leave the network's read-out to the criterion, which never holds all scores."""
+        return getattr(self.criterion, "scores", "whole") == "chunked"
+
+    @property
     def input_shape(self) -> torch.Size:
         """Shape of the first tensor of the sample."""
         return tensors_of(self.sample)[0].shape

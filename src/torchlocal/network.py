@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,10 +17,13 @@ from .cut.batches import Batch, as_prediction, plain, shaped, tensors_of
 from .cut.facts import Facts
 from .cut.forward import Forward
 from .cut.inside import Inside
+from .cut.observe import is_sharded
+from .cut.read_out import layer_of
 from .cut.units import Partition, Unit, Units, balance
 from .memory import plans, predict
 from .memory.fakes import MakesOptimizer
 from .modules import LocalModules
+from .recompute import undisturbed
 from .rules import Rule, Site, make_rule
 from .rules.downstream import Downstream
 from .steps import guided_step, local_step
@@ -151,6 +153,7 @@ def prepare(
         share what was observed and measured. With ``fake=True`` the auxiliary networks have no memory: for predictions.
     """
     backbone, given = _backbone(model, modules, cuts)
+    _check_device(backbone)
     batch = _sample(sample, backbone)
     if isinstance(rule, str):
         rule = make_rule(rule)
@@ -188,6 +191,8 @@ def prepare(
             "or pass a list of modules"
         )
     chain = Forward(backbone, Facts.of(found), prediction, Inside, found.seen.mode)
+    if getattr(criterion, "scores", "whole") == "chunked":
+        layer_of(backbone, chain.facts.read_out)
     anchor = next((p for p in backbone.parameters() if p.is_floating_point()), torch.empty(0))
     chain.sample = kept = tree_map_only(Tensor, _without_values, batch)
 
@@ -234,17 +239,16 @@ def prepare(
         if modules != "fewest":
             return assemble(modules if isinstance(modules, int) else most, fake=fake)
         counted = partial(_total_bytes, partial(assemble, fake=True), anchor.device, optimizer, autocast)
-        with ThreadPoolExecutor(1) as executor:  # a thread of its own has none of the caller's modes, such as no_grad
-            try:
-                fewest = executor.submit(_fewest, counted, most).result()
-                return assemble(fewest, fake=fake)
-            except ValueError as error:
-                if not str(error).startswith("target:"):
-                    raise
-                raise ValueError(
-                    'modules: "fewest" takes a criterion of class indices (N,) or of a tensor like the output; give a '
-                    "number of modules with this one"
-                ) from error
+        try:
+            fewest = plans.by_itself(partial(_fewest, counted, most), anchor.device)
+            return assemble(fewest, fake=fake)
+        except ValueError as error:
+            if not str(error).startswith("target:"):
+                raise
+            raise ValueError(
+                'modules: "fewest" takes a criterion of class indices (N,) or of a tensor like the output; give a '
+                "number of modules with this one"
+            ) from error
 
     return make
 
@@ -276,7 +280,7 @@ def _total_bytes(
     num_modules: int,
 ) -> int:
     """What so many local modules take in all: parameters, optimizer state, batch and local step, by prediction."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # for auxiliary networks to throw away
+    with undisturbed(device):  # by auxiliary networks to throw away
         net = assemble(num_modules)
         try:
             return predict(net, step="local", optimizer=optimizer, autocast=autocast).total_bytes
@@ -396,6 +400,20 @@ def _backbone(
     if isinstance(modules, int) and modules < 1:
         raise ValueError(f"modules: must be at least 1, not {modules}")
     return model, False
+
+
+def _check_device(backbone: nn.Module) -> None:
+    """Refuse a network on several devices: a step takes one to be where its losses and its random numbers are."""
+    where: dict[str, str] = {}
+    for name, parameter in backbone.named_parameters():
+        if not parameter.is_meta and not is_sharded(parameter):
+            where.setdefault(str(parameter.device), name)
+    if len(where) > 1:
+        told = " and ".join(f"{name} on {device}" for device, name in sorted(where.items()))
+        raise ValueError(
+            f"model: a decoupled network computes on one device, and this one has {told}; move it to one, or share the "
+            "local modules out to ranks (torchlocal.distribute)"
+        )
 
 
 def _sample(sample: Batch | Sequence[int], backbone: nn.Module) -> Batch:

@@ -25,13 +25,20 @@ _FILLS = 2**21  # scores that fill a device; below that only the number of kerne
 class TokenCrossEntropy(nn.CrossEntropyLoss):
     """Cross-entropy of scores (..., V) against token ids (...), the mean over the positions that are not ignored.
 
-    With ``from_features`` instead of a call the scores are never held as a whole; the values agree to rounding.
+    With ``from_features`` instead of a call the scores are never held as a whole; the values agree to rounding. The
+    auxiliary networks of rule ``solo`` are always trained so. With ``scores="chunked"`` the last module, and with it
+    the global loss, is as well: a step calls the network up to its read-out, which has to be the ``nn.Linear`` that its
+    forward ends in.
 
     Args:
         ignore_index: target of positions that do not count.
         reduction: ``"mean"`` or ``"sum"``.
         label_smoothing: share of the target that is spread over all tokens.
         chunk: positions at a time; None: as many as take the memory of the features.
+        scores: of the network itself in a step: ``"whole"``, as it makes them, or ``"chunked"``.
+
+    Raises:
+        ValueError: an argument is none of these.
     """
 
     def __init__(
@@ -41,13 +48,16 @@ class TokenCrossEntropy(nn.CrossEntropyLoss):
         label_smoothing: float = 0.0,
         *,
         chunk: int | None = None,
+        scores: str = "whole",
     ) -> None:
+        if scores not in ("whole", "chunked"):
+            raise ValueError(f"scores: must be 'whole' or 'chunked', not {scores!r}")
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction: must be 'mean' or 'sum', not {reduction!r}")
         if chunk is not None:
             check_whole("chunk", chunk)
         super().__init__(ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
-        self.chunk = chunk
+        self.chunk, self.scores = chunk, scores
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of scores (..., V)."""
@@ -173,7 +183,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (outer,) = outputs
         found = [
-            None if gradient is None else (gradient * outer).to(dtype)
+            None if gradient is None else gradient.mul_(outer).to(dtype)  # a second backward pass finds it altered
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *found, *(None,) * 6

@@ -24,7 +24,8 @@ from PIL import Image
 from torch import Tensor
 
 from torchlocal.data import DataBundle, Split, data_names, load_data
-from torchlocal.data.splits import Augmentation, MemorySource, make_generator
+from torchlocal.data.images import Augmentation, MemorySource
+from torchlocal.data.splits import make_generator
 
 IDX_NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 

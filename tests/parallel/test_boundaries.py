@@ -176,8 +176,12 @@ def test_bytes_over_a_link_are_weighed_by_hand() -> None:
     costs, sending = [1.0] * 6, [9.0, 8.0, 7.0, 5.0, 4.5]
     assert parallel.assign(costs, 2) == [range(0, 3), range(3, 6)]
     # Cut after module: 1 max(1, 9, 5) = 9; 2: 8; 3: 7; 4: max(4, 5, 2) = 5; 5: max(5, 4.5, 1) = 5.
-    # Of two that are as slow, the stages whose squares add up to less: 25 + 4 against 25 + 1.
-    assert parallel.assign(costs, 2, sending) == [range(0, 5), range(5, 6)]
+    # Of two that are as slow, the stages whose squares add up to less, without the link: 16 + 4 against 25 + 1.
+    assert parallel.assign(costs, 2, sending) == [range(0, 4), range(4, 6)]
+    # Three are as slow beside a link that takes 7; what is even of them has 9 + 9, not 16 + 4 or 25 + 1.
+    assert parallel.assign(costs, 2, [9.0, 8.0, 7.0, 7.0, 7.0]) == [range(0, 3), range(3, 6)]
+    assert parallel.assign(costs, 2, [9.0, 8.0, 7.0, 5.0, 4.0]) == [range(0, 4), range(4, 6)]
+    assert parallel.assign(costs, 2, [9.0, 8.0, 7.0, 6.0, 4.5]) == [range(0, 5), range(5, 6)]
     assert parallel.assign(costs, 2, [9.0, 8.0, 7.0, 4.0, 4.5]) == [range(0, 4), range(4, 6)]
     assert parallel.assign(costs, 2, [0.1] * 5) == [range(0, 3), range(3, 6)]
 

@@ -148,6 +148,24 @@ def test_micro_batches_count_by_their_tokens(parts: int) -> None:
     torch.testing.assert_close(losses[-1], flat(make_net().backbone(ids), target))
 
 
+def test_runs_with_chunked_scores_are_those_of_whole_ones(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    real = TokenCrossEntropy.from_features
+
+    def noted(self: TokenCrossEntropy, features: Tensor, *given: Any) -> Tensor:
+        seen.append(features.shape[-1])
+        return real(self, features, *given)
+
+    monkeypatch.setattr(TokenCrossEntropy, "from_features", noted)
+    whole, chunked = (
+        tl.fit(config(texts, tmp_path / scores, scores=scores), progress=False) for scores in ("whole", "chunked")
+    )
+    assert len(seen) == chunked["steps"]  # of rule greedy, which makes all its scores, the last module alone
+    assert chunked["validation_loss"] == pytest.approx(whole["validation_loss"], rel=1e-3)
+
+
 # --- the optimizer ---
 
 

@@ -24,10 +24,20 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchlocal as tl
+from torchlocal.data import DataBundle
+from torchlocal.data.images import MemorySource
 from torchlocal.memory import plans
 from torchlocal.run import build as assembly
 from torchlocal.run import checkpoint, trainer
-from torchlocal.run.build import Execution, build_optimizer, count_steps, learning_rate, resolve_execution, train_step
+from torchlocal.run.build import (
+    Execution,
+    build_optimizer,
+    count_steps,
+    learning_rate,
+    make_optimizer,
+    resolve_execution,
+    train_step,
+)
 from torchlocal.run.callbacks import RunState
 from torchlocal.run.config import (
     FitConfig,
@@ -39,6 +49,7 @@ from torchlocal.run.own import Own
 from torchlocal.run.progress import Progress, compact
 from torchlocal.run.trainer import Diverged, Interrupted
 
+PARTS = ("train", "validation", "test")
 TIMES = ("seconds", "train_seconds", "epoch_seconds", "images_per_second", "run")
 
 
@@ -338,6 +349,35 @@ def test_a_step_never_waits_for_the_device(tmp_path: Path) -> None:
         assert len(losses) == 3 and not any(loss.requires_grad for loss in losses)
 
 
+@pytest.mark.parametrize("changes", [{}, {"accumulate": 2, "data": "pairs:digits"}, {"channels_last": True}])
+def test_a_run_whose_batches_are_made_on_its_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """Their images are those of the host, so the run is the same; also when it is stopped and resumed there."""
+
+    def there(bundle: DataBundle, device: torch.device) -> DataBundle:
+        assert device.type == "cpu"
+        return replace(bundle, **{name: getattr(bundle, name).to(device) for name in PARTS})
+
+    def fetch(source: MemorySource, *given: Any) -> Tensor:
+        made.append(len(given[1]))
+        return fetch_there(source, *given)
+
+    fetch_there, made = MemorySource._fetch_there, list[int]()
+    monkeypatch.setattr(MemorySource, "_fetch_there", fetch)
+    with monkeypatch.context() as patched:
+        patched.setattr(DataBundle, "to", there)
+        after_steps(patched, 2, stop())
+        with pytest.raises(Interrupted):
+            fit(small_config(tmp_path / "there", epochs=1, **changes))
+        patched.setattr(trainer, "train_step", train_step)
+        fit(small_config(tmp_path / "there", epochs=1, **changes), resume=True)
+    num_made = len(made)
+    fit(small_config(tmp_path / "host", epochs=1, **changes))
+    assert num_made > 5 and len(made) == num_made
+    assert_same_run(tmp_path / "there", tmp_path / "host")
+
+
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize(
     "criterion",
@@ -524,6 +564,19 @@ def test_every_optimizer(tmp_path: Path, name: str) -> None:
     assert not any(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True) if b.dim() > 1)
 
 
+def test_betas_are_those_of_the_optimizer(tmp_path: Path) -> None:
+    parameters = [nn.Parameter(torch.zeros(2))]
+    own = make_optimizer(small_config(tmp_path, optimizer="adamw"), parameters)
+    assert own.defaults["betas"] == (0.9, 0.999)
+    given = make_optimizer(small_config(tmp_path, optimizer="adamw", betas=[0.8, 0.95], lr=0.1), parameters)
+    # By hand, with gradients of 1 and then 3: v = .95 * .05 + .05 * 9, m = .8 * .2 + .2 * 3, both corrected.
+    for gradient in (1.0, 3.0):
+        parameters[0].grad = torch.full((2,), gradient)
+        given.step()
+    m, v = (0.8 * 0.2 + 0.2 * 3) / (1 - 0.8**2), (0.95 * 0.05 + 0.05 * 9) / (1 - 0.95**2)
+    torch.testing.assert_close(parameters[0].detach(), torch.full((2,), -0.1 - 0.1 * m / v**0.5), rtol=1e-4, atol=0)
+
+
 # --- what cannot work: one sentence ---
 
 
@@ -569,6 +622,8 @@ def sentence(error: pytest.ExceptionInfo[BaseException]) -> str:
         ({"momentum": 1.0}, r"^momentum=1.0 must"),
         ({"weight_decay": -1e-4}, r"^weight_decay=-0.0001 must"),
         ({"schedule": "linear"}, r"^schedule='linear' is unknown: give 'cosine', 'step' or 'constant'$"),
+        ({"betas": [0.9]}, r"^betas=\[0.9\] must be two numbers, such as \[0.9, 0.95\], or None"),
+        ({"betas": [0.9, 1.0]}, r"^betas=1.0 must be two numbers of at least 0 and below 1"),
         ({"schedule": "step"}, r"^milestones=\[\] and schedule='step' do not fit"),
         ({"milestones": [1.0]}, r"^milestones=\[1.0\] and schedule='cosine' do not fit"),
         ({"schedule": "step", "milestones": [3, 2]}, r"^milestones=\[3, 2\] must increase"),
@@ -682,6 +737,7 @@ def test_memory_of_guided_steps() -> None:
         ({"optimizer": "LBFGS"}, r"^optimizer='LBFGS' cannot be used"),
         ({"optimizer": "lr_scheduler"}, r"^optimizer='lr_scheduler' cannot be used"),
         ({"optimizer": "Rprop"}, r"^weight_decay=0.0001 is unknown to optimizer='Rprop': give weight_decay=0"),
+        ({"betas": [0.9, 0.95]}, r"^betas=\[0.9, 0.95\] are unknown to optimizer='sgd': leave them out"),
         ({"modules": 99}, r"^modules: 99 local modules were asked for"),
         ({"cuts": ["block7"]}, r"block7"),
         ({"recompute": 99}, r"^recompute: "),

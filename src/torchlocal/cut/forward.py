@@ -40,6 +40,7 @@ from .facts import Facts
 from .intercept import Original, around, eagerly
 from .kernels import Kernels
 from .observe import Key, fake_batch, fake_twins
+from .read_out import layer_of
 from .untouched import swapped, untouched
 
 __all__ = ["Forward", "Pass", "UnitStages", "emptied", "filled"]
@@ -422,6 +423,7 @@ class Pass:
         entering: by unit, the random state there, for units up to the first that this process runs; others run those
             before it.
         embedding: what the network's first unit hands on is noted, without its graph, in a list of this name.
+        to_read_out: the forward ends in front of the network's read-out, and gives what that would take.
     """
 
     def __init__(
@@ -435,8 +437,14 @@ class Pass:
         expected: dict[tuple[int, int], int] | None = None,
         entering: dict[int, RandomState] | None = None,
         embedding: bool = False,
+        to_read_out: bool = False,
     ) -> None:
         self.forward, self.batch = forward, batch
+        self.to_read_out = to_read_out
+        self._ending: Key | None = None
+        if to_read_out:
+            assert not isinstance(forward.facts.read_out, str)
+            self._ending = forward.facts.read_out.call
         self.embedding: list[Tensor] = []
         self._noted = forward.facts.embedding if embedding else None
         self.outputs: dict[Key, Any] = dict(outputs or {})
@@ -482,6 +490,9 @@ class Pass:
             paths = dict.fromkeys(facts.points[unit - 1][0][0] for unit in stops)
         if self._noted is not None:
             paths[self._noted.call[0]] = None
+        if self._ending is not None:
+            layer_of(self.forward.backbone, facts.read_out)  # it may have got hooks, or become another
+            paths[self._ending[0]] = None
         modules: list[tuple[nn.Module, Any]] = [
             (self.forward.backbone.get_submodule(path), partial(self._call, path)) for path in paths
         ]
@@ -597,6 +608,10 @@ class Pass:
             for inner, times in self.forward.facts.inner.get(key, {}).items():
                 self._count[inner] = self._count.get(inner, 0) + times
             return self._stand_in(key)
+        if key == self._ending:
+            self._result.append(args[0] if args else kwargs["input"])
+            del args, kwargs
+            raise _Stop
         result = original(*args, **kwargs)
         del args, kwargs
         if not self._arrived:
@@ -732,6 +747,8 @@ class Pass:
         inside = self.forward.inside
         if not self.forward.fake:
             inside.refresh(self.batch)
+        if self.to_read_out and unit == self.forward.num_units - 1:  # whose trace goes on to the scores
+            return None
         stages = inside.unit(unit)
         if stages is not None and unit == 0:
             state.append(self.batch if self._kept is None else self._kept.clone())

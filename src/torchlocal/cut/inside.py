@@ -184,7 +184,7 @@ class Inside:
                 if name not in known and isinstance(value, Tensor)
             }
             changed = [name for _, name, _ in attributes.changed() if name not in constants]
-        drawn = before.differs_in_python() or not torch.equal(before.cpu, torch.get_rng_state())
+        drawn = before.differs()
         before.set()
         if drawn or changed:  # it decided something by chance, or keeps something
             return None
@@ -302,10 +302,11 @@ class Inside:
                     pass_ = Pass(forward, batch.clone(), replay=True, outputs=outputs)
                     with pass_.opened():
                         result = list(pass_.run(unit, unit + 1, [entry] if unit else []))
-                random = torch.get_rng_state()
+                random = RandomState.get(batch.device)
                 wanted = [*([entry] if unit else []), *parameters]
                 gradients = list(torch.autograd.grad(result[0].sum(), wanted, allow_unused=True)) if wanted else []
-            found.append([*result, *gradients, random, *(own[name].clone() for own, name, _ in kept)])
+            drawn = random.cpu, *random.devices[1]
+            found.append([*result, *gradients, *drawn, *(own[name].clone() for own, name, _ in kept)])
         return all(_same(a, b) for a, b in zip(*found, strict=True))
 
 

@@ -31,7 +31,7 @@ from .batches import Batch, call, describe, device_of
 from .intercept import Original, around, eagerly
 from .untouched import swapped, training_mode, untouched
 
-__all__ = ["Call", "Crossing", "Key", "Observation", "Operation", "fake_batch", "fake_twins", "observe"]
+__all__ = ["Call", "Crossing", "Key", "Observation", "Operation", "fake_batch", "fake_twins", "is_sharded", "observe"]
 
 Key = tuple[str, int]  # a call: path of the module, which of its calls
 Node = Any  # torch.autograd.graph.Node
@@ -172,8 +172,13 @@ class Observation:
 
     def place(self, moment: int) -> str:
         """The innermost call that a node was made in, by its number in autograd's count."""
+        call = self.innermost(moment)
+        return call.path if call is not None else ""
+
+    def innermost(self, moment: int) -> Call | None:
+        """That call itself, if it was made in any."""
         inside = [c for c in self.calls if c.begin <= moment < c.end]
-        return min(inside, key=lambda c: c.end - c.begin).path if inside else ""
+        return min(inside, key=lambda c: c.end - c.begin, default=None)
 
 
 def clock() -> int:
@@ -246,7 +251,7 @@ def observe(model: nn.Module, sample: Batch, prediction: Callable[[Any], Tensor]
     if any(isinstance(t, (nn.UninitializedParameter, nn.UninitializedBuffer)) for t in tensors):
         raise ValueError("model: it has uninitialised (lazy) parameters; run one forward pass before decoupling it")
     try:
-        if any(_is_sharded(t) for t in tensors):
+        if any(is_sharded(t) for t in tensors):
             raise ValueError("its parameters are sharded")
         with quietly():
             seen = _watched(model, sample, fake=True)
@@ -263,7 +268,7 @@ def observe(model: nn.Module, sample: Batch, prediction: Callable[[Any], Tensor]
     return seen
 
 
-def _is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is spread over processes (a DTensor), which its module gathers by hooks."""
     return type(tensor).__name__ == "DTensor" or any(c.__name__ == "DTensor" for c in type(tensor).__mro__)
 
@@ -296,7 +301,7 @@ def _watched(model: nn.Module, sample: Batch, *, fake: bool) -> Observation:
         twins = {
             id(t): nn.Parameter(t.detach(), t.is_floating_point()) if isinstance(t, nn.Parameter) else t.clone()
             for t in [*model.parameters(), *model.buffers()]
-            if not _is_sharded(t)
+            if not is_sharded(t)
         }
         batch = tree_map_only(Tensor, torch.clone, sample)
     random = RandomState.get(device_of(sample, model))

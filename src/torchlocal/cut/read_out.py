@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .observe import Observation
+from torch import nn
 
-__all__ = ["ReadOut", "find_read_out"]
+from .observe import Key, Observation
+
+__all__ = ["ReadOut", "find_read_out", "layer_of"]
 
 # Nodes of the autograd graph that hand on the same numbers, in another shape or precision.
 _PASSING = ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "AliasBackward", "ToCopyBackward")
 _TURNING = ("TBackward", "TransposeBackward", "PermuteBackward", "ToCopyBackward")
 _PRODUCTS = ("MmBackward", "AddmmBackward", "LinearBackward")
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +27,12 @@ class ReadOut:
     Attributes:
         weight: name of the parameter (V, C) in the network; tied, its first name.
         bias: name of the parameter (V,), if there is one.
+        call: the innermost call of a module that it was applied in.
     """
 
     weight: str
-    bias: str | None = None
+    bias: str | None
+    call: Key
 
 
 def find_read_out(seen: Observation) -> ReadOut | str:
@@ -45,7 +52,32 @@ def find_read_out(seen: Observation) -> ReadOut | str:
     if len(matrices) != 1 or shapes[matrices[0]][0] != seen.prediction.shape[-1]:
         return "the matrix of its last product is no parameter by itself"
     biases = [name for name in names if len(shapes[name]) == 1]
-    return ReadOut(weight=matrices[0], bias=biases[0] if biases else None)
+    call = seen.innermost(node._sequence_nr())
+    return ReadOut(
+        weight=matrices[0], bias=biases[0] if biases else None, call=call.key if call is not None else ("", 1)
+    )
+
+
+def layer_of(model: nn.Module, read_out: ReadOut | str) -> nn.Linear:
+    """The layer that a network's read-out is, where the network calls it and nothing else is done in that call.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    if isinstance(read_out, str):
+        reason = read_out
+    else:
+        path, _ = read_out.call
+        layer = model.get_submodule(path)
+        hooks = [name for name in _HOOKS if getattr(layer, name, None)]
+        if type(layer) is nn.Linear and layer.weight is model.get_parameter(read_out.weight) and not hooks:
+            return layer
+        reason = f"{read_out.weight!r} is applied in {path or type(model).__name__!r}, which is "
+        reason += "an nn.Linear with hooks" if type(layer) is nn.Linear else f"no nn.Linear but {type(layer).__name__}"
+    raise ValueError(
+        f"criterion: scores='chunked' needs a network that ends in a call of an nn.Linear, and {type(model).__name__} "
+        f"does not: {reason}; give scores='whole'"
+    )
 
 
 def _source(node: Any) -> Any:

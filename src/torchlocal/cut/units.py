@@ -6,6 +6,7 @@ import bisect
 import difflib
 import heapq
 import itertools
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -484,7 +485,13 @@ def _channel_dim(seen: Observation, cut: Point) -> int:
     return -1 if len(shape) == 3 else 1
 
 
-def balance(num_units: int, num_groups: int, cost: Callable[[int, int], float]) -> list[range]:
+def balance(
+    num_units: int,
+    num_groups: int,
+    cost: Callable[[int, int], float],
+    *,
+    squared: Callable[[int, int], float] | None = None,
+) -> list[range]:
     """Group units into consecutive groups so that the largest cost is smallest (exact dynamic programme).
 
     Among the groupings with the smallest largest cost, the one with the smallest sum of squares is taken.
@@ -493,6 +500,7 @@ def balance(num_units: int, num_groups: int, cost: Callable[[int, int], float]) 
         num_units: number of units.
         num_groups: number of groups K, at most ``num_units``.
         cost: cost of the group of units ``first`` to ``last - 1``.
+        squared: what of a group is squared; None: its cost.
 
     Returns:
         One range of unit indices per group.
@@ -501,24 +509,25 @@ def balance(num_units: int, num_groups: int, cost: Callable[[int, int], float]) 
     if num_groups == num_units:
         return [range(i, i + 1) for i in range(num_units)]
     longest = num_units - num_groups + 1
-    table = {
-        (first, last): float(cost(first, last))
-        for first in range(num_units)
-        for last in range(first + 1, min(num_units, first + longest) + 1)
-    }
+    spans = [
+        (first, last) for first in range(num_units) for last in range(first + 1, min(num_units, first + longest) + 1)
+    ]
+    table = {span: float(cost(*span)) for span in spans}
+    squares = {span: (table[span] if squared is None else float(squared(*span))) ** 2 for span in spans}
     infinite = float("inf")
 
-    def solve(combine: Callable[[float, float], float], limit: float) -> tuple[float, list[int]]:
+    def solve(
+        prices: dict[tuple[int, int], float], combine: Callable[[float, float], float], limit: float
+    ) -> tuple[float, list[int]]:
         best = [0.0] + [infinite] * num_units  # best[i]: the first i units in the groups so far
         choices: list[list[int]] = []
         for _ in range(num_groups):
             following, choice = [infinite] * (num_units + 1), [0] * (num_units + 1)
             for last in range(1, num_units + 1):
                 for first in range(max(0, last - longest), last):
-                    price = table[first, last]
-                    if best[first] == infinite or price > limit:
+                    if best[first] == infinite or table[first, last] > limit:
                         continue
-                    total = combine(best[first], price)
+                    total = combine(best[first], prices[first, last])
                     if total < following[last]:
                         following[last], choice[last] = total, first
             best = following
@@ -528,6 +537,6 @@ def balance(num_units: int, num_groups: int, cost: Callable[[int, int], float]) 
             ends.append(choice[ends[-1]])
         return best[num_units], ends[::-1]
 
-    largest, _ = solve(max, infinite)
-    _, ends = solve(lambda total, price: total + price * price, largest)
+    largest, _ = solve(table, max, infinite)
+    _, ends = solve(squares, operator.add, largest)
     return [range(a, b) for a, b in itertools.pairwise(ends)]

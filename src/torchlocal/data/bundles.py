@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 
@@ -37,6 +37,14 @@ class DataBundle:
     shape: tuple[int, int, int]
     classes: tuple[str, ...] = ()
     checksum: str = ""
+
+    def to(self, device: torch.device) -> Self:
+        """The same data, of whose images batches are made on this device, see :meth:`Split.to`; on a CPU as ever."""
+        if device.type == "cpu":
+            return self
+        parts: dict[str, Any] = {name: getattr(self, name) for name in ("train", "validation", "test")}
+        parts = {name: part.to(device) if isinstance(part, Split) else part for name, part in parts.items()}
+        return replace(self, **parts)
 
     def sample(self, batch_size: int) -> Any:
         """What a network is cut for: a batch of the training images, or the shape of one."""

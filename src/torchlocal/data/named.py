@@ -13,8 +13,9 @@ from torch import Tensor
 from torchlocal.checks import whole
 from torchlocal.data.bundles import DataBundle
 from torchlocal.data.folders import read_folders
+from torchlocal.data.images import MemorySource
 from torchlocal.data.sources import READERS, default_root
-from torchlocal.data.splits import FOLDER_STREAM, VALIDATION_STREAM, FolderSource, MemorySource, Split, make_generator
+from torchlocal.data.splits import FOLDER_STREAM, VALIDATION_STREAM, FolderSource, Split, make_generator
 from torchlocal.data.text import load_text
 from torchlocal.names import TEXT, unknown_data
 

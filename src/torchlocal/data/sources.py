@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchlocal.data.splits import DIGITS_STREAM, Augmentation, make_generator
+from torchlocal.data.images import Augmentation
+from torchlocal.data.splits import DIGITS_STREAM, make_generator
 
 __all__ = ["READERS", "Images", "default_root", "read_idx"]
 

@@ -6,18 +6,17 @@ import copy
 import os
 import signal
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from torchlocal.data.folders import read_image
+from torchlocal.data.images import ImageSource, send
 
-__all__ = ["Augmentation", "FolderSource", "ImageSource", "MemorySource", "Split", "make_generator"]
+__all__ = ["FolderSource", "Split", "make_generator"]
 
 # What a random stream is for: the first word of its key, so that no two purposes ever share a stream.
 (
@@ -37,78 +36,6 @@ def make_generator(purpose: int, *, seed: int = 0, epoch: int = 0, index: int = 
     # torch's CPU generator uses the low 32 bits of a seed, and one word of the sequence is just that.
     generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
     return generator
-
-
-@dataclass(frozen=True, kw_only=True)
-class Augmentation:
-    """Random crop of the padded image, then a random horizontal flip, for a whole batch at once.
-
-    Args:
-        padding: pixels added on each side before the crop; 0 means no crop.
-        mode: "black" (zeros before normalisation) or "reflect".
-        flip: mirror each image with probability one half.
-    """
-
-    padding: int = 0
-    mode: str = "black"
-    flip: bool = False
-
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Augments `(B, C, H, W)` uint8 images; the draws depend on the generator and on B alone."""
-        batch, _, height, width = images.shape
-        offsets = torch.randint(0, 2 * self.padding + 1, (2, batch), generator=generator).numpy()
-        flipped = (torch.rand(batch, generator=generator) < 0.5).numpy()
-        pixels = images.numpy()
-        if self.padding:
-            if self.mode == "reflect":
-                border = ((0, 0), (0, 0), (self.padding, self.padding), (self.padding, self.padding))
-                padded = np.pad(pixels, border, mode="reflect")
-            else:
-                padded = F.pad(images, (self.padding,) * 4).numpy()
-            # All crops of all images as one view; numpy copies the chosen ones several times faster than torch.
-            windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
-            pixels = windows[np.arange(batch), :, offsets[0], offsets[1]]
-        if self.flip:
-            mirrored = pixels[flipped][..., ::-1]
-            if not self.padding:  # `pixels` is still the caller's own tensor
-                pixels = pixels.copy()
-            pixels[flipped] = mirrored
-        return torch.from_numpy(pixels)
-
-
-class ImageSource(Protocol):
-    """Anything that hands out uint8 images by index."""
-
-    shape: tuple[int, int, int]
-    in_memory: bool
-
-    def fetch(self, indices: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Returns `(B, C, H, W)` uint8 images, augmented when a generator is given."""
-        ...
-
-
-class MemorySource:
-    """Images held in memory as one uint8 tensor.
-
-    Args:
-        images: `(N, C, H, W)`, uint8.
-        augmentation: applied when a generator is given to `fetch`; None for none.
-    """
-
-    in_memory = True
-
-    def __init__(self, images: Tensor, augmentation: Augmentation | None = None) -> None:
-        assert images.dtype == torch.uint8 and images.dim() == 4, (images.dtype, images.shape)
-        self.images = images
-        self.augmentation = augmentation
-        self.shape = (images.shape[1], images.shape[2], images.shape[3])
-
-    def fetch(self, indices: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Returns the images at `indices`."""
-        images = self.images.index_select(0, indices)
-        if self.augmentation is None or generator is None:
-            return images
-        return self.augmentation(images, generator)
 
 
 class FolderSource:
@@ -136,6 +63,10 @@ class FolderSource:
         """Returns the images at `indices`, decoded, cropped and scaled."""
         generator = generator if self.augment else None
         return torch.stack([self._read(self.paths[index], generator) for index in indices.tolist()])
+
+    def to(self, device: torch.device) -> FolderSource:
+        """Itself: images are decoded on the host, by other processes."""
+        return self
 
     def _read(self, path: str, generator: torch.Generator | None) -> Tensor:
         from PIL.Image import Resampling
@@ -203,6 +134,7 @@ class Split:
         self.num_workers = min(4, os.cpu_count() or 1) if num_workers is None else num_workers
         self._source = source
         self._labels = labels
+        self._device = torch.device("cpu")
         channels, height, width = source.shape
         self.shape = (channels, height, 2 * width if pairs else width)
         # Pairs of a split that is not trained on are fixed, whatever the run's seed.
@@ -237,6 +169,15 @@ class Split:
         other._fixed_partners = _permutation(len(self), make_generator(_FIXED_PARTNERS, index=index))
         return other
 
+    def to(self, device: torch.device) -> Split:
+        """The same split, whose images come from a device: sent there in 8 bits, normalised there, and if they are in
+        memory, gathered and augmented there. Labels stay on the host, where shares in a loss are read from them.
+        """
+        other = copy.copy(self)
+        other._device, other._source = device, self._source.to(device)
+        other._scale, other._shift = self._scale.to(device), self._shift.to(device)
+        return other
+
     def num_batches(self, batch_size: int, train: bool) -> int:
         """Returns the number of batches of one pass.
 
@@ -267,7 +208,8 @@ class Split:
             start: index of the first batch.
 
         Returns:
-            Batches of normalised float32 images `(B, C, H, W)` and int64 labels `(B,)`.
+            Batches of normalised float32 images `(B, C, H, W)`, on the device that :meth:`to` was given, and of int64
+            labels `(B,)`.
 
         Raises:
             ValueError: a number is out of range, or (while reading) an image file cannot be read.
@@ -299,7 +241,7 @@ class Split:
         for images, labels, problem in _without_loader_words(items):
             if problem:
                 raise ValueError(problem)
-            yield images.to(torch.float32).mul_(self._scale).add_(self._shift), labels
+            yield send(images, self._device).to(torch.float32).mul_(self._scale).add_(self._shift), labels
 
 
 class _Pass(Dataset[tuple[Tensor, Tensor, str]]):

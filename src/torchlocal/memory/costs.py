@@ -35,7 +35,7 @@ class Bench:
         chain = self.net.chain
         self._kernels = chain.kernels
         # Networks that are cut at the same points share what their units take.
-        self._known = chain.measured(fake.batch, str(autocast))
+        self._known = chain.measured(fake.batch, f"{autocast} {self.net.to_read_out}")
         with fake.active():
             self._outputs = chain.outputs(fake.batch)
             for unit in range(chain.num_units):
@@ -53,7 +53,9 @@ class Bench:
     @contextlib.contextmanager
     def _units(self) -> Iterator[Pass]:
         """The units of the network, to be run from any to any."""
-        pass_ = Pass(self.net.chain, self.fake.batch, replay=True, outputs=self._outputs)
+        pass_ = Pass(
+            self.net.chain, self.fake.batch, replay=True, outputs=self._outputs, to_read_out=self.net.to_read_out
+        )
         with pass_.opened():
             yield pass_
 
@@ -89,6 +91,8 @@ class Bench:
         return found
 
     def _alternatives(self, unit: int, differentiable: bool, held: bool) -> list[Alternative]:
+        if self.net.to_read_out and unit == self.net.chain.num_units - 1:
+            return []
         stages = self.net.chain.inside.unit(unit)
         if stages is None:
             return []

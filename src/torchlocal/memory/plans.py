@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 
 from ..checks import check_whole
-from ..cut.batches import Batch, fits_into, key_of, size_of
+from ..cut.batches import Batch, device_of, fits_into, key_of, size_of
 from ..cut.units import balance
 from ..micro import NotCut, Parts, cut_batch
 from ..modules import LocalModules
@@ -19,7 +19,9 @@ from ..recompute import GuidedPlan, Plan, in_segments
 from .fakes import FakeStep
 from .search import find_guided_plan, find_local_plans
 
-__all__ = ["guided_plan", "local_plans", "plan_and_parts", "recompute_segments"]
+__all__ = ["by_itself", "guided_plan", "local_plans", "plan_and_parts", "recompute_segments"]
+
+_Result = TypeVar("_Result")
 
 _MOST_PLANS = 32  # of a network that are remembered, of the latest layouts of batches
 _MOST_SEARCHES = 4  # with the same options, before plans of larger batches are used again
@@ -137,6 +139,24 @@ def local_plans(
     return plans
 
 
+def by_itself(function: Callable[[], _Result], device: torch.device) -> _Result:
+    """Call in a thread of its own, which has none of the caller's modes: autocast, no_grad, a counter.
+
+    Which device is the current one is also said for each thread, and a network may say ``"cuda"`` and mean that one.
+    """
+    accelerator = None if device.type == "cpu" else torch.accelerator.current_accelerator(check_available=True)
+    known = accelerator is not None and accelerator.type == device.type
+    current = torch.accelerator.current_device_index() if known else None
+
+    def run() -> _Result:
+        if current is not None:
+            torch.accelerator.set_device_index(current)
+        return function()
+
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(run).result()
+
+
 def _found(
     net: LocalModules, find: Callable[..., Any], fake: FakeStep | None, batch: Batch, target: Any, **options: Any
 ) -> Any:
@@ -153,9 +173,8 @@ def _found(
         known.move_to_end(key)
         return known[key]
     net.chain.look_inside(batch)
-    # A thread of its own has none of the caller's modes: autocast, no_grad, a counter.
-    with ThreadPoolExecutor(1) as executor:
-        known[key] = executor.submit(lambda: find(fake or FakeStep(net, batch, target), target, **options)).result()
+    device = device_of(batch, net.backbone)
+    known[key] = by_itself(lambda: find(fake or FakeStep(net, batch, target), target, **options), device)
     while len(known) > _MOST_PLANS:
         known.popitem(last=False)
     return known[key]

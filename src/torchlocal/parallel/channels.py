@@ -21,9 +21,11 @@ from .load import Waits
 __all__ = ["CLOSE", "Channel", "Message", "PeerLost", "watched"]
 
 CLOSE = 0  # the kind of message after which nothing follows
-_HEADER, _DESCRIPTION, _PAYLOAD = 1, 2, 3  # tags; backends without tags rely on the order, which is the same
+# Tags; backends without tags rely on the order, which is the same. From _EXPECTED on, those of expected layouts.
+_HEADER, _DESCRIPTION, _PAYLOAD, _EXPECTED = 1, 2, 3, 4
 _WORDS = ("gloo", "Gloo", "NCCL", "onnection", "ocket")  # of errors that the network is to blame for
 _MOST_KNOWN = 64  # descriptions that both sides keep; a target may hold a number that is another in every batch
+_MOST_EXPECTED = 2  # layouts of messages that memory waits for: batches of training, and those of another size
 _FOR_EVER = timedelta(days=365)
 
 
@@ -88,6 +90,11 @@ class _Layout:
         order = tuple(sorted(range(tensor.ndim), key=lambda dim: (-strides[dim], dim)))
         return cls(tensor.dtype, sizes, order, repeated)
 
+    @property
+    def empty(self) -> bool:
+        """Whether the tensor holds nothing, so that nothing is sent."""
+        return 0 in self.sizes
+
     def pack(self, tensor: Tensor) -> Tensor:
         """The dense block; a view of the tensor unless it has gaps."""
         for dim, repeated in enumerate(self.repeated):
@@ -111,6 +118,9 @@ class Channel:
 
     The sender goes on at once, unless ``depth`` messages are still on their way out. The receiver has a thread that
     takes headers as they come and has the tensors written into memory ahead of their use, at most ``depth`` messages.
+
+    Gloo asks whether the other side has memory before it sends, and waits for the answer, which takes two latencies.
+    Where tensors of a message come in a layout for the second time, on CPUs, it is there already, and has been told of.
 
     Args:
         source: global rank that sends.
@@ -146,6 +156,7 @@ class Channel:
         self.num_bytes = 0  # of tensors, sent so far
         self._on_their_way: deque[list[tuple[Any, Tensor]]] = deque()
         self._numbers: dict[bytes, int] = {}
+        self._expected: dict[tuple[_Layout, ...], int] = {}  # both sides find the same, in the same order
         self._thread: threading.Thread | None = None
         self._room = threading.Semaphore(depth)
         self._arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -173,11 +184,16 @@ class Channel:
             if not known:
                 block = torch.frombuffer(bytearray(description), dtype=torch.uint8)
                 works.append(self._isend(block, _DESCRIPTION, self._headers))
+            tag = self._tag(tuple(layouts))
             for layout, tensor in zip(layouts, tensors, strict=True):
                 block = layout.pack(tensor.detach())
                 self.num_bytes += block.nbytes
                 if block.numel():
-                    works.append(self._isend(block, _PAYLOAD, self._group))
+                    works.append(self._isend(block, tag, self._group))
+            if kind == CLOSE:  # memory that still waits gets a byte
+                byte = torch.zeros(1, dtype=torch.uint8)
+                for expected, tag in self._expected.items():
+                    works += [self._isend(byte, tag, self._group) for layout in expected if not layout.empty]
         self._on_their_way.append(works)
 
     def receive(self, kind: int) -> Message:
@@ -210,6 +226,15 @@ class Channel:
             self.receive(CLOSE)
             self._thread.join(self._timeout)
 
+    def _tag(self, layouts: tuple[_Layout, ...]) -> int:
+        """Of tensors of such layouts: when they come again one of their own, if few others have one."""
+        if layouts in self._expected:
+            return self._expected[layouts]
+        fits = len(self._expected) < _MOST_EXPECTED and self._device.type == "cpu"
+        if fits and not all(layout.empty for layout in layouts):
+            self._expected[layouts] = _EXPECTED + len(self._expected)
+        return _PAYLOAD
+
     def _isend(self, block: Tensor, tag: int, group: dist.ProcessGroup) -> tuple[Any, Tensor]:
         return dist.isend(block, self._destination, group=group, tag=tag), block
 
@@ -234,6 +259,7 @@ class Channel:
     def _listen(self) -> None:
         """Take headers, and have tensors written into memory, until the channel is closed."""
         descriptions: list[tuple[Any, list[_Layout]]] = []
+        waiting: dict[tuple[_Layout, ...], tuple[list[Tensor], list[Any]]] = {}
         try:
             while True:
                 self._room.acquire()
@@ -244,17 +270,26 @@ class Channel:
                     new = pickle.loads(self._take(length, torch.uint8, _DESCRIPTION).numpy().tobytes())
                     descriptions += [new] if number >= 0 else []
                 extra, layouts = descriptions[number] if number >= 0 else new
-                blocks = [layout.allocate(self._device) for layout in layouts]
-                works = [
-                    dist.irecv(block, self._source, group=self._group, tag=_PAYLOAD)
-                    for block in blocks
-                    if block.numel()
-                ]
+                key = tuple(layouts)
+                tag = self._tag(key)
+                blocks, works = waiting.pop(key) if key in waiting else self._irecv(key, tag)
+                if key in self._expected:
+                    waiting[key] = self._irecv(key, self._expected[key])
+                if kind == CLOSE:
+                    for _, others in waiting.values():
+                        for work in others:
+                            work.wait(self._limit)
                 self._arrived.put((Message(kind, flag, blocks, extra, notes), works, layouts))
                 if kind == CLOSE:
                     return
         except BaseException as error:
             self._arrived.put(error)
+
+    def _irecv(self, layouts: Sequence[_Layout], tag: int) -> tuple[list[Tensor], list[Any]]:
+        """Memory for tensors of such layouts, and what writes into it."""
+        blocks = [layout.allocate(self._device) for layout in layouts]
+        works = [dist.irecv(block, self._source, group=self._group, tag=tag) for block in blocks if block.numel()]
+        return blocks, works
 
     def _take(self, length: int, dtype: torch.dtype, tag: int) -> Tensor:
         block = torch.empty(length, dtype=dtype)

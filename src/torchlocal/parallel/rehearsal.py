@@ -211,7 +211,7 @@ def rehearse(
             handed.append(layout)
         return features.requires_grad_() if leaf and unit < chain.num_units else features
 
-    pass_ = step.run = Pass(chain, batch, embedding=step.reads_embedding)
+    pass_ = step.run = Pass(chain, batch, embedding=step.reads_embedding, to_read_out=twin.to_read_out)
     try:
         with torch.enable_grad(), recorder, pass_.opened(), step.autocast():
             (prediction,) = pass_.run(0, chain.num_units, [], boundary=arrived, stops=stops)

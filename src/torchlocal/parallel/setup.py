@@ -32,7 +32,8 @@ def assign(costs: Sequence[float], num_stages: int, sending: Sequence[float] | N
     """Consecutive local modules for every stage, so that the slowest of the stages, and of the links, costs least.
 
     A stage computes while it sends, so it costs the larger of what its modules cost together and of what it costs to
-    send what its last one hands on.
+    send what its last one hands on. Where a link is the slowest, stages that are shared out as evenly as can be beside
+    it leave each of them the most time to spare.
 
     Args:
         costs: of each of the K local modules, in any unit: seconds, FLOPs.
@@ -51,11 +52,13 @@ def assign(costs: Sequence[float], num_stages: int, sending: Sequence[float] | N
             "start fewer, or cut the network into more"
         )
 
-    def price(first: int, last: int) -> float:
-        sent = sending[last - 1] if sending is not None and last < len(costs) else 0.0
-        return max(sum(costs[first:last]), sent)
+    def computing(first: int, last: int) -> float:
+        return sum(costs[first:last])
 
-    return balance(len(costs), num_stages, price)
+    def price(first: int, last: int) -> float:
+        return max(computing(first, last), sending[last - 1] if sending is not None and last < len(costs) else 0.0)
+
+    return balance(len(costs), num_stages, price, squared=computing)
 
 
 def sending_seconds(num_bytes: int, link: str | float, in_flight: int = 4) -> float:

@@ -163,8 +163,8 @@ class Stage:
         norms = torch.zeros(2, len(names), dtype=torch.float64)
         if found:
             each = torch._foreach_norm([gradient for _, gradient in found], 2.0)
-            for (i, _), value in zip(found, each, strict=True):
-                norms[:, i] = torch.stack([value.to("cpu", torch.float64), torch.ones((), dtype=torch.float64)])
+            values = torch.stack([value.to(torch.float64) for value in each]).cpu()  # together: each read waits
+            norms[:, [i for i, _ in found]] = torch.stack([values, torch.ones_like(values)])
         with self.meter.others.clock(), watched(self._others, self._timeout):
             dist.all_reduce(norms, group=self._control)
         dtype = found[0][1].dtype if found else torch.float32

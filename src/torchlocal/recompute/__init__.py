@@ -3,7 +3,7 @@ solver that finds the cheapest for a given memory."""
 
 from .plan import Again, GuidedPlan, Inner, Keep, Plan, Tape, in_segments, leaves
 from .run import Recomputation, Replaying, Stages
-from .state import RandomState, Replay, held, keeping_nothing, put_aside, started_from, without_autocast
+from .state import RandomState, Replay, held, keeping_nothing, put_aside, started_from, undisturbed, without_autocast
 
 __all__ = [
     "Again",
@@ -23,5 +23,6 @@ __all__ = [
     "leaves",
     "put_aside",
     "started_from",
+    "undisturbed",
     "without_autocast",
 ]

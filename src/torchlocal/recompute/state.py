@@ -10,9 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import get_device_states, set_device_states
 
-__all__ = ["RandomState", "Replay", "held", "keeping_nothing", "put_aside", "started_from", "without_autocast"]
+__all__ = [
+    "RandomState",
+    "Replay",
+    "held",
+    "keeping_nothing",
+    "put_aside",
+    "started_from",
+    "undisturbed",
+    "without_autocast",
+]
 
 
 class RandomState:
@@ -20,44 +28,77 @@ class RandomState:
 
     Args:
         cpu: torch's state of the CPU.
-        devices: indices and states of the devices.
+        devices: devices beside it, and their states.
         python: Python's and numpy's states; None: they are left alone.
     """
 
     def __init__(
-        self, cpu: Tensor, devices: tuple[list[int], list[Tensor]], python: tuple[Any, Any] | None = None
+        self, cpu: Tensor, devices: tuple[list[torch.device], list[Tensor]], python: tuple[Any, Any] | None = None
     ) -> None:
         self.cpu, self.devices, self.python = cpu, devices, python
 
     @classmethod
     def get(cls, device: torch.device, *, numpy: bool = True) -> RandomState:
         """The state now; numpy's takes longer than all others, so it may be left out."""
-        devices: tuple[list[int], list[Tensor]] = ([], [])
+        devices: tuple[list[torch.device], list[Tensor]] = ([], [])
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             pass  # a CUDA graph that recomputes draws nothing, see torchlocal.capture
-        elif device.type not in ("cpu", "meta", "mps"):
-            devices = get_device_states(torch.empty(0, device=device))
-        elif device.type == "mps":
-            devices = [0], [torch.mps.get_rng_state()]
+        elif device.type not in ("cpu", "meta"):
+            devices = [device], [_device_state(device)]
         return cls(torch.get_rng_state(), devices, _python_state(numpy=numpy))
 
     def set(self) -> None:
         """Go back to it."""
         torch.set_rng_state(self.cpu)
-        if self.devices[0] and torch.backends.mps.is_available():
-            torch.mps.set_rng_state(self.devices[1][0])
-        elif self.devices[0]:
-            set_device_states(*self.devices)
+        for device, state in zip(*self.devices, strict=True):
+            _set_device_state(device, state)
         if self.python is not None:
             random.setstate(self.python[0])
             if self.python[1] is not None:
                 sys.modules["numpy"].random.set_state(self.python[1])
+
+    def differs(self) -> bool:
+        """Whether any generator has drawn since."""
+        now = [torch.get_rng_state(), *map(_device_state, self.devices[0])]
+        then = [self.cpu, *self.devices[1]]
+        return self.differs_in_python() or not all(map(torch.equal, now, then))
 
     def differs_in_python(self) -> bool:
         """Whether Python's or numpy's generator has drawn since."""
         assert self.python is not None
         (now, numpy_now), (then, numpy_then) = _python_state(numpy=True), self.python
         return now != then or (numpy_then is not None and repr(numpy_now[2:]) != repr(numpy_then[2:]))
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Have all generators be afterwards what they were; also of other devices, which ``torch.manual_seed`` seeds."""
+    devices = {device, *_in_use()}
+    states = [RandomState.get(one) for one in devices]
+    try:
+        yield
+    finally:
+        for state in states:
+            state.set()
+
+
+def _in_use() -> list[torch.device]:
+    """All devices of the accelerator, if it has been woken."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or not getattr(torch.get_device_module(accelerator), "is_initialized", lambda: True)():
+        return []
+    return [torch.device(accelerator.type, index) for index in range(torch.accelerator.device_count())]
+
+
+def _device_state(device: torch.device) -> Tensor:
+    module: Any = torch.get_device_module(device)
+    state: Tensor = module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)  # there is one MPS
+    return state
+
+
+def _set_device_state(device: torch.device, state: Tensor) -> None:
+    module: Any = torch.get_device_module(device)
+    module.set_rng_state(state) if device.type == "mps" else module.set_rng_state(state, device)
 
 
 def _python_state(*, numpy: bool) -> tuple[Any, Any]:

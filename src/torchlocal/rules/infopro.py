@@ -101,8 +101,10 @@ class UpsampledConv(nn.Module):
         self.taps_first = small != size and taps * (3 * small[1] + size[1]) < 2 * channels * size[0] * size[1]
         self.rows: Tensor | None
         self.columns: Tensor | None
-        self.register_buffer("rows", _shifted(small[0], size[0]).T.contiguous() if self.taps_first else None, False)
-        self.register_buffer("columns", _shifted(small[1], size[1]) if self.taps_first else None, False)
+        rows, columns = (_shifted(*sides) for sides in zip(small, size, strict=True))
+        device = self.weight.device
+        self.register_buffer("rows", rows.T.contiguous().to(device) if self.taps_first else None, False)
+        self.register_buffer("columns", columns.to(device) if self.taps_first else None, False)
 
     def forward(self, maps: Tensor) -> Tensor:
         """(N, channels, *small) to (N, out_channels, *size)."""
@@ -124,9 +126,13 @@ class UpsampledConv(nn.Module):
 
 
 def _shifted(small: int, size: int) -> Tensor:
-    """For every tap the matrix that interpolates ``small`` to ``size`` positions and shifts: (3 · small, size)."""
-    positions = torch.linspace(0, small - 1, size, dtype=torch.float64) if size > 1 else torch.zeros(1)
-    matrix = (1 - (positions - torch.arange(small, dtype=torch.float64)[:, None]).abs()).clamp_min(0)
+    """For every tap the matrix that interpolates ``small`` to ``size`` positions and shifts: (3 · small, size).
+
+    On the CPU, since MPS has no float64.
+    """
+    wide: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    positions = torch.linspace(0, small - 1, size, **wide) if size > 1 else torch.zeros(1, **wide)
+    matrix = (1 - (positions - torch.arange(small, **wide)[:, None]).abs()).clamp_min(0)
     padded = F.pad(matrix, (1, 1))
     return torch.cat([padded[:, tap : tap + size] for tap in range(3)]).float()
 

@@ -367,9 +367,9 @@ def _recompute(name: str, value: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig(Section):
-    """What a guided step may take."""
+    """What a step may take."""
 
-    title: ClassVar[str] = "memory of guided steps"
+    title: ClassVar[str] = "memory"
 
     limit: int | str | None = option(
         None,
@@ -390,6 +390,12 @@ class MemoryConfig(Section):
         "The most micro-batches that memory local, or a size, may cut a batch into; with 1 it stays whole.",
         _COUNT_OR_NONE,
         guided=True,
+    )
+    scores: str = option(
+        "whole",
+        "Of text: the scores of the last module over all tokens are made as a whole, or chunked: a few positions at a "
+        "time, as those of rule solo always are. The loss is the same up to rounding.",
+        _choice("whole", "chunked"),
     )
 
     def __post_init__(self) -> None:
@@ -476,6 +482,15 @@ def _milestones(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} must increase, such as [5, 8]")
 
 
+def _betas(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f"{name}={value!r} must be two numbers, such as [0.9, 0.95], or None")
+    for beta in value:
+        number(name, beta, "two numbers of at least 0 and below 1", below=1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimisationConfig(Section):
     """How long, in what batches, and by what updates the network is trained."""
@@ -491,6 +506,12 @@ class OptimisationConfig(Section):
     optimizer: str = option("sgd", "sgd (with Nesterov momentum), adamw, or the name of a class in torch.optim.", text)
     lr: float = option(0.1, "Learning rate at the top of the schedule.", _POSITIVE)
     momentum: float = option(0.9, "Momentum, of optimizers that have it.", _FRACTION)
+    betas: list[float] | None = option(
+        None,
+        "Of optimizers that have them, such as adamw: how slowly the means of gradients and of their squares forget, "
+        "such as 0.9 0.95; by default the optimizer's own.",
+        _betas,
+    )
     weight_decay: float = option(1e-4, "Weight decay, of optimizers that have it.", partial(number, single=True))
     weight_decay_of: str = option(
         "all",

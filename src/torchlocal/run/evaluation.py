@@ -16,6 +16,7 @@ from torchlocal.data import DataBundle, Split, TextBundle
 from torchlocal.data.text import IGNORED
 from torchlocal.network import DecoupledNetwork
 from torchlocal.parallel.network import ParallelNetwork
+from torchlocal.recompute import undisturbed
 from torchlocal.run import checkpoint
 from torchlocal.run.build import Execution, build_network, resolve_execution
 from torchlocal.run.config import FitConfig
@@ -79,7 +80,7 @@ def evaluate(
 def load_run(
     path: Path, *, device: str, data_root: str | None, own: Own = _NAMED
 ) -> tuple[FitConfig, Execution, DataBundle, DecoupledNetwork]:
-    """What a checkpoint was trained with, and its network with the weights; the random generator is left alone.
+    """What a checkpoint was trained with, and its network with the weights; the random generators are left alone.
 
     Args:
         path: the checkpoint.
@@ -96,11 +97,11 @@ def load_run(
         config = FitConfig.of(**saved["config"]).changed(device=device)
     config = own.named(config if data_root is None else config.changed(data_root=data_root))
     execution = resolve_execution(config)
-    data = own.load(config)
+    data = own.load(config).to(execution.device)
     _check_classes(path, saved["data"].get("classes", data.classes), data.classes)
     if isinstance(data, TextBundle):
         checkpoint.check_same_tokens(path, saved["data"], data)
-    with torch.random.fork_rng(devices=[]):  # the weights drawn here are overwritten
+    with undisturbed(execution.device):  # by a seed, and by weights that are overwritten
         net = build_network(config, data, execution, own)
     checkpoint.load_network(net, saved, path)
     return config, execution, data, net

@@ -155,9 +155,14 @@ class Own:
 
     def make_criterion(self, config: FitConfig, data: DataBundle) -> Callable[[Tensor, Any], Tensor]:
         """The loss that is trained on."""
-        smoothing = config.optimisation.label_smoothing
+        smoothing, scores = config.optimisation.label_smoothing, config.memory.scores
+        if scores != "whole" and (self.criterion is not None or not isinstance(data, TextBundle)):
+            raise ValueError(
+                f"scores={scores!r} is for the loss of text that comes with the data: leave it out, or give a "
+                "torchlocal.tokens.TokenCrossEntropy as criterion that says so itself"
+            )
         if isinstance(data, TextBundle):
-            return self.criterion or TokenCrossEntropy(label_smoothing=smoothing)
+            return self.criterion or TokenCrossEntropy(label_smoothing=smoothing, scores=scores)
         return self.criterion or partial(F.cross_entropy, label_smoothing=smoothing)
 
     @property

@@ -26,6 +26,7 @@ from torchlocal.network import DecoupledNetwork
 from torchlocal.parallel.load import Load
 from torchlocal.parallel.network import ParallelNetwork
 from torchlocal.parallel.team import Elsewhere, Team
+from torchlocal.recompute import RandomState
 from torchlocal.run import checkpoint
 from torchlocal.run.branches import Branch
 from torchlocal.run.build import (
@@ -285,7 +286,7 @@ class _Run:
         self.execution = resolve_execution(config)
         if saved is not None:
             self._check_config(saved)
-        self.data = load_shared_data(config, own, team)
+        self.data = load_shared_data(config, own, team, self.execution.device)
         self.text = isinstance(self.data, TextBundle)
         what = "rows of text" if self.text else "training images"
         self.steps_per_epoch, self.num_steps = count_steps(config, len(self.data.train), what)
@@ -826,17 +827,11 @@ def _means(sums: Sequence[float], num_full: int, num_steps: int) -> list[float]:
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    if device.type == "mps":
-        states["mps"] = torch.mps.get_rng_state()
-    return states
+    """Torch's, by the kind of device; Python's and numpy's are the user's."""
+    state = RandomState.get(device, numpy=False)
+    return {"cpu": state.cpu} | {other.type: found for other, found in zip(*state.devices, strict=True)}
 
 
 def _set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
-    if device.type == "mps" and "mps" in states:
-        torch.mps.set_rng_state(states["mps"])
+    others = [device] if device.type != "cpu" and device.type in states else []
+    RandomState(states["cpu"], (others, [states[other.type] for other in others])).set()
