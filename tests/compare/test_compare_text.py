@@ -16,7 +16,8 @@ import pytest
 import torch
 import yaml
 
-from torchlocal.compare.comparison import CompareConfig, compare
+from torchlocal.compare.comparison import METHODS as METHODS_OF_COMPARE
+from torchlocal.compare.comparison import CompareConfig, compare, method_configs
 from torchlocal.compare.figures import draw_figures
 from torchlocal.compare.measures import LOSS, TOKEN_LOSS, measure_of
 from torchlocal.compare.report import markdown_report
@@ -81,6 +82,19 @@ def results_of(out: Path) -> dict[str, list[dict[str, Any]]]:
         ]
         for method in METHODS
     }
+
+
+class Units:
+    """Circumstances by hand."""
+
+    def num_units(self, model: str) -> int:
+        return 4
+
+    def bytes_of_a_step(self, pgl: FitConfig, end_to_end: FitConfig) -> int:
+        return 2**20
+
+    def steps_in_time(self, pgl: FitConfig, end_to_end: FitConfig) -> int:
+        return 13
 
 
 # --- numbers ---
@@ -246,6 +260,12 @@ def test_what_runs_are_judged_by() -> None:
     assert measure_of({"test_accuracy": None, "test_loss": 0.1}) is LOSS
     assert measure_of({"test_accuracy": 0.0}).name == "accuracy"
     assert [LOSS.number(v) for v in (3.0, 0.000412345, 12.3456)] == ["3.000", "0.0004123", "12.35"]
+
+
+def test_scores_in_chunks_are_common_to_all_methods(texts: Path, tmp_path: Path) -> None:
+    for scores in ("whole", "chunked"):
+        found = method_configs(config(texts, tmp_path, methods=tuple(METHODS_OF_COMPARE), scores=scores), Units())
+        assert {subject.config.memory.scores for subject in found.values()} == {scores} and len(found) == 8
 
 
 # --- again, interrupted ---

@@ -478,7 +478,7 @@ def _plan(argv: Sequence[str]) -> int:
     parser.switch("json", "Print JSON instead of the table.")
     run = _add_run_options(
         parser,
-        {*_NETWORK, *_RULE, *_DATA, "batch_size", "optimizer"},
+        {*_NETWORK, *_RULE, *_DATA, "scores", "batch_size", "optimizer"},
         changed={
             "model": replace(of_run["model"], default="resnet32"),
             "data": replace(of_run["data"], default=None, kind=str | None),

@@ -51,14 +51,23 @@ def _same_rate(config: FitConfig) -> FitConfig:
     return config.changed(decay=build_guidance(config).share or None)
 
 
+def _plain_memory(config: FitConfig) -> MemoryConfig:
+    """Nothing is recomputed or cut; how the scores of text are made is common to all methods."""
+    return replace(MemoryConfig(), scores=config.memory.scores)
+
+
 def _end_to_end(config: FitConfig, found: Circumstances) -> FitConfig:
     # What says nothing about one module is the same in every comparison.
     if config.run.boundary is not None:  # which is rounded between the modules that the other methods have
         always = GuidanceConfig(name="always", auxiliary="frozen")
-        return replace(_same_rate(config), memory=MemoryConfig(), guidance=always)
+        return replace(_same_rate(config), memory=_plain_memory(config), guidance=always)
     always = GuidanceConfig(name="always")
     return replace(
-        _same_rate(config), cut=CutConfig(modules=1), rule=RuleConfig(), memory=MemoryConfig(), guidance=always
+        _same_rate(config),
+        cut=CutConfig(modules=1),
+        rule=RuleConfig(),
+        memory=_plain_memory(config),
+        guidance=always,
     )
 
 
@@ -88,7 +97,7 @@ def _equal_time(config: FitConfig, found: Circumstances) -> FitConfig:
 
 
 def _local(config: FitConfig, found: Circumstances) -> FitConfig:
-    return replace(_same_rate(config), memory=MemoryConfig(), guidance=GuidanceConfig(name="never"))
+    return replace(_same_rate(config), memory=_plain_memory(config), guidance=GuidanceConfig(name="never"))
 
 
 def _periodic(config: FitConfig, found: Circumstances) -> FitConfig:
