@@ -43,12 +43,12 @@ import torch
 from matplotlib.figure import Figure
 
 import torchlocal as tl
-from torchlocal.cli.options import read_recipe
+from torchlocal.cli.options import recipe_options
 from torchlocal.compare.results import MethodResult, can_tell
 from torchlocal.models import build_language_model
 from torchlocal.run.callbacks import Callback, RunState
 from torchlocal.run.checkpoint import write_json
-from torchlocal.run.config import build_rule
+from torchlocal.run.config import build_rule, fit_options
 from torchlocal.run.folder import Owned
 from torchlocal.run.trainer import Diverged, Interrupted
 from torchlocal.tokens import TokenCrossEntropy
@@ -113,7 +113,7 @@ class Grid:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.costs_path = options, options.out / "costs.json"
-        recipe = tl.FitConfig.of(**read_recipe("text-gpt"))
+        recipe = tl.FitConfig.of(**recipe_options("text-gpt", section=None, known=fit_options()))
         steps = options.steps
         self.base = recipe.changed(
             num_threads=1, device=options.device, capture=options.device.startswith("cuda"), precision="fp32",
@@ -393,10 +393,8 @@ class Finished:
         return statistics.fmean(self.losses)
 
     def spread(self) -> MethodResult:
-        """For the same judgement as of comparisons, where more is better."""
-        return MethodResult(
-            method=self.row.name, num_modules=0, guided_share=0, accuracies=tuple(-loss for loss in self.losses)
-        )
+        """For the same judgement as of comparisons."""
+        return MethodResult(method=self.row.name, num_modules=0, guided_share=0, test=tuple(self.losses))
 
 
 def read_finished(grid: Grid, rows: Sequence[Row], seeds: Sequence[int]) -> dict[str, Finished]:

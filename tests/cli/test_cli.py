@@ -1,5 +1,6 @@
 """The command: every subcommand on a tiny run, and one line on the standard error stream for whatever is wrong."""
 
+import csv
 import json
 import os
 import re
@@ -22,9 +23,10 @@ from torch import nn
 from torchlocal import models
 from torchlocal.cli import commands as cli
 from torchlocal.cli.commands import main
-from torchlocal.cli.options import recipe_names, recipe_options
+from torchlocal.cli.options import recipe_names, recipe_options, recipe_path
 from torchlocal.compare.comparison import CompareConfig
 from torchlocal.data import TextBundle
+from torchlocal.memory import predict
 from torchlocal.models import build_language_model, build_model
 from torchlocal.names import check_names
 from torchlocal.network import DecoupledNetwork, decouple
@@ -338,9 +340,67 @@ def test_a_recipe_for_text_trains(name: str, tmp_path: Path) -> None:
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
 
 
-def test_texts_are_not_compared(capsys: pytest.CaptureFixture[str]) -> None:
-    message = refused(["compare", "--model=gpt-tiny", "--data=text:stdlib", "--out=nowhere"], capsys)
-    assert "data='text:stdlib' is text, and compare reports accuracies" in message and not Path("nowhere").exists()
+@pytest.fixture(scope="module")
+def text_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe like text-gpt, of a small network, on a text of its own."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "text.txt").write_text("".join(f"def name_{i % 7}(x):\n    return x + {i}\n" for i in range(400)))
+    values = yaml.safe_load(recipe_path("text-gpt").read_text())
+    values["model"] |= {"name": "gpt-nano", "options": {"layers": 3, "width": 16, "heads": 2, "tied": False}}
+    values["data"] = {"name": f"text:{folder / 'text.txt'}", "root": str(folder / "root"), "context": 16}
+    values["data"] |= {"epoch_rows": 16, "num_validation": 4}
+    values["cut"] = {"modules": 3}
+    values["optimisation"] |= {"epochs": 2, "warmup_steps": 1}
+    values["compare"] |= {"out": str(folder / "out"), "methods": ["end-to-end", "local", "pgl"], "timing_rounds": 1}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    return folder / "recipe.yaml"
+
+
+def test_texts_are_compared(text_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--config", str(text_recipe), "--reach=7.5", "--quiet", "--tensorboard=false"]) == 0
+    out, err = capsys.readouterr()
+    assert "What guidance gives: pgl loss " in out and "Report: " in out and not err
+    with (text_recipe.parent / "out" / "report.csv").open(newline="") as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["end-to-end", "local", "pgl"] and float(rows["pgl"]["guided_share"]) == 0.5  # 2 of 4 steps
+    assert all(5 < float(row["loss_mean"]) < 7 and float(row["reach_seconds"]) > 0 for row in rows.values())
+
+
+def test_texts_are_planned(text_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every number is that of a step of the run, and the share of guided steps is the recipe's."""
+    assert main(["plan", "--config", str(text_recipe), "--modules", "3", "--json"]) == 0
+    out, err = capsys.readouterr()
+    rows, ids = {row["method"]: row for row in json.loads(out)["rows"]}, torch.zeros(8, 16, dtype=torch.int64)
+    assert not err
+    nets = []
+    for modules in (1, 3):
+        model = build_language_model(
+            "gpt-nano", vocabulary=1024, context=16, options={"layers": 3, "width": 16, "heads": 2, "tied": False}
+        )
+        rule = build_rule(FitConfig.of(rule="solo", rule_options={"depth": 0}))
+        nets.append(decouple(model, modules, sample=ids, rule=rule, criterion=TokenCrossEntropy()))
+    whole, cut = nets
+    steps: dict[str, Any] = {
+        "end-to-end": predict(whole, step="plain", optimizer=torch.optim.AdamW),
+        "checkpointing, searched": predict(whole, step="guided", memory="exact", optimizer=torch.optim.AdamW),
+        "local": predict(cut, step="local", optimizer=torch.optim.AdamW),
+        "pgl": predict(cut, step="guided", memory="local", optimizer=torch.optim.AdamW),
+    }
+    plain, local, guided = (steps[name].flops for name in ("end-to-end", "local", "pgl"))
+    for name in ("end-to-end", "checkpointing, searched", "local"):
+        assert rows[name]["total_bytes"] == steps[name].total_bytes
+    assert rows["pgl"]["total_bytes"] == max(steps["local"].total_bytes, steps["pgl"].total_bytes)
+    assert rows["pgl"]["flops_ratio"] == pytest.approx((0.6 * local + 0.4 * guided) / plain)
+    assert rows["pgl"]["modules"] == 3
+    assert main(["plan", "--config", str(text_recipe), "--modules", "2", "--optimizer=sgd", "--batch-size=4"]) == 0
+    assert "gpt-nano on rows of 16 tokens: predicted peak memory in MiB at batch size 4" in capsys.readouterr().out
+
+
+def test_texts_are_shown_cut_as_they_are_trained(text_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["partition", "--config", str(text_recipe)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("- - - cut - - -") == 2 and "16 x 1024" in out and "of one row of text." in " ".join(out.split())
+    assert "gpt-nano: 4 units, 3 local modules" in out
 
 
 # --- wrong input ---
@@ -429,6 +489,17 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("partition --shape 3 32", "--shape 3 32 must be channels, height and width"),
         ("partition --modules 999", "999"),
         ("plan --input 3x32", "--input 3x32 must be"),
+        ("plan --model gpt-tiny", "model 'gpt-tiny' predicts tokens: say of what text, such as --data text:stdlib"),
+        ("plan --config text-gpt --input 3x32x32", "--input is the shape of images, and data 'text:stdlib' is text"),
+        ("plan --config text-gpt --num-classes 5", "--num-classes means nothing to data 'text:stdlib'"),
+        ("plan --config text-gpt --model resnet20 --model-options {}", "model 'resnet20' is for images"),
+        ("plan --config text-gpt --modules 99", "--modules 99: gpt-tiny can be cut into 9 at most"),
+        ("plan --config text-gpt --image-size 8", "image_size=8 is for images: leave it out"),
+        ("plan --context 8", "context=8 is for text: leave it out, or give data such as text:stdlib"),
+        ("plan --model gpt-nano --data text:TMP/none", "none does not exist: give a text file"),
+        ("plan --model resnet20 --model-options {d:3}", "means nothing to model='resnet20': leave it out"),
+        ("compare TINY --reach 7", "reach=7 must be an accuracy, above 0 and at most 1"),
+        ("compare TINY --reach 0.5 --timing-rounds 0", "reach=0.5 needs the time of steps"),
         ("plan --budget much", "much"),
         ("fit TINY --data folder", "data='folder' needs a root"),
         ("fit TINY --data folder --data-root TMP", "does not exist: root must hold"),

@@ -270,8 +270,8 @@ def test_what_rounds_otherwise_is_trained_by_itself(tmp_path: Path) -> None:
     assert [row["method"] for row in read_rows(tmp_path)] == ["pgl", "same", "threads", "parts"]
 
 
-def method_result(method: str, *accuracies: float, **changes: Any) -> MethodResult:
-    return MethodResult(method=method, num_modules=2, guided_share=0.5, accuracies=accuracies, **changes)
+def method_result(method: str, *values: float, **changes: Any) -> MethodResult:
+    return MethodResult(method=method, num_modules=2, guided_share=0.5, test=values, **changes)
 
 
 def test_gap_closed_by_hand() -> None:
@@ -282,8 +282,8 @@ def test_gap_closed_by_hand() -> None:
     )
     rows = Comparison(title="t", results=results).rows()
     assert [row.gap_closed for row in rows] == pytest.approx([1.0, 0.0, 0.75])
-    assert [row.accuracy_mean for row in rows] == pytest.approx([0.85, 0.45, 0.75])
-    assert [row.accuracy_std for row in rows] == pytest.approx([0.1 / math.sqrt(2)] * 3)
+    assert [row.mean for row in rows] == pytest.approx([0.85, 0.45, 0.75])
+    assert [row.std for row in rows] == pytest.approx([0.1 / math.sqrt(2)] * 3)
     assert [row.peak_ratio for row in rows] == pytest.approx([1.0, 0.25, 0.5])
     assert (rows[1].step_ms, rows[1].step_ratio, rows[2].step_ms) == (pytest.approx(150), pytest.approx(1.5), None)
 
@@ -301,7 +301,7 @@ def test_gap_closed_by_hand() -> None:
 def test_no_gap_no_share_of_it(results: tuple[MethodResult, ...]) -> None:
     comparison = Comparison(title="t", results=results)
     assert all(row.gap_closed is None for row in comparison.rows())
-    assert all(row.accuracy_std is None for row in comparison.rows())  # one seed
+    assert all(row.std is None for row in comparison.rows())  # one seed
     assert "±" not in markdown_table(comparison)
     assert "n = 1" in comparison.notes()[0]
 
@@ -317,8 +317,8 @@ def test_a_gap_within_the_spread_is_none() -> None:
         assert (rows[2].gap_closed is not None) == told
 
 
-def told(method: str, *accuracies: float, steps: int = 10, **changes: Any) -> MethodResult:
-    return method_result(method, *accuracies, steps=steps, **changes)
+def told(method: str, *values: float, steps: int = 10, **changes: Any) -> MethodResult:
+    return method_result(method, *values, steps=steps, **changes)
 
 
 def test_the_verdict_by_hand() -> None:
@@ -470,7 +470,7 @@ def test_html_needs_no_network_and_holds_the_figures(done: tuple[Path, Compariso
         assert all(target.startswith("#") for target in Links(drawing).links)
     for row in comparison.rows():
         assert row.method in parsed.text
-        assert f"{100 * row.accuracy_mean:.1f} ± " in parsed.text
+        assert f"{100 * row.mean:.1f} ± " in parsed.text
 
 
 def test_figures_are_pictures(done: tuple[Path, Comparison]) -> None:
@@ -486,7 +486,7 @@ def test_figures_are_pictures(done: tuple[Path, Comparison]) -> None:
 
 @pytest.mark.parametrize("variants", [(), ("pgl-every-10-steps-frozen", "pgl-every-20-steps-frozen")])
 def test_no_legend_is_cut_off(variants: tuple[str, ...]) -> None:
-    curves: dict[str, Any] = {"validation": ((0.1, 0.2),), "depth_accuracies": ((0.1, 0.2),), "peak_bytes": 2**20}
+    curves: dict[str, Any] = {"validation": ((0.1, 0.2),), "depth": ((0.1, 0.2),), "peak_bytes": 2**20}
     curves |= {"losses": ((0.5, 0.4),), "epoch_steps": (3, 6), "step_seconds": 0.1}
     results = tuple(method_result(method, 0.5, **curves) for method in (*METHODS, *variants))
     figures = draw_figures(Comparison(title="t", results=results))
@@ -913,7 +913,7 @@ def test_a_grid_varies_what_matters(tmp_path: Path) -> None:
     assert [subjects[name].baseline for name in guided] == ["local,modules=2"] * 2 + ["local,modules=3"] * 2
     comparison = compare(config, progress=False)
     rows = {row.method: row for row in comparison.rows()}
-    accuracy = {name: row.accuracy_mean for name, row in rows.items()}
+    accuracy = {name: row.mean for name, row in rows.items()}
     assert [rows[name].guided_share for name in guided] == [0.5, 0.25, 0.5, 0.25]
     for name in guided:
         gap = accuracy["end-to-end"] - accuracy[subjects[name].baseline]
@@ -1012,5 +1012,6 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
 
 def test_every_column_of_the_csv_is_a_field_of_the_row(done: tuple[Path, Comparison]) -> None:
     out, comparison = done
-    assert list(read_rows(out)[0]) == list(Row.__dataclass_fields__)
+    fields = [name for name in Row.__dataclass_fields__ if name not in ("further", "reach_seconds")]
+    assert [name.removeprefix("accuracy_") for name in read_rows(out)[0]] == fields
     assert [row.method for row in comparison.rows()] == [row["method"] for row in read_rows(out)]

@@ -224,7 +224,7 @@ def test_finished_runs_on_other_data_are_not_compared(tmp_path: Path, capsys: py
 
 
 def test_a_report_that_cannot_be_written_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = MethodResult(method="local", num_modules=2, guided_share=0, accuracies=(0.5,), validation=((0.4, 0.5),))
+    result = MethodResult(method="local", num_modules=2, guided_share=0, test=(0.5,), validation=((0.4, 0.5),))
     comparison = Comparison(title="before", results=(result,))
     write_report(comparison, tmp_path / "c")
     files = {path: path.read_bytes() for path in (tmp_path / "c").rglob("*.*")}

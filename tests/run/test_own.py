@@ -279,21 +279,28 @@ def test_compare_own_objects(tmp_path: Path) -> None:
     made = CompareConfig(out=str(tmp_path / "made"), seeds=(0, 1), fit=config(tmp_path), **options)
     found = compare(made, model=lambda: SmallNet(10, 1), data=loaders(), progress=False)
     assert [result.method for result in found.results] == ["end-to-end", "local", "pgl"]
-    assert all(len(result.accuracies) == 2 and result.peak_bytes for result in found.results)
+    assert all(len(result.test) == 2 and result.peak_bytes for result in found.results)
     assert "5 training batches of 8" in dict(found.facts)["Data"]
     copied = CompareConfig(out=str(tmp_path / "copied"), fit=config(tmp_path, steps=3), **options)
     assert "own:SmallNet" in compare(copied, model=start, data=loaders(), progress=False).title
     assert all(map(torch.equal, start.state_dict().values(), before.values()))  # copies were trained
-    with pytest.raises(ValueError, match=r"^data: a comparison reports accuracies, and these targets are no classes"):
-        compare(
-            CompareConfig(
-                out=str(tmp_path / "words"), methods=("local",), timing_rounds=0, fit=config(tmp_path, modules=2)
-            ),
-            model=Words,
-            data={part: words(5, 0) for part in ("train", "validation", "test")},
-            criterion=next_word,
-            progress=False,
-        )
+
+
+def test_without_classes_the_loss_is_compared(tmp_path: Path) -> None:
+    fit = config(tmp_path, modules=2, optimizer="adamw", lr=0.01, epochs=2)
+    methods = ("end-to-end", "local")
+    made = CompareConfig(out=str(tmp_path / "words"), methods=methods, timing_rounds=0, fit=fit)
+    data = {part: words(5, number) for number, part in enumerate(("train", "validation", "test"))}
+    own: dict[str, Any] = {"model": Words, "criterion": next_word, "progress": False}
+    found = compare(made, data=data, **own)
+    for result in found.results:
+        run = json.loads((tmp_path / "words" / result.method / "seed0" / "result.json").read_text())
+        assert result.test == (run["test_loss"],) and result.depth == (tuple(run["depth_loss"]),)
+    text = (tmp_path / "words" / "report.md").read_text()
+    assert "4 Test loss (n) | 5 Gap closed" in text and f"{found.results[0].mean:#.4g} (1)" in text
+    assert "accuracy" not in text and "erplexity" not in text
+    with pytest.raises(ValueError, match=r'^data: a comparison reports what test data tell: give "test" as well'):
+        compare(made, data={"train": words(5, 0), "validation": words(2, 1)}, **own)
 
 
 # --- what cannot work ---

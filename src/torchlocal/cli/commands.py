@@ -30,14 +30,14 @@ from torchlocal.cli.options import (
     with_dashes,
 )
 from torchlocal.lifetime import end_with_parent, on_signals, unbroken_streams
-from torchlocal.names import check_names
+from torchlocal.names import DECODERS, TEXT, check_names
 from torchlocal.run.config import FitConfig, Option, declared, fit_options, sections
 from torchlocal.run.folder import expand
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from torchlocal.network import DecoupledNetwork
+    from torchlocal.data import DataBundle
 
 __all__ = ["main"]
 
@@ -48,7 +48,7 @@ _COMMANDS = {
     "fit": "Train one network: end-to-end, locally, or with periodic guidance.",
     "evaluate": "Tell the accuracy of a run, on text its perplexity, also by depth through every auxiliary network.",
     "generate": "Continue a text with a network that was trained on text.",
-    "compare": "Train by several methods and seeds; report accuracy, memory and time side by side.",
+    "compare": "Train by several methods and seeds; report accuracy, of text loss, memory and time side by side.",
     "partition": "Show where a network is cut into local modules and what each unit costs.",
     "plan": "Predict what every way to train takes, and recommend one that fits into a memory budget.",
     "export": "Write the trained backbone as safetensors, .pt, a torch.export program, or a folder for transformers.",
@@ -68,7 +68,8 @@ _SHAPES = {
 
 _NO_MEMORY = re.compile(r"out of memory|[Cc]an't allocate memory|[Cc]annot allocate memory|not enough memory")
 _MOST_OF_ONE, _MOST_BYTES = 2**24, 2**50  # of classes, channels, height or width; of the images of a batch
-_NETWORK, _RULE = ("model", "modules", "cuts"), ("rule", "auxiliary", "rule_options")
+_NETWORK, _RULE = ("model", "model_options"), ("rule", "auxiliary", "rule_options")
+_DATA = ("data", "data_root", "image_size", "context", "tokenizer")
 _TIMEOUT = 300.0  # seconds
 _OF_A_RUN = ("last.pt", "result.json")
 _LAUNCHER = "TORCHLOCAL_LAUNCHER"  # set by `parallel.launch`, which is not imported for --help
@@ -82,9 +83,11 @@ class _Terminated(BaseException):
         self.signum = signum
 
 
-def _add_run_options(parser: Parser, names: Collection[str] | None = None) -> dict[str, Option]:
-    """Add the options of a run, or some of them, section by section."""
-    chosen = {name: one for name, one in fit_options().items() if names is None or name in names}
+def _add_run_options(
+    parser: Parser, names: Collection[str] | None = None, changed: Mapping[str, Option] | None = None
+) -> dict[str, Option]:
+    """Add the options of a run, or some of them, section by section; some of them with another default or help."""
+    chosen = {name: one for name, one in fit_options().items() if names is None or name in names} | dict(changed or {})
     for section, kind in sections().items():
         if found := [one for one in chosen.values() if one.path.startswith(f"{section}.")]:
             parser.add(*found, title=kind.title)
@@ -375,9 +378,7 @@ def _generate(argv: Sequence[str]) -> int:
 def _partition(argv: Sequence[str]) -> int:
     parser = Parser("partition", "[--config RECIPE] [options]", _COMMANDS["partition"])
     parser.recipes()
-    options = _add_run_options(
-        parser, {*_NETWORK, *_RULE, "data", "data_root", "image_size", "context", "tokenizer", "batch_size"}
-    )
+    options = _add_run_options(parser, {*_NETWORK, *_RULE, *_DATA, "modules", "cuts", "batch_size"})
     parser.add(
         Option(name="shape", kind=list[int] | None, help="Channels, height and width in pixels."),
         Option(name="num_classes", kind=int, default=10, help="Number of classes, used with --shape."),
@@ -393,65 +394,121 @@ def _partition(argv: Sequence[str]) -> int:
     _check_sizes(num_classes, shape or [], batch_size)
 
     from torchlocal.compare.tables import partition_tables
-
-    net = _decouple(config, shape, num_classes)
-    console = _console()
-    for table in partition_tables(net, batch_size=batch_size, title=config.model.name):
-        console.print(table)
-    return 0
-
-
-def _decouple(config: FitConfig, shape: Sequence[int] | None, num_classes: int) -> DecoupledNetwork:
-    """The network of a run, cut for the shape of a batch; data are read only if their shape is not known by name."""
-    from torchlocal.models import build_model
+    from torchlocal.data import TextBundle
     from torchlocal.network import decouple
     from torchlocal.run.build import make_optimizer, resolve_execution
     from torchlocal.run.config import build_rule
     from torchlocal.run.own import Own
 
-    cut: dict[str, Any] = {"modules": None if config.cut.after else config.cut.modules, "cuts": config.cut.after}
-    cut |= {"optimizer": partial(make_optimizer, config), "autocast": resolve_execution(config).autocast}
+    data = _sizes(config, shape, num_classes)
+    net = decouple(
+        Own().make_model(config, data),
+        modules=None if config.cut.after else config.cut.modules,
+        cuts=config.cut.after,
+        sample=_sample(data, batch_size),
+        rule=build_rule(config),
+        optimizer=partial(make_optimizer, config),
+        autocast=resolve_execution(config).autocast,
+    )
+    example = "row of text" if isinstance(data, TextBundle) else "image"
+    console = _console()
+    for table in partition_tables(net, batch_size=batch_size, title=config.model.name, example=example):
+        console.print(table)
+    return 0
+
+
+def _sizes(config: FitConfig, shape: Sequence[int] | None, num_classes: int) -> DataBundle:
+    """What a network and its batches need to know of data, which are read only where their name does not tell it."""
+    from torchlocal.data import DataBundle
+    from torchlocal.data.text import text_sizes
+    from torchlocal.run.own import Own
+
     name = config.data.name.removeprefix("pairs:")
+    text = shape is None and name.startswith(TEXT)
+    for option in ("image_size",) if text else ("context", "tokenizer"):
+        if config.value(option) is not None:
+            kind = "images: leave it out" if text else "text: leave it out, or give data such as text:stdlib"
+            raise ValueError(f"{option}={config.value(option)!r} is for {kind}")
+    if text:
+        return text_sizes(name, context=config.data.context, tokenizer=config.data.tokenizer)
     if shape is None and name in _SHAPES:
         num_classes, *shape = _SHAPES[name]
         shape[2] *= 2 if name != config.data.name else 1
     elif shape is None:
-        data = Own().load(config)
-        sample = data.sample(config.optimisation.batch_size)
-        return decouple(Own().make_model(config, data), sample=sample, rule=build_rule(config), **cut)
+        return Own().load(config)
     channels, height, width = shape
-    model = build_model(config.model.name, num_classes=num_classes, in_channels=channels, image_size=(height, width))
-    return decouple(
-        model, sample=(config.optimisation.batch_size, channels, height, width), rule=build_rule(config), **cut
+    nothing: Any = None
+    return DataBundle(
+        name="images",
+        train=nothing,
+        validation=nothing,
+        test=nothing,
+        num_classes=num_classes,
+        shape=(channels, height, width),
     )
+
+
+def _sample(data: DataBundle, batch_size: int) -> Any:
+    """A batch of exactly that size, or the shape of one."""
+    sample = data.sample(batch_size)  # of two examples at least
+    return (batch_size, *sample[1:]) if isinstance(sample, tuple) else sample[:batch_size]
 
 
 def _plan(argv: Sequence[str]) -> int:
-    parser = Parser("plan", "--model NAME --input 3x224x224 [options]", _COMMANDS["plan"])
-    parser.add(
-        replace(fit_options()["model"], default="resnet32", help="Network, as in fit."),
-        Option(name="input", default="3x32x32", metavar="CxHxW", help="Channels, height and width."),
-        Option(name="num_classes", kind=int, default=10, help="Number of classes."),
-        Option(name="batch_size", kind=int, default=128, help="Examples per step."),
+    parser = Parser("plan", "[--config RECIPE] [--model NAME --input 3x224x224] [options]", _COMMANDS["plan"])
+    parser.recipes()
+    of_run = fit_options()
+    own = (
+        Option(
+            name="input",
+            kind=str | None,
+            metavar="CxHxW",
+            help="Images: channels, height and width, in place of --data (default: 3x32x32).",
+        ),
+        Option(name="num_classes", kind=int | None, help="Images: number of classes, with --input (default: 10)."),
         Option(name="budget", kind=str | None, metavar="SIZE", help="Memory there is, such as 8GiB or 500MB."),
         Option(name="modules", kind=list[str] | None, help="Numbers of modules, fewest or all."),
-        Option(name="guided_share", kind=float, default=0.2, help="Share of guided steps of PGL."),
+        Option(
+            name="guided_share", path="guidance.share", kind=float, default=0.2, help="Share of guided steps of PGL."
+        ),
         Option(name="precision", default="fp32", help="fp32 or bf16."),
         Option(name="figure", kind=str | None, metavar="FILE", help="Draw the breakdowns as stacked bars."),
     )
+    parser.add(*own)
     parser.switch("json", "Print JSON instead of the table.")
-    options = _add_run_options(parser, _RULE)
-    values = parser.parse(argv)
-    config = _config({name: values[name] for name in ("model", *options)})
+    run = _add_run_options(
+        parser,
+        {*_NETWORK, *_RULE, *_DATA, "scores", "batch_size", "optimizer"},
+        changed={
+            "model": replace(of_run["model"], default="resnet32"),
+            "data": replace(of_run["data"], default=None, kind=str | None),
+            "optimizer": replace(
+                of_run["optimizer"],
+                default=None,
+                kind=str | None,
+                help="Whose state is counted: sgd, adamw, or a class of torch.optim; by default SGD with momentum.",
+            ),
+        },
+    )
+    values = _parse_run(parser, argv, {one.name: one for one in own} | run)
+    config = _config({name: values[name] for name in run if values[name] is not None})
     _check_names(config)
-    name, batch_size, num_classes = config.model.name, values["batch_size"], values["num_classes"]
-    parts = values["input"].lower().split("x")
-    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"--input {values['input']} must be channels, height and width, such as 3x224x224")
-    channels, height, width = map(int, parts)
-    if batch_size < 1:
-        raise ValueError(f"--batch-size {batch_size} must be at least 1")
-    _check_sizes(num_classes, [channels, height, width], batch_size)
+    name, batch_size = config.model.name, config.optimisation.batch_size
+    shape = None
+    if values["data"] is not None and values["input"] is None:
+        if values["num_classes"] is not None:
+            raise ValueError(f"--num-classes means nothing to data {config.data.name!r}, which tell it: leave it out")
+    elif values["data"] is not None and config.data.name.startswith(TEXT):
+        raise ValueError(
+            f"--input is the shape of images, and data {config.data.name!r} is text: leave one of them out"
+        )
+    else:
+        shape = _image_shape(values["input"] or "3x32x32")
+    if shape is not None and (name in DECODERS or name.startswith("hf:")):
+        raise ValueError(f"model {name!r} predicts tokens: say of what text, such as --data text:stdlib --context 256")
+    num_classes = 10 if values["num_classes"] is None else values["num_classes"]
+    context = config.data.context or 1
+    _check_sizes(num_classes, shape or [context], batch_size)
     if values["precision"] not in ("fp32", "bf16"):
         raise ValueError(f"--precision {values['precision']} is unknown: choose fp32 or bf16")
     words = ("fewest", "all")
@@ -468,12 +525,18 @@ def _plan(argv: Sequence[str]) -> int:
 
     from torchlocal.budget import plan
     from torchlocal.compare.tables import plan_table
-    from torchlocal.models import build_model
-    from torchlocal.network import decouple
+    from torchlocal.data import TextBundle
+    from torchlocal.network import SGD_WITH_MOMENTUM, decouple
+    from torchlocal.run.build import make_optimizer
     from torchlocal.run.checkpoint import write_file
     from torchlocal.run.config import build_rule
+    from torchlocal.run.own import Own
 
-    model = build_model(name, num_classes=num_classes, in_channels=channels, image_size=(height, width))
+    data = _sizes(config, shape, num_classes)
+    model = Own().make_model(config, data)
+    decay = {"weight_decay": 0.0}  # takes no memory, and some optimizers refuse it
+    counted = SGD_WITH_MOMENTUM if values["optimizer"] is None else partial(make_optimizer, config.changed(**decay))
+    given: dict[str, Any] = {"rule": build_rule(config), "criterion": Own().make_criterion(config, data)}
     size = sum(parameter.nbytes for parameter in model.parameters())
     if budget is not None and budget < size:
         raise ValueError(
@@ -482,8 +545,7 @@ def _plan(argv: Sequence[str]) -> int:
         )
     counts = [int(number) for number in numbers if number not in words]
     if values["modules"] and len(counts) == len(numbers):
-        sample = (2, channels, height, width)
-        num_units = len(decouple(model, 1, sample=sample, rule=build_rule(config)).partition.units)
+        num_units = len(decouple(model, 1, sample=_sample(data, 2), **given).partition.units)
         if min(counts) > num_units:
             raise ValueError(
                 f"--modules {' '.join(numbers)}: {name} can be cut into {num_units} at most; give fewer, or all"
@@ -491,13 +553,14 @@ def _plan(argv: Sequence[str]) -> int:
     with _bar(name) as progress:
         result = plan(
             model,
-            (batch_size, channels, height, width),
+            _sample(data, batch_size),
             budget=budget,
             modules=[number if number in words else int(number) for number in numbers],
             guided_share=values["guided_share"],
             autocast=torch.bfloat16 if values["precision"] == "bf16" else None,
             progress=progress,
-            rule=build_rule(config),
+            optimizer=counted,
+            **given,
         )
     absent = set(counts) - {row.modules for row in result.rows}
     if values["modules"] and absent:
@@ -505,13 +568,21 @@ def _plan(argv: Sequence[str]) -> int:
     if values["json"]:
         print(result.to_json())
     else:
-        _console().print(plan_table(result, title=name))
+        rows = f" on rows of {data.context} tokens" if isinstance(data, TextBundle) else ""
+        _console().print(plan_table(result, title=name + rows))
         print(result.recommendation)
     if figure is not None:
         image = io.BytesIO()
         result.figure().savefig(image, format=figure.suffix[1:].lower(), dpi=150)
         write_file(figure, image.getvalue())
     return 0
+
+
+def _image_shape(text: str) -> list[int]:
+    parts = text.lower().split("x")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"--input {text} must be channels, height and width, such as 3x224x224")
+    return [int(part) for part in parts]
 
 
 def _check_sizes(num_classes: int, shape: Sequence[int], batch_size: int) -> None:

@@ -6,6 +6,7 @@ import csv
 import datetime
 import io
 import json
+import math
 import platform
 import re
 import statistics
@@ -24,10 +25,11 @@ from torch import Tensor, nn
 from torchlocal import __version__ as torchlocal_version
 from torchlocal.compare.circumstances import Measured, check_parts
 from torchlocal.compare.costs import StepCosts, measure_costs
+from torchlocal.compare.measures import Measure, measure_of
 from torchlocal.compare.methods import METHODS, RIVALS, CompareConfig, Subject, method_configs
 from torchlocal.compare.report import write_report
 from torchlocal.compare.results import Comparison, MethodResult
-from torchlocal.data import DataBundle, LoaderBundle
+from torchlocal.data import DataBundle, LoaderBundle, TextBundle
 from torchlocal.run.branches import Branch, find_branches, first_alike
 from torchlocal.run.build import resolve_execution
 from torchlocal.run.checkpoint import check_same_config, write_config, write_file, write_json
@@ -51,7 +53,8 @@ def compare(
     """Train one network by several methods and seeds and write a report of how they compare.
 
     The network and the data are made by the names in the configuration, or handed in, as to
-    :func:`torchlocal.fit`; what is compared is accuracy, so the targets have to be classes.
+    :func:`torchlocal.fit`. They are judged by accuracy where targets are classes, else by the loss, of text also by
+    perplexity: the epoch is chosen on validation data, and test data tell what it is worth.
 
     Finished runs are not repeated and an interrupted one is resumed, so calling it again completes it. Runs follow each
     other; all methods with one seed come before the next seed. What methods have in common is trained once: of those
@@ -89,7 +92,9 @@ def compare(
 def _compare(config: CompareConfig, own: Own, out: Path, progress: bool) -> Comparison:
     data = own.load(config.fit)
     if data.test is None:
-        raise ValueError('data: a comparison reports test accuracies: give "test" as well')
+        raise ValueError('data: a comparison reports what test data tell: give "test" as well')
+    if config.reach is not None and config.reach > 1 and not isinstance(data, TextBundle | LoaderBundle):
+        raise ValueError(f"reach={config.reach:g} must be an accuracy, above 0 and at most 1, such as 0.75")
     measured = Measured(
         out / "rivals.json", config.fit, data, own, rounds=config.timing_rounds, say=partial(_say, progress)
     )
@@ -133,7 +138,10 @@ def _compare(config: CompareConfig, own: Own, out: Path, progress: bool) -> Comp
             Branch(step=step, config=runs[other, seed]) for other, (trunk, step) in trunks.items() if trunk == method
         ]
         try:
-            trained.setdefault(method, {})[seed] = train(run, own, resume=True, progress=progress, branches=branches)
+            result = train(run, own, resume=True, progress=progress, branches=branches)
+            if result[f"test_{measure_of(result).name}"] is None:
+                raise Diverged("the loss on test data is NaN or infinite")
+            trained.setdefault(method, {})[seed] = result
         except Diverged as error:  # a result too, and no reason to lose the other runs
             diverged.append(f"{method}, seed {seed}")
             warnings.warn(f"{method}, seed {seed}: {error}; it is left out of the table", stacklevel=2)
@@ -144,12 +152,15 @@ def _compare(config: CompareConfig, own: Own, out: Path, progress: bool) -> Comp
         raise Diverged(
             f"every run diverged ({'; '.join(diverged)}): lower lr={config.fit.optimisation.lr:g}, or train in fp32"
         )
+    measure = measure_of(next(iter(next(iter(trained.values())).values())))
     comparison = Comparison(
         title=f"{_several(config, 'model')} on {data.name}, {_modules_text(config)}",
         results=tuple(
-            _method_result(method, subjects[method], found, out / firsts[method], costs.get(method))
+            _method_result(method, subjects[method], found, measure, out / firsts[method], costs.get(method))
             for method, found in results.items()
         ),
+        measure=measure,
+        reach=config.reach,
         facts=(
             *_facts(config, data, trained, diverged, alike, begun).items(),
             ("Trained until", _last_day(runs.values())),
@@ -160,7 +171,7 @@ def _compare(config: CompareConfig, own: Own, out: Path, progress: bool) -> Comp
         device=resolve_execution(config.fit).device.type,
     )
     write_report(comparison, out)
-    write_file(out / "runs.csv", _runs_table(trained, costs))
+    write_file(out / "runs.csv", _runs_table(trained, measure, costs))
     return comparison
 
 
@@ -231,6 +242,8 @@ def _plain(config: CompareConfig, *, public: bool = False) -> dict[str, Any]:
         "seeds": list(config.seeds),
         "timing_rounds": config.timing_rounds,
     }
+    if config.reach is not None:
+        section["reach"] = config.reach
     if config.grid:
         section["grid"] = {name: list(values) for name, values in config.grid.items()}
     if config.variants:
@@ -299,20 +312,30 @@ def _versions() -> str:
 
 
 def _method_result(
-    method: str, subject: Subject, by_seed: Mapping[int, Mapping[str, Any]], folder: Path, cost: StepCosts | None
+    method: str,
+    subject: Subject,
+    by_seed: Mapping[int, Mapping[str, Any]],
+    measure: Measure,
+    folder: Path,
+    cost: StepCosts | None,
 ) -> MethodResult:
     results = list(by_seed.values())
     parameters = results[0]["num_parameters"]
-    curves = [_curves(folder / f"seed{seed}" / "metrics.csv") for seed in by_seed]
+    validation = f"validation_{measure.name}"
+    curves = [_curves(folder / f"seed{seed}" / "metrics.csv", validation) for seed in by_seed]
     return MethodResult(
         method=method,
         num_modules=results[0]["num_modules"],
         guided_share=statistics.fmean(result["guided_share"] for result in results),
-        accuracies=tuple(result["test_accuracy"] for result in results),
-        validation=tuple(curve["validation_accuracy"] for curve in curves),
+        test=tuple(result[f"test_{measure.name}"] for result in results),
+        validation=tuple(curve[validation] for curve in curves),
         losses=tuple(curve["train_loss"] for curve in curves),
         epoch_steps=tuple(map(int, curves[0]["step"])),
-        depth_accuracies=tuple(tuple(result["depth_accuracy"]) for result in results),
+        depth=tuple(
+            tuple(math.nan if value is None else value for value in result[f"depth_{measure.name}"])
+            for result in results
+        ),
+        further={name: tuple(result.get(name) for result in results) for name in (validation, *measure.of_runs)},
         peak_bytes=None if cost is None else cost.total_peak_bytes,
         step_seconds=None if cost is None else cost.mean_seconds,
         step_flops=None if cost is None else cost.mean_flops,
@@ -325,22 +348,25 @@ def _method_result(
     )
 
 
-def _runs_table(results: Mapping[str, Mapping[int, Mapping[str, Any]]], costs: Mapping[str, StepCosts]) -> str:
+def _runs_table(
+    results: Mapping[str, Mapping[int, Mapping[str, Any]]], measure: Measure, costs: Mapping[str, StepCosts]
+) -> str:
     """Every run as a line of CSV; the peak is empty where it was not measured."""
-    columns = ("validation_accuracy", "test_accuracy", "guided_share", "steps", "seconds")
+    name = measure.name
+    columns = (f"validation_{name}", f"test_{name}", *measure.of_runs, "guided_share", "steps", "seconds")
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["method", "seed", *columns, "peak_bytes"])
     for method, by_seed in results.items():
         peak = costs[method].total_peak_bytes if method in costs else ""
         for seed, result in by_seed.items():
-            writer.writerow([method, seed, *(result[column] for column in columns), peak])
+            writer.writerow([method, seed, *(result.get(column) for column in columns), peak])
     return buffer.getvalue()
 
 
-def _curves(path: Path) -> dict[str, tuple[float, ...]]:
+def _curves(path: Path, validation: str) -> dict[str, tuple[float, ...]]:
     """What was measured in every epoch; without the file the report simply lacks the curves."""
-    names = ("step", "train_loss", "validation_accuracy")
+    names = ("step", "train_loss", validation)
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -354,6 +380,21 @@ def _options_text(options: Mapping[str, Any]) -> str:
     return re.sub(r"[{}']", "", ", ".join([options["method"], *told]))
 
 
+def _data_text(data: DataBundle) -> tuple[str, str]:
+    """What the data are, and what their examples are called."""
+    if isinstance(data, LoaderBundle):
+        batches = f"{len(data.train) // data.train.batch_size:,} training batches of {data.train.batch_size}"
+        return f"{data.name}: {batches}", "images"
+    if isinstance(data, TextBundle):
+        rows = f"rows of {data.context} tokens"
+        train, validation, test = (f"{split.num_rows:,}" for split in (data.train, data.validation, data.test))
+        epoch = f" ({len(data.train):,} in an epoch)" if len(data.train) != data.train.num_rows else ""
+        parts = f"{train} training{epoch}, {validation} validation and {test} test {rows}"
+        return f"{data.name}: {data.told}; {parts}", rows
+    parts = f"{len(data.train):,} training, {len(data.validation):,} validation and {len(data.test):,} test images"
+    return f"{data.name}: {parts} of {' x '.join(map(str, data.shape))}, {data.num_classes} classes", "images"
+
+
 def _facts(
     config: CompareConfig,
     data: DataBundle,
@@ -364,14 +405,8 @@ def _facts(
 ) -> dict[str, str]:
     chosen = config.fit.optimisation
     fit_config, first = config.fit, next(iter(next(iter(results.values())).values()))
-    if isinstance(data, LoaderBundle):
-        told = f"{data.name}: {len(data.train) // data.train.batch_size:,} training batches of {data.train.batch_size}"
-    else:
-        told = (
-            f"{data.name}: {len(data.train):,} training, {len(data.validation):,} validation and {len(data.test):,} "
-            f"test images of {' x '.join(map(str, data.shape))}, {data.num_classes} classes"
-        )
-    length = f"{first['epochs']} epochs, {first['steps']} steps of {chosen.batch_size * chosen.accumulate} images"
+    told, examples = _data_text(data)
+    length = f"{first['epochs']} epochs, {first['steps']} steps of {chosen.batch_size * chosen.accumulate} {examples}"
     if "equal-time" in results:
         length += f" (equal-time: {next(iter(results['equal-time'].values()))['steps']})"
     seconds = sum(result["seconds"] for found in results.values() for result in found.values())

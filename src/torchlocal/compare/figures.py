@@ -1,19 +1,20 @@
-"""Figures of a comparison: accuracy over epochs, against memory, against guided share, and by depth."""
+"""Figures of a comparison: what is judged over epochs or steps, against memory, guided share, and by depth."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from torchlocal.compare.measures import Measure
 from torchlocal.compare.results import Comparison, MethodResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["FIGURES", "draw_figures"]
+__all__ = ["FigureText", "draw_figures", "figure_texts"]
 
 MEBIBYTE = 2**20
 _SIZE = (5.0, 3.9)  # inches: as wide as a telephone, so that text is legible there
@@ -79,30 +80,42 @@ def _draw_curves(
 _SAME = ("checkpointing", "recomputed")  # as end-to-end, but for memory and time
 
 
-def _draw_accuracy(figure: Figure, comparison: Comparison) -> bool:
-    axes = _axes(figure, xlabel="Epoch", ylabel="Validation accuracy (%)")
-    _integer_axis(axes)
-    return _draw_curves(axes, comparison, _accuracies, lambda result, epoch: epoch, same=_SAME)
+def _draw_validation(figure: Figure, comparison: Comparison) -> bool:
+    return _draw_across(figure, comparison, f"Validation {comparison.measure.axis}", _validation(comparison))
 
 
 def _draw_loss(figure: Figure, comparison: Comparison) -> bool:
-    axes = _axes(figure, xlabel="Epoch", ylabel="Training loss")
+    return _draw_across(figure, comparison, "Training loss", lambda result: result.losses)
+
+
+def _draw_across(
+    figure: Figure, comparison: Comparison, ylabel: str, curves: Callable[[MethodResult], Sequence[Sequence[float]]]
+) -> bool:
+    """Curves over epochs, or over steps."""
+    steps = comparison.measure.across == "steps"
+    axes = _axes(figure, xlabel="Step" if steps else "Epoch", ylabel=ylabel)
     _integer_axis(axes)
-    return _draw_curves(axes, comparison, lambda result: result.losses, lambda result, epoch: epoch, same=_SAME)
+
+    def position(result: MethodResult, epoch: int) -> float:
+        return result.epoch_steps[epoch - 1] if steps else epoch
+
+    return _draw_curves(axes, comparison, curves, position, same=_SAME)
 
 
 def _draw_time(figure: Figure, comparison: Comparison) -> bool:
-    axes = _axes(figure, xlabel="Training time (s)", ylabel="Validation accuracy (%)")
+    axes = _axes(figure, xlabel="Training time (s)", ylabel=f"Validation {comparison.measure.axis}")
     timed = [result for result in comparison.results if result.step_seconds and result.epoch_steps]
 
     def seconds(result: MethodResult, epoch: int) -> float:
         return (result.step_seconds or 0.0) * result.epoch_steps[epoch - 1]
 
-    return _draw_curves(axes, replace(comparison, results=tuple(timed)), _accuracies, seconds, same=())
+    return _draw_curves(axes, replace(comparison, results=tuple(timed)), _validation(comparison), seconds, same=())
 
 
-def _accuracies(result: MethodResult) -> list[list[float]]:
-    return [[100 * value for value in seed] for seed in result.validation]
+def _validation(comparison: Comparison) -> Callable[[MethodResult], list[list[float]]]:
+    """The curves of each seed, as they are drawn."""
+    scale = comparison.measure.scale
+    return lambda result: [[scale * value for value in seed] for seed in result.validation]
 
 
 def _groups(comparison: Comparison) -> dict[str, list[MethodResult]]:
@@ -124,7 +137,7 @@ def _groups(comparison: Comparison) -> dict[str, list[MethodResult]]:
 
 
 def _draw_memory(figure: Figure, comparison: Comparison) -> bool:
-    axes = _axes(figure, xlabel="Peak memory of one step (MiB)", ylabel="Test accuracy (%)")
+    axes = _axes(figure, xlabel="Peak memory of one step (MiB)", ylabel=f"Test {comparison.measure.axis}")
     measured = [result for result in comparison.results if result.peak_bytes is not None]
     groups = _groups(replace(comparison, results=tuple(measured)))
     lines = {name: results for name, results in groups.items() if len(results) > 1}
@@ -135,11 +148,11 @@ def _draw_memory(figure: Figure, comparison: Comparison) -> bool:
     for index, (name, results) in enumerate(groups.items()):
         colour, marker = _style(index)
         memory = [(result.peak_bytes or 0) / MEBIBYTE for result in results]
-        accuracy = [100 * result.accuracy for result in results]
+        means = [comparison.measure.scale * result.mean for result in results]
         axes.errorbar(
             memory,
-            accuracy,
-            yerr=_spread(results),
+            means,
+            yerr=_spread(results, comparison.measure),
             color=colour,
             marker=marker,
             markersize=9,
@@ -148,23 +161,24 @@ def _draw_memory(figure: Figure, comparison: Comparison) -> bool:
             label=name,
         )
         if len(results) > 1:  # where the line starts; errorbar draws its own marker above other lines
-            axes.plot(memory[0], accuracy[0], marker, color=colour, mfc="white", ms=9, zorder=3)
+            axes.plot(memory[0], means[0], marker, color=colour, mfc="white", ms=9, zorder=3)
     axes.margins(0.12)
     axes.set_xlim(left=0)
     return bool(measured)
 
 
-def _spread(results: Sequence[MethodResult]) -> list[float] | None:
-    """Standard deviations in per cent; None where there is a single seed."""
-    found = [result.accuracy_std for result in results]
-    return None if all(std is None for std in found) else [100 * (std or 0) for std in found]
+def _spread(results: Sequence[MethodResult], measure: Measure) -> list[float] | None:
+    """Standard deviations as they are drawn; None where there is a single seed."""
+    found = [result.std for result in results]
+    return None if all(std is None for std in found) else [measure.scale * (std or 0) for std in found]
 
 
 def _draw_depth(figure: Figure, comparison: Comparison) -> bool:
-    axes = _axes(figure, xlabel="Local module (the last is the backbone itself)", ylabel="Test accuracy (%)")
+    name, drawn_as = comparison.measure.by_depth
+    axes = _axes(figure, xlabel="Local module (the last is the backbone itself)", ylabel=f"Test {name}")
     drawn = False
     for index, result in enumerate(comparison.results):
-        depth = [100 * value for value in _means(result.depth_accuracies)]
+        depth = [drawn_as(value) for value in _means(result.depth)]
         colour, marker = _style(index)
         if len(depth) == 1:  # one module: no depth to speak of, but a level to compare the others with
             linestyle = (0, (1, 3)) if result.method == "checkpointing" else (0, (5, 3))
@@ -177,7 +191,8 @@ def _draw_depth(figure: Figure, comparison: Comparison) -> bool:
 
 
 def _draw_guidance(figure: Figure, comparison: Comparison) -> bool:
-    axes = _axes(figure, xlabel="Guided steps (% of all steps)", ylabel="Test accuracy (%)")
+    axes = _axes(figure, xlabel="Guided steps (% of all steps)", ylabel=f"Test {comparison.measure.axis}")
+    scale = comparison.measure.scale
     groups = _groups(comparison)
     by_name = {result.method: result for result in comparison.results}
     drawn_rows = [result for results in groups.values() for result in results]
@@ -187,8 +202,8 @@ def _draw_guidance(figure: Figure, comparison: Comparison) -> bool:
         colour, marker = _style(index)
         axes.errorbar(
             [100 * result.guided_share for result in results],
-            [100 * result.accuracy for result in results],
-            yerr=_spread(results),
+            [scale * result.mean for result in results],
+            yerr=_spread(results, comparison.measure),
             color=colour,
             marker=marker,
             markersize=7,
@@ -197,7 +212,7 @@ def _draw_guidance(figure: Figure, comparison: Comparison) -> bool:
             label=name,
         )
     for index, (name, result) in enumerate(levels.items(), start=len(groups)):
-        axes.axhline(100 * result.accuracy, color=_style(index)[0], linestyle=(0, (5, 3)), lw=1.4, label=name)
+        axes.axhline(scale * result.mean, color=_style(index)[0], linestyle=(0, (5, 3)), lw=1.4, label=name)
     return drawn
 
 
@@ -207,44 +222,59 @@ def _integer_axis(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-# Name: what draws it (telling whether there was anything to draw), title, caption.
-FIGURES: dict[str, tuple[Callable[[Figure, Comparison], bool], str, str]] = {
-    "accuracy": (
-        _draw_accuracy,
-        "Validation accuracy over epochs",
-        "Validation accuracy over epochs: mean over seeds as a thick line, single seeds as thin ones.",
-    ),
-    "time": (
-        _draw_time,
-        "Validation accuracy over training time",
-        "Validation accuracy over training time: number of steps times the measured time per step, without validation "
-        "and the loading of data. Mean over seeds as a thick line, single seeds as thin ones.",
-    ),
-    "loss": (
-        _draw_loss,
-        "Training loss over epochs",
-        "Training loss over epochs, of local and guided methods that of the last module: mean over seeds as a thick "
-        "line, single seeds as thin ones.",
-    ),
-    "memory": (
-        _draw_memory,
-        "Test accuracy against peak memory",
-        "Test accuracy (mean over seeds, bars: one standard deviation) against the peak memory of one step: up and "
-        "left is better. Where points are joined, the line leads from local training (hollow) to guided.",
-    ),
-    "guidance": (
-        _draw_guidance,
-        "Test accuracy against guided share",
-        "Test accuracy (mean over seeds, bars: one standard deviation) against the share of guided steps: each line "
-        "starts at local training; dashed: end-to-end.",
-    ),
-    "depth": (
-        _draw_depth,
-        "Test accuracy by depth",
-        "Test accuracy by depth, mean over seeds: what each local module predicts through its auxiliary network, "
-        "and at the end the backbone itself. Dashed: methods with a single module.",
-    ),
-}
+@dataclass(frozen=True, kw_only=True)
+class FigureText:
+    """A figure: what draws it (telling whether there was anything to draw), its title and its caption."""
+
+    draw: Callable[[Figure, Comparison], bool]
+    title: str
+    caption: str
+
+
+def figure_texts(measure: Measure) -> dict[str, FigureText]:
+    """The figures by name, in the order of the report."""
+    validation, test, training = f"Validation {measure.name}", f"Test {measure.name}", "Training loss"
+    lines = "as a thick line, single seeds as thin ones."
+    bars = "(mean over seeds, bars: one standard deviation)"
+    better = "down" if measure.lower else "up"
+    depth = f"Test {measure.by_depth[0].partition(' (')[0]} by depth"
+    return {
+        measure.curve: FigureText(
+            draw=_draw_validation,
+            title=f"{validation} over {measure.across}",
+            caption=f"{validation} over {measure.across}: mean over seeds {lines}",
+        ),
+        "time": FigureText(
+            draw=_draw_time,
+            title=f"{validation} over training time",
+            caption=f"{validation} over training time: number of steps times the measured time per step, without "
+            f"validation and the loading of data. Mean over seeds {lines}",
+        ),
+        "loss": FigureText(
+            draw=_draw_loss,
+            title=f"{training} over {measure.across}",
+            caption=f"{training} over {measure.across}, of local and guided methods that of the last module: mean over "
+            f"seeds {lines}",
+        ),
+        "memory": FigureText(
+            draw=_draw_memory,
+            title=f"{test} against peak memory",
+            caption=f"{test} {bars} against the peak memory of one step: {better} and left is better. Where points "
+            "are joined, the line leads from local training (hollow) to guided.",
+        ),
+        "guidance": FigureText(
+            draw=_draw_guidance,
+            title=f"{test} against guided share",
+            caption=f"{test} {bars} against the share of guided steps: each line starts at local training; dashed: "
+            "end-to-end.",
+        ),
+        "depth": FigureText(
+            draw=_draw_depth,
+            title=depth,
+            caption=f"{depth}, mean over seeds: what each local module predicts through its auxiliary network, and at "
+            "the end the backbone itself. Dashed: methods with a single module.",
+        ),
+    }
 
 
 def draw_figures(comparison: Comparison) -> dict[str, Figure]:
@@ -253,12 +283,12 @@ def draw_figures(comparison: Comparison) -> dict[str, Figure]:
     from matplotlib.figure import Figure
 
     figures = {}
-    for name, (draw, title, _) in FIGURES.items():
+    for name, text in figure_texts(comparison.measure).items():
         figure = Figure(figsize=_SIZE, layout="constrained")
         FigureCanvasAgg(figure)  # no pyplot: nothing global is touched and no display is needed
-        if draw(figure, comparison):
+        if text.draw(figure, comparison):
             axes = figure.axes[0]
-            axes.set_title(title, loc="left", fontsize="medium")
+            axes.set_title(text.title, loc="left", fontsize="medium")
             labels = axes.get_legend_handles_labels()[1]
             # The figure is about 62 characters wide, and a handle with its gaps takes 6 of them.
             num_columns = max(1, min(4, len(labels), 62 // (max(map(len, labels)) + 6)))

@@ -11,8 +11,7 @@ from fractions import Fraction
 from functools import partial
 from typing import Any, Protocol
 
-from torchlocal.checks import whole
-from torchlocal.names import TEXT
+from torchlocal.checks import number, whole
 from torchlocal.run.config import (
     MOST_STEPS,
     CutConfig,
@@ -52,14 +51,23 @@ def _same_rate(config: FitConfig) -> FitConfig:
     return config.changed(decay=build_guidance(config).share or None)
 
 
+def _plain_memory(config: FitConfig) -> MemoryConfig:
+    """Nothing is recomputed or cut; how the scores of text are made is common to all methods."""
+    return replace(MemoryConfig(), scores=config.memory.scores)
+
+
 def _end_to_end(config: FitConfig, found: Circumstances) -> FitConfig:
     # What says nothing about one module is the same in every comparison.
     if config.run.boundary is not None:  # which is rounded between the modules that the other methods have
         always = GuidanceConfig(name="always", auxiliary="frozen")
-        return replace(_same_rate(config), memory=MemoryConfig(), guidance=always)
+        return replace(_same_rate(config), memory=_plain_memory(config), guidance=always)
     always = GuidanceConfig(name="always")
     return replace(
-        _same_rate(config), cut=CutConfig(modules=1), rule=RuleConfig(), memory=MemoryConfig(), guidance=always
+        _same_rate(config),
+        cut=CutConfig(modules=1),
+        rule=RuleConfig(),
+        memory=_plain_memory(config),
+        guidance=always,
     )
 
 
@@ -89,7 +97,7 @@ def _equal_time(config: FitConfig, found: Circumstances) -> FitConfig:
 
 
 def _local(config: FitConfig, found: Circumstances) -> FitConfig:
-    return replace(_same_rate(config), memory=MemoryConfig(), guidance=GuidanceConfig(name="never"))
+    return replace(_same_rate(config), memory=_plain_memory(config), guidance=GuidanceConfig(name="never"))
 
 
 def _periodic(config: FitConfig, found: Circumstances) -> FitConfig:
@@ -186,6 +194,12 @@ class CompareConfig:
         "memory nor FLOPs. Then equal-time cannot be trained, and is left out unless it is asked for.",
         partial(whole, most=1_000_000),
     )
+    reach: float | None = option(
+        None,
+        "A validation accuracy (0.75), of text a validation loss (3.4): also tell after how much time each method "
+        "reaches it.",
+        partial(number, what="a number above 0", above=0, none=True),
+    )
     grid: Mapping[str, Sequence[Any]] = option(
         {},
         "Options to vary, as OPTION: [VALUE, ...]: every method is trained with every combination of them that makes a "
@@ -196,11 +210,8 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.fit.data.name.startswith(TEXT):
-            raise ValueError(
-                f"data={self.fit.data.name!r} is text, and compare reports accuracies: train each method with fit, and "
-                "compare what evaluate tells"
-            )
+        if self.reach is not None and not self.timing_rounds:
+            raise ValueError(f"reach={self.reach!r} needs the time of steps: give timing_rounds above 0")
         if not self.timing_rounds and self.methods == _DEFAULT:
             object.__setattr__(self, "methods", tuple(method for method in _DEFAULT if method != "equal-time"))
         known = [*METHODS, *self.variants]

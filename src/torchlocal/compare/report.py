@@ -6,11 +6,12 @@ import base64
 import csv
 import html
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torchlocal.compare.figures import FIGURES, draw_figures
+from torchlocal.compare.columns import Column, columns, format_bytes, format_count
+from torchlocal.compare.figures import draw_figures, figure_texts
 from torchlocal.compare.results import Comparison, Row
 from torchlocal.compare.verdict import verdict
 from torchlocal.run.checkpoint import write_file
@@ -19,56 +20,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["format_bytes", "format_count", "markdown_table", "new_table", "terminal_table", "write_report"]
-
-# --- numbers as text ---
-
-
-def format_bytes(num_bytes: float) -> str:
-    """Bytes for people: `format_bytes(3 * 2**20) == "3.0 MiB"`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(num_bytes) < 1000 or unit == "GiB":
-            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.{0 if abs(num_bytes) >= 100 else 1}f} {unit}"
-        num_bytes /= 1024
-    raise AssertionError("unreachable")
-
-
-def format_count(count: float) -> str:
-    """Counts for people: `format_count(272_474) == "272 k"`."""
-    for size, suffix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if abs(count) >= size:
-            value = count / size
-            return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}{suffix}"
-    return f"{count:.0f}"
-
-
-def _format_accuracy(row: Row) -> str:
-    spread = "" if row.accuracy_std is None else f" ± {100 * row.accuracy_std:.1f}"
-    return f"{100 * row.accuracy_mean:.1f}{spread} ({row.n})"
-
-
-def _optional(value: float | None, text: Callable[[float], str]) -> str:
-    return "-" if value is None else text(value)
-
-
-# Header, cell, and whether the column is aligned to the right. The notes tell of columns by their numbers.
-_COLUMNS: tuple[tuple[str, Callable[[Row], str], bool], ...] = (
-    ("Method", lambda row: row.method, False),
-    ("K", lambda row: str(row.modules), True),
-    ("Guided", lambda row: f"{100 * row.guided_share:.0f} %", True),
-    ("Test accuracy, % (n)", _format_accuracy, True),
-    ("Gap closed", lambda row: _optional(row.gap_closed, lambda value: f"{100 * value:.0f} %"), True),
-    ("Peak memory", lambda row: _optional(row.peak_bytes, format_bytes), True),
-    ("Memory ×", lambda row: _optional(row.peak_ratio, lambda value: f"{value:.2f}"), True),
-    ("Time/step", lambda row: _optional(row.step_ms, lambda value: f"{value:.{0 if value >= 100 else 1}f} ms"), True),
-    ("Time ×", lambda row: _optional(row.step_ratio, lambda value: f"{value:.2f}"), True),
-    ("FLOPs ×", lambda row: _optional(row.flops_ratio, lambda value: f"{value:.2f}"), True),
-    (
-        "Parameters (+ auxiliary)",
-        lambda row: f"{format_count(row.parameters_backbone)} + {format_count(row.parameters_auxiliary)}",
-        True,
-    ),
-)
-
 
 # --- tables ---
 
@@ -91,46 +42,68 @@ def new_table(title: str, caption: str | None = None) -> Table:
 
 def terminal_table(comparison: Comparison) -> Table:
     """The comparison as a rich table."""
-    table = new_table(comparison.title)
-    for header, _, right in _COLUMNS:
-        # Names and accuracies stay whole when the terminal is narrow; the other headers may wrap.
-        table.add_column(header, justify="right" if right else "left", no_wrap=header == "Method", overflow="fold")
+    table, shown = new_table(comparison.title), [one for one in _columns(comparison) if one.narrow]
+    for one in shown:
+        # Names stay whole when the terminal is narrow; the other headers may wrap.
+        table.add_column(
+            one.header, justify="right" if one.right else "left", no_wrap=one.key == "method", overflow="fold"
+        )
     for row in comparison.rows():
-        table.add_row(*(cell(row) for _, cell, _ in _COLUMNS))
+        table.add_row(*(one.cell(row) for one in shown))
     return table
 
 
 def markdown_table(comparison: Comparison) -> str:
     """The comparison as a Markdown table."""
+    shown = _columns(comparison)
     lines = [
-        "| " + " | ".join(_numbered_headers()) + " |",
-        "|" + "|".join("---:" if right else "---" for _, _, right in _COLUMNS) + "|",
+        "| " + " | ".join(_numbered_headers(shown)) + " |",
+        "|" + "|".join("---:" if one.right else "---" for one in shown) + "|",
     ]
     for row in comparison.rows():
-        lines.append("| " + " | ".join(cell(row).replace("|", "\\|") for _, cell, _ in _COLUMNS) + " |")
+        lines.append("| " + " | ".join(one.cell(row).replace("|", "\\|") for one in shown) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _numbered_headers() -> list[str]:
-    return [f"{number} {header}" for number, (header, _, _) in enumerate(_COLUMNS, start=1)]
+def _columns(comparison: Comparison) -> list[Column]:
+    return columns(comparison.measure, comparison.reach)
+
+
+def _numbered_headers(shown: Sequence[Column]) -> list[str]:
+    """Notes tell of columns by their numbers."""
+    return [f"{number} {one.header}" for number, one in enumerate(shown, start=1)]
 
 
 def csv_table(comparison: Comparison) -> str:
     """The comparison as CSV with unrounded numbers; a cell is empty where there is nothing to state."""
     buffer = io.StringIO()
-    names = list(Row.__dataclass_fields__)
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(names)
-    for row in comparison.rows():
-        writer.writerow(["" if (value := getattr(row, name)) is None else value for name in names])
+    rows = [_values(comparison, row) for row in comparison.rows()]
+    writer.writerow(rows[0])
+    for row in rows:
+        writer.writerow(["" if value is None else value for value in row.values()])
     return buffer.getvalue()
+
+
+def _values(comparison: Comparison, row: Row) -> dict[str, Any]:
+    """A row by the columns of the CSV, which are named after what is judged."""
+    measure, values = comparison.measure, dict[str, Any]()
+    for name, value in vars(row).items():
+        if name in ("mean", "std"):
+            values[f"{measure.name}_{name}"] = value
+        elif name == "further":
+            values |= {one.name: each for one, each in zip(measure.further, value, strict=True)}
+        elif name != "reach_seconds" or comparison.reach is not None:
+            values[name] = value
+    return values
 
 
 def markdown_report(comparison: Comparison, figures: Sequence[str]) -> str:
     """The whole report as Markdown; `figures` are paths relative to it."""
     parts = [f"# {comparison.title}", "", *(f"**{sentence}**\n" for sentence in verdict(comparison))]
     parts += [markdown_table(comparison), *(f"- {note}" for note in comparison.notes()), ""]
-    parts += [f"![{FIGURES[Path(figure).stem][2]}]({figure})\n" for figure in figures]
+    texts = figure_texts(comparison.measure)
+    parts += [f"![{texts[Path(figure).stem].caption}]({figure})\n" for figure in figures]
     parts += ["## What was run", "", *(f"- {name}: {value}" for name, value in comparison.facts), ""]
     parts += [comparison_command_text(comparison), "", "```yaml", comparison.configuration.strip(), "```", ""]
     return "\n".join(parts)
@@ -179,15 +152,16 @@ def html_report(comparison: Comparison, images: dict[str, bytes]) -> str:
         images: The figures by name as SVG, embedded as data so that their identifiers cannot clash.
     """
     escape = html.escape
-    sides = ["right" if right else "left" for _, _, right in _COLUMNS]
+    shown, texts = _columns(comparison), figure_texts(comparison.measure)
+    sides = ["right" if one.right else "left" for one in shown]
     head = "".join(
-        f'<th scope="col" class="{side}"><small>{number}</small>{escape(header)}</th>'
-        for number, ((header, _, _), side) in enumerate(zip(_COLUMNS, sides, strict=True), start=1)
+        f'<th scope="col" class="{side}"><small>{number}</small>{escape(one.header)}</th>'
+        for number, (one, side) in enumerate(zip(shown, sides, strict=True), start=1)
     )
-    labels = [escape(header) for header in _numbered_headers()]
+    labels = [escape(header) for header in _numbered_headers(shown)]
     body = []
     for row in comparison.rows():
-        cells = [escape(cell(row)) for _, cell, _ in _COLUMNS]
+        cells = [escape(one.cell(row)) for one in shown]
         body.append(
             f'<tr><th scope="row">{cells[0]}</th>'
             + "".join(
@@ -198,7 +172,7 @@ def html_report(comparison: Comparison, images: dict[str, bytes]) -> str:
         )
     figures = []
     for name, image in images.items():
-        caption = escape(FIGURES[name][2])
+        caption = escape(texts[name].caption)
         data = base64.b64encode(image).decode("ascii")
         figures.append(
             f'<figure><img alt="{caption}" src="data:image/svg+xml;base64,{data}"><figcaption>{caption}</figcaption>'

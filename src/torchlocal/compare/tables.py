@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torchlocal.compare.report import format_bytes, format_count, new_table
+from torchlocal.compare.columns import format_bytes, format_count
+from torchlocal.compare.report import new_table
 from torchlocal.memory import LABELS
 
 if TYPE_CHECKING:
@@ -56,18 +57,19 @@ def _told(perplexity: float | None) -> str:
     return "beyond counting" if perplexity is None else f"{perplexity:.2f}"
 
 
-def partition_tables(net: DecoupledNetwork, *, batch_size: int, title: str) -> list[Table]:
+def partition_tables(net: DecoupledNetwork, *, batch_size: int, title: str, example: str = "image") -> list[Table]:
     """Where a network is cut, as rich tables: its units with the cuts drawn between, and its local modules.
 
     Args:
         net: Decoupled with a sample of `batch_size` inputs.
         batch_size: Number of inputs that the activation bytes are of.
         title: Name of the network.
+        example: What FLOPs are told of.
     """
     partition = net.partition
     units = new_table(
         f"{title}: {len(partition.units)} units, {net.num_modules} local modules",
-        f"Activations kept for backward: of a batch of {batch_size}. FLOPs: forward, of one image.",
+        f"Activations kept for backward: of a batch of {batch_size}. FLOPs: forward, of one {example}.",
     )
     for header in ("k", "Unit", "Output", "Activations", "FLOPs", "Parameters"):
         units.add_column(header, justify="left" if header in ("Unit", "Output") else "right", no_wrap=True)

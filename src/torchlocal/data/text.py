@@ -25,7 +25,7 @@ from torchlocal.data.corpora import (
 from torchlocal.data.splits import DOCUMENT_STREAM, SHUFFLE_STREAM, make_generator
 from torchlocal.data.tokenizers import Tokenizer, read_tokenizer, shipped_tokenizer
 
-__all__ = ["IGNORED", "TextSplit", "load_text"]
+__all__ = ["IGNORED", "TextSplit", "load_text", "text_sizes"]
 
 IGNORED = -100  # a target that does not count, by PyTorch's convention
 _CONTEXT = 256
@@ -226,6 +226,40 @@ def load_text(
         bytes_per_token=_bytes_per_token(corpus, parts),
         tokenizer="" if used is None else used.content,
         checksum=corpus.checksum,
+    )
+
+
+def text_sizes(name: str, *, context: int | None = None, tokenizer: str | os.PathLike[str] | None = None) -> TextBundle:
+    """What a network and its batches need to know of text: vocabulary and context, without encoding it.
+
+    Args:
+        name: see :func:`load_text`.
+        context: see :func:`load_text`.
+        tokenizer: see :func:`load_text`.
+
+    Returns:
+        A bundle without splits.
+
+    Raises:
+        ValueError: an argument is wrong, or files are missing.
+    """
+    kind, _, place = name.partition(":")
+    path = Path(os.path.expanduser(place))
+    used = None if tokenizer is None else read_tokenizer(Path(os.path.expanduser(tokenizer)))
+    if kind == "tokens":
+        vocabulary, told = read_tokens(path).vocabulary, ""
+    else:
+        _, told = _documents(kind, place, path)
+        vocabulary = (used or shipped_tokenizer()).vocabulary
+    return TextBundle(
+        name=name,
+        train=None,
+        validation=None,
+        test=None,
+        vocabulary=vocabulary,
+        context=_CONTEXT if context is None else context,
+        told=told,
+        tokens={},
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..cut.batches import describe, num_examples
+from ..cut.batches import Batch, describe, num_examples, tensors_of
 from ..engine import follows
 from ..micro import can_cut
 from ..recompute import Again, GuidedPlan, Inner, Keep, Plan, Tape
@@ -22,11 +22,12 @@ from .fakes import FakeStep
 
 __all__ = ["find_guided_plan", "find_local_plans"]
 
-_LEAST_PART = 16  # examples in the smallest micro-batch that the search considers
+_LEAST_PART = 16  # examples, or positions of tokens, in the smallest micro-batch that the search considers
 _MOST_PARTS = 16
 _MOST_TRIALS = 5
-# What micro-batches of n examples add to the time of a step, as a multiple of 1/n: kernels on few examples are less
-# efficient. A rough upper bound; measured (CPU, ResNet-32): nothing with 64 examples, 5 % with 32, 28 % with 16.
+# What micro-batches of n examples (of tokens, n positions) add to the time of a step, as a multiple of 1/n: kernels on
+# few examples are less efficient. A rough upper bound; measured (CPU, ResNet-32): nothing with 64 examples, 5 % with
+# 32, 28 % with 16.
 _COST_OF_SMALL_PARTS = 4.0
 # The same on CUDA, where kernels want more work, and each part is launched anew. Measured on an H100 (docs/gpu.md), as
 # CUDA graphs: 8 parts of 128 images take 2.2 × a step of ResNet-32 in bf16, 8 parts of 16 take 1.7 × a step of ViT-S.
@@ -78,6 +79,7 @@ class _GuidedSearch:
         self._cuttable = most_parts > 1 and can_cut(net, fake.given, given, follow=follows(net, auxiliary))
         self._bench = bench = Bench(fake, options["autocast"])
         self._auxiliary, self._options = auxiliary, options
+        self._pieces = _num_pieces(fake.batch)
         self._forward = sum(cost.flops for cost in bench.costs.values())
         self._gradients = [bench.gradients(unit) for unit in range(len(bench.costs))]
         groups = net.partition.groups[:-1] if follows(net, auxiliary) else ()
@@ -129,13 +131,13 @@ class _GuidedSearch:
     def _loss(self, parts: int) -> float:
         """Time that smaller kernels lose, relative to a step."""
         cost = _COST_OF_SMALL_PARTS_ON_CUDA if self.device_type == "cuda" else _COST_OF_SMALL_PARTS
-        return 0.0 if parts == 1 else cost * parts / num_examples(self._fake.batch)
+        return 0.0 if parts == 1 else cost * parts / self._pieces
 
     def _parts(self) -> list[int]:
         """The numbers of micro-batches that are considered."""
-        count = num_examples(self._fake.batch)
+        most = min(num_examples(self._fake.batch), self._pieces // _LEAST_PART)
         powers = (2**i for i in range(1, self._most_parts.bit_length()))
-        return [1, *(parts for parts in powers if self._cuttable and count // parts >= _LEAST_PART)]
+        return [1, *(parts for parts in powers if self._cuttable and parts <= most)]
 
     def _resident(self, parts: int) -> int:
         """Gradients that are there from beginning to end."""
@@ -175,6 +177,14 @@ class _GuidedSearch:
         plan = GuidedPlan(tree=tree, micro_batches=parts, recomputed=flops / self._forward)
         prediction = self._fake.guided(plan, auxiliary=self._auxiliary, **self._options)
         return replace(plan, peak_bytes=prediction.step_bytes)
+
+
+def _num_pieces(batch: Batch) -> int:
+    """What the work of kernels goes by: the number of examples, or of token ids (N, T), that of positions."""
+    first = next((tensor for tensor in tensors_of(batch) if tensor.ndim > 0), None)
+    if first is not None and first.ndim == 2 and first.dtype in (torch.int64, torch.int32):
+        return first.numel()
+    return num_examples(batch)
 
 
 def _scaled(cost: StageCost, parts: int, gradients: int) -> StageCost:
