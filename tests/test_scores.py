@@ -185,6 +185,54 @@ def test_ranks_have_the_bits_of_one_process(pool: Pool, tmp_path: Path, kind: st
         assert torch.equal(gradients[name], gradient), name
 
 
+# --- what else the network does with its read-out ---
+
+
+class Peek(nn.Module):
+    """A block that reads the network's scores."""
+
+    def __init__(self, read_out: nn.Linear) -> None:
+        super().__init__()
+        self.layer, self.read_out = nn.Linear(V, V), read_out
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layer(features) + self.read_out(features).softmax(-1)
+
+
+class Peeking(nn.Module):
+    """Its features are as wide as there are tokens, and it may leave its read-out out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.read_out, self.leaves = nn.Embedding(V, V), nn.Linear(V, V), False
+        self.first = Peek(self.read_out)
+        self.second, self.third = (nn.Sequential(nn.Linear(V, V), nn.Tanh()) for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        features = self.third(self.second(self.first(self.embedding(ids))))
+        return features if self.leaves else self.read_out(features)
+
+
+def peeking(scores: str) -> tl.DecoupledNetwork:
+    torch.manual_seed(0)
+    criterion, model = TokenCrossEntropy(scores=scores, chunk=7), Peeking()
+    return tl.decouple(model, 3, sample=batch()[0], rule=SoloRule(0), criterion=criterion)
+
+
+def test_the_last_call_of_the_read_out_counts() -> None:
+    """Also where units that do not run have called it inside."""
+    chunked, whole = peeking("chunked"), peeking("whole")
+    torch.testing.assert_close(chunked.local_step(*batch(), recompute="largest"), whole.local_step(*batch()))
+    torch.testing.assert_close(chunked.guided_step(*batch(), recompute=3), whole.guided_step(*batch(), memory="full"))
+
+
+def test_a_read_out_that_is_not_come_to_is_refused() -> None:
+    net: Any = peeking("chunked")
+    net.backbone.leaves = True
+    with pytest.raises(ValueError, match=r"^model: the forward has not come to its read-out 'read_out' in this step"):
+        net.local_step(*batch())
+
+
 # --- what cannot be left out ---
 
 
