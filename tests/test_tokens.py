@@ -92,6 +92,16 @@ def test_the_criterion_takes_scores_or_features() -> None:
             TokenCrossEntropy(**options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("positions", "targets"), [(40, 60), (60, 40), (20, 21), (20, 1)])
+def test_each_position_has_a_target(positions: int, targets: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^target: its {targets} token ids, .* do not match the {positions} positions"
+    ):
+        cross_entropy_of_features(
+            torch.ones(2, positions // 2, C), torch.ones(V, C), None, torch.ones(targets).long(), chunk=20
+        )
+
+
 def test_a_matrix_that_is_read_only_costs_no_gradient_and_scores_are_never_held() -> None:
     torch.manual_seed(0)
     features, weight = torch.randn(2048, 16, requires_grad=True), torch.randn(512, 16)

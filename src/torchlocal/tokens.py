@@ -105,9 +105,17 @@ def cross_entropy_of_features(
 
     Returns:
         The loss, 0-dim, in float32 at least.
+
+    Raises:
+        ValueError: there are not as many targets as positions.
     """
     width, vocabulary = features.shape[-1], weight.shape[0]
     rows, labels = features.reshape(-1, width), target.reshape(-1)
+    if len(rows) != len(labels):
+        raise ValueError(
+            f"target: its {len(labels)} token ids, of shape {tuple(target.shape)}, do not match the {len(rows)} "
+            f"positions of features of shape {tuple(features.shape)}; give one for each"
+        )
     least = max(_LEAST, _FILLS // vocabulary) if features.is_cuda else _LEAST
     size = chunk or max(least, rows.shape[0] * width // vocabulary)
     loss: Tensor = _CrossEntropy.apply(
