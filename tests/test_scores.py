@@ -233,6 +233,31 @@ def test_a_read_out_that_is_not_come_to_is_refused() -> None:
         net.local_step(*batch())
 
 
+class Turned(nn.Module):
+    """Its features have gaps where its read-out takes them, so that torch adds the bias in an operation by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.layer, self.read_out = nn.Embedding(V, 8), nn.Linear(8, 8), nn.Linear(8, V)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        features = self.layer(self.embedding(ids))
+        scores: Tensor = self.read_out(features.transpose(0, 1).contiguous().transpose(0, 1))
+        return scores
+
+
+def test_a_bias_that_torch_adds_by_itself_is_the_layers() -> None:
+    found = []
+    for scores in ("chunked", "whole"):
+        torch.manual_seed(0)
+        model, criterion = Turned(), TokenCrossEntropy(scores=scores, chunk=7)
+        net = tl.decouple(model, 2, sample=batch()[0], rule=SoloRule(0), criterion=criterion)
+        found.append([*net.local_step(*batch()), *(p.grad for p in net.parameters())])
+    assert not any(gradient is None for gradient in found[0])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
 # --- what cannot be left out ---
 
 
@@ -255,9 +280,22 @@ class Capped(Functional):
         return super().forward(ids).tanh()
 
 
+class Shifted(Functional):
+    """A bias of its own beside its layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read_out, self.bias = nn.Linear(8, V, bias=False), nn.Parameter(torch.zeros(V))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        scores: Tensor = self.read_out(self.embedding(ids)) + self.bias
+        return scores
+
+
 @pytest.mark.parametrize(
     ("model", "told"),
     [
+        (Shifted, "Shifted does not: the last operation of its forward is no matrix product but Add"),
         (Functional, "Functional does not: 'embedding.weight' is applied in 'Functional', which is no nn.Linear but"),
         (Capped, "Capped does not: the last operation of its forward is no matrix product but Tanh"),
     ],
@@ -267,15 +305,23 @@ def test_networks_without_such_a_layer_are_refused(model: type[nn.Module], told:
         tl.decouple(model(), 1, sample=batch()[0], criterion=TokenCrossEntropy(scores="chunked"))
 
 
-def test_hooks_on_the_layer_are_refused_when_they_come() -> None:
+def test_what_is_done_beside_the_layer_is_refused_when_it_comes() -> None:
     net = make_net("untied")
     layer: Any = net.backbone
-    handle = layer.read_out.register_forward_hook(lambda *_: None)
-    with pytest.raises(
-        ValueError, match=r"'read_out.weight' is applied in 'read_out', which is an nn.Linear with hooks"
-    ):
-        net.local_step(*batch())
+    layer = layer.read_out
+
+    def refused(told: str) -> None:
+        with pytest.raises(
+            ValueError, match=rf"'read_out.weight' is applied in 'read_out', which is an nn.Linear {told}"
+        ):
+            net.local_step(*batch())
+
+    handle = layer.register_forward_hook(lambda *_: None)
+    refused("with hooks")
     handle.remove()
+    layer.forward = lambda features: F.linear(features / 2, layer.weight)
+    refused("with a forward of its own")
+    del layer.forward
     copy.deepcopy(net).local_step(*batch())
 
 
