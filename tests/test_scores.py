@@ -144,6 +144,15 @@ def test_predictions_know() -> None:
     assert predicted.step_bytes == pytest.approx(measured.peak_bytes, rel=0.01)
 
 
+def test_a_plan_is_for_the_scores_that_it_was_searched_for() -> None:
+    net, given = make_net("untied", modules=1), batch()
+    chunked = net.guided_plan(*given, memory="exact")
+    net.criterion = TokenCrossEntropy()
+    assert net.guided_plan(*given, memory="exact").peak_bytes > chunked.peak_bytes + N * T * V * 4
+    net.criterion = TokenCrossEntropy(scores="chunked", chunk=7)
+    assert net.guided_plan(*given, memory="exact") == chunked
+
+
 def test_the_network_predicts_as_ever() -> None:
     whole, chunked = make_net("untied", "whole"), make_net("untied")
     ids, _ = batch()
