@@ -312,6 +312,10 @@ class Shifted(Functional):
 def test_networks_without_such_a_layer_are_refused(model: type[nn.Module], told: str) -> None:
     with pytest.raises(ValueError, match=f"^criterion: scores='chunked' needs a network that .* {told}"):
         tl.decouple(model(), 1, sample=batch()[0], criterion=TokenCrossEntropy(scores="chunked"))
+    net = tl.decouple(model(), 1, sample=batch()[0], criterion=TokenCrossEntropy())
+    net.criterion = TokenCrossEntropy(scores="chunked")
+    with pytest.raises(ValueError, match=f"^criterion: scores='chunked' needs a network that .* {told}"):
+        net.local_step(*batch())
 
 
 def test_what_is_done_beside_the_layer_is_refused_when_it_comes() -> None:

@@ -443,6 +443,7 @@ class Pass:
         self.to_read_out = to_read_out
         self._ending: Key | None = None
         if to_read_out:
+            layer_of(forward.backbone, forward.facts.read_out)  # it may have got hooks, or become another
             assert not isinstance(forward.facts.read_out, str)
             self._ending = forward.facts.read_out.call
         self.embedding: list[Tensor] = []
@@ -492,7 +493,6 @@ class Pass:
         if self._noted is not None:
             paths[self._noted.call[0]] = None
         if self._ending is not None:
-            layer_of(self.forward.backbone, facts.read_out)  # it may have got hooks, or become another
             paths[self._ending[0]] = None
         modules: list[tuple[nn.Module, Any]] = [
             (self.forward.backbone.get_submodule(path), partial(self._call, path)) for path in paths
