@@ -144,6 +144,15 @@ def test_predictions_know() -> None:
     assert predicted.step_bytes == pytest.approx(measured.peak_bytes, rel=0.01)
 
 
+def test_a_plan_is_for_the_scores_that_it_was_searched_for() -> None:
+    net, given = make_net("untied", modules=1), batch()
+    chunked = net.guided_plan(*given, memory="exact")
+    net.criterion = TokenCrossEntropy()
+    assert net.guided_plan(*given, memory="exact").peak_bytes > chunked.peak_bytes + N * T * V * 4
+    net.criterion = TokenCrossEntropy(scores="chunked", chunk=7)
+    assert net.guided_plan(*given, memory="exact") == chunked
+
+
 def test_the_network_predicts_as_ever() -> None:
     whole, chunked = make_net("untied", "whole"), make_net("untied")
     ids, _ = batch()
@@ -185,6 +194,79 @@ def test_ranks_have_the_bits_of_one_process(pool: Pool, tmp_path: Path, kind: st
         assert torch.equal(gradients[name], gradient), name
 
 
+# --- what else the network does with its read-out ---
+
+
+class Peek(nn.Module):
+    """A block that reads the network's scores."""
+
+    def __init__(self, read_out: nn.Linear) -> None:
+        super().__init__()
+        self.layer, self.read_out = nn.Linear(V, V), read_out
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layer(features) + self.read_out(features).softmax(-1)
+
+
+class Peeking(nn.Module):
+    """Its features are as wide as there are tokens, and it may leave its read-out out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.read_out, self.leaves = nn.Embedding(V, V), nn.Linear(V, V), False
+        self.first = Peek(self.read_out)
+        self.second, self.third = (nn.Sequential(nn.Linear(V, V), nn.Tanh()) for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        features = self.third(self.second(self.first(self.embedding(ids))))
+        return features if self.leaves else self.read_out(features)
+
+
+def peeking(scores: str) -> tl.DecoupledNetwork:
+    torch.manual_seed(0)
+    criterion, model = TokenCrossEntropy(scores=scores, chunk=7), Peeking()
+    return tl.decouple(model, 3, sample=batch()[0], rule=SoloRule(0), criterion=criterion)
+
+
+def test_the_last_call_of_the_read_out_counts() -> None:
+    """Also where units that do not run have called it inside."""
+    chunked, whole = peeking("chunked"), peeking("whole")
+    torch.testing.assert_close(chunked.local_step(*batch(), recompute="largest"), whole.local_step(*batch()))
+    torch.testing.assert_close(chunked.guided_step(*batch(), recompute=3), whole.guided_step(*batch(), memory="full"))
+
+
+def test_a_read_out_that_is_not_come_to_is_refused() -> None:
+    net: Any = peeking("chunked")
+    net.backbone.leaves = True
+    with pytest.raises(ValueError, match=r"^model: the forward has not come to its read-out 'read_out' in this step"):
+        net.local_step(*batch())
+
+
+class Turned(nn.Module):
+    """Its features have gaps where its read-out takes them, so that torch adds the bias in an operation by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.layer, self.read_out = nn.Embedding(V, 8), nn.Linear(8, 8), nn.Linear(8, V)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        features = self.layer(self.embedding(ids))
+        scores: Tensor = self.read_out(features.transpose(0, 1).contiguous().transpose(0, 1))
+        return scores
+
+
+def test_a_bias_that_torch_adds_by_itself_is_the_layers() -> None:
+    found = []
+    for scores in ("chunked", "whole"):
+        torch.manual_seed(0)
+        model, criterion = Turned(), TokenCrossEntropy(scores=scores, chunk=7)
+        net = tl.decouple(model, 2, sample=batch()[0], rule=SoloRule(0), criterion=criterion)
+        found.append([*net.local_step(*batch()), *(p.grad for p in net.parameters())])
+    assert not any(gradient is None for gradient in found[0])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
 # --- what cannot be left out ---
 
 
@@ -207,9 +289,22 @@ class Capped(Functional):
         return super().forward(ids).tanh()
 
 
+class Shifted(Functional):
+    """A bias of its own beside its layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read_out, self.bias = nn.Linear(8, V, bias=False), nn.Parameter(torch.zeros(V))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        scores: Tensor = self.read_out(self.embedding(ids)) + self.bias
+        return scores
+
+
 @pytest.mark.parametrize(
     ("model", "told"),
     [
+        (Shifted, "Shifted does not: the last operation of its forward is no matrix product but Add"),
         (Functional, "Functional does not: 'embedding.weight' is applied in 'Functional', which is no nn.Linear but"),
         (Capped, "Capped does not: the last operation of its forward is no matrix product but Tanh"),
     ],
@@ -217,17 +312,29 @@ class Capped(Functional):
 def test_networks_without_such_a_layer_are_refused(model: type[nn.Module], told: str) -> None:
     with pytest.raises(ValueError, match=f"^criterion: scores='chunked' needs a network that .* {told}"):
         tl.decouple(model(), 1, sample=batch()[0], criterion=TokenCrossEntropy(scores="chunked"))
+    net = tl.decouple(model(), 1, sample=batch()[0], criterion=TokenCrossEntropy())
+    net.criterion = TokenCrossEntropy(scores="chunked")
+    with pytest.raises(ValueError, match=f"^criterion: scores='chunked' needs a network that .* {told}"):
+        net.local_step(*batch())
 
 
-def test_hooks_on_the_layer_are_refused_when_they_come() -> None:
+def test_what_is_done_beside_the_layer_is_refused_when_it_comes() -> None:
     net = make_net("untied")
     layer: Any = net.backbone
-    handle = layer.read_out.register_forward_hook(lambda *_: None)
-    with pytest.raises(
-        ValueError, match=r"'read_out.weight' is applied in 'read_out', which is an nn.Linear with hooks"
-    ):
-        net.local_step(*batch())
+    layer = layer.read_out
+
+    def refused(told: str) -> None:
+        with pytest.raises(
+            ValueError, match=rf"'read_out.weight' is applied in 'read_out', which is an nn.Linear {told}"
+        ):
+            net.local_step(*batch())
+
+    handle = layer.register_forward_hook(lambda *_: None)
+    refused("with hooks")
     handle.remove()
+    layer.forward = lambda features: F.linear(features / 2, layer.weight)
+    refused("with a forward of its own")
+    del layer.forward
     copy.deepcopy(net).local_step(*batch())
 
 

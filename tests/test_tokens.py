@@ -72,6 +72,22 @@ def test_under_autocast_it_is_as_good_as_all_scores(dtype: torch.dtype) -> None:
         assert (a.grad - b.grad).norm() < 0.02 * b.grad.norm()
 
 
+def test_in_half_precision_a_scaled_loss_has_gradients_of_all_positions_and_tokens() -> None:
+    """A position's share of a token's slope is below the smallest number there; a GradScaler knows only the loss."""
+    torch.manual_seed(0)
+    features, weight, target = torch.randn(4096, 8), torch.randn(4096, 8) / 10, torch.randint(4096, (4096,))
+    target[:100] = -100
+    found = []
+    for dtype, function in ((torch.float32, plainly), (torch.float16, cross_entropy_of_features)):
+        leaves = [t.clone().requires_grad_() for t in (features, weight)]
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype == torch.float16):
+            loss = function(*leaves, None, target)
+        (2.0**16 * loss).backward()
+        found.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    for exact, half in zip(*found, strict=True):
+        assert exact is not None and half is not None and (half - exact).norm() < 0.002 * exact.norm()
+
+
 def test_where_nothing_counts_it_is_what_torch_makes_of_it() -> None:
     features, weight, bias, target = given()
     leaf = features.requires_grad_()
@@ -90,6 +106,16 @@ def test_the_criterion_takes_scores_or_features() -> None:
     for options, message in (({"reduction": "none"}, "^reduction: must be"), ({"chunk": 0}, "^chunk: must be")):
         with pytest.raises(ValueError, match=message):
             TokenCrossEntropy(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("positions", "targets"), [(40, 60), (60, 40), (20, 21), (20, 1)])
+def test_each_position_has_a_target(positions: int, targets: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^target: its {targets} token ids, .* do not match the {positions} positions"
+    ):
+        cross_entropy_of_features(
+            torch.ones(2, positions // 2, C), torch.ones(V, C), None, torch.ones(targets).long(), chunk=20
+        )
 
 
 def test_a_matrix_that_is_read_only_costs_no_gradient_and_scores_are_never_held() -> None:

@@ -19,6 +19,7 @@ from .checks import check_whole
 __all__ = ["TokenCrossEntropy", "cross_entropy_of_features"]
 
 _LEAST = 128  # positions at a time, so that the products stay efficient
+_STEEPEST = 64.0  # bound of the sum over a chunk's slopes in half precision, whose largest number is 65,504
 _FILLS = 2**21  # scores that fill a device; below that only the number of kernels counts
 
 
@@ -105,9 +106,17 @@ def cross_entropy_of_features(
 
     Returns:
         The loss, 0-dim, in float32 at least.
+
+    Raises:
+        ValueError: there are not as many targets as positions.
     """
     width, vocabulary = features.shape[-1], weight.shape[0]
     rows, labels = features.reshape(-1, width), target.reshape(-1)
+    if len(rows) != len(labels):
+        raise ValueError(
+            f"target: its {len(labels)} token ids, of shape {tuple(target.shape)}, do not match the {len(rows)} "
+            f"positions of features of shape {tuple(features.shape)}; give one for each"
+        )
     least = max(_LEAST, _FILLS // vocabulary) if features.is_cuda else _LEAST
     size = chunk or max(least, rows.shape[0] * width // vocabulary)
     loss: Tensor = _CrossEntropy.apply(
@@ -139,6 +148,11 @@ class _CrossEntropy(torch.autograd.Function):
         counted = labels != ignore_index
         count = counted.sum().to(wide) if mean else torch.ones((), dtype=wide, device=rows.device)
         share = torch.where(counted, 1 / count, 0.0)  # of each position in the loss
+        steep, rest = share, None  # what slopes are multiplied with now, and gradients in backward
+        half = dtype == torch.float16
+        if half:  # where slope × share would be 0 before backward comes with the scale of the loss that prevents it
+            factor = min(1.0, _STEEPEST / size)
+            steep, rest = counted * factor, share.amax() / factor
         gradients = [
             torch.zeros_like(t, dtype=wide) if t is not None and w else None
             for t, w in zip((None, weight, bias), wanted, strict=True)
@@ -164,26 +178,27 @@ class _CrossEntropy(torch.autograd.Function):
                 if smoothing:
                     slope -= smoothing / slope.shape[1]
                 slope.scatter_add_(1, index, torch.full_like(norm, smoothing - 1))
-                slope *= weights
+                slope *= steep[part].unsqueeze(1)
                 if gradients[2] is not None:
                     gradients[2] += slope.sum(0)
                 slope = slope.to(dtype)
                 if wanted[0]:
-                    pieces.append(slope @ matrix)
+                    pieces.append((slope @ matrix).to(wide if half else dtype))
                 if gradients[1] is not None:
                     gradients[1] += slope.mT @ features
         if wanted[0]:
             gradients[0] = torch.cat(pieces)
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(*gradients, rest)
         ctx.dtypes = [None if t is None else t.dtype for t in (rows, weight, bias)]
         return total * (count / count)  # not a number where nothing counts, as ever
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (outer,) = outputs
+        (outer,), (*gradients, rest) = outputs, ctx.saved_tensors
+        outer = outer if rest is None else outer * rest
         found = [
             None if gradient is None else gradient.mul_(outer).to(dtype)  # a second backward pass finds it altered
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         return *found, *(None,) * 6

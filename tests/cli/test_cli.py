@@ -209,6 +209,16 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
         assert (many["flops_ratio"] > few["flops_ratio"], many["total_bytes"] > few["total_bytes"]) == (larger, larger)
 
 
+def test_plan_takes_the_precision_of_a_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe, argv = tmp_path / "recipe.yaml", ["plan", "--input=1x8x8", "--batch-size=16", "--modules", "2", "--json"]
+    recipe.write_text("model: {name: small}\nrun: {precision: bf16}\n")
+    found = []
+    for given in (["--config", str(recipe)], ["--model=small", "--precision=bf16"], ["--model=small"]):
+        assert main([*argv, *given]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1] != found[2]
+
+
 def test_plan_by_default_and_with_a_figure(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     argv = ["plan", "--model=small", "--input=1x8x8", "--batch-size=16"]
     assert main([*argv, "--budget=1GiB"]) == 0

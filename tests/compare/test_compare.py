@@ -19,7 +19,8 @@ import torch
 import yaml
 from torch import nn
 
-from torchlocal.compare import comparison
+from torchlocal.compare import circumstances, comparison
+from torchlocal.compare.circumstances import Measured
 from torchlocal.compare.comparison import METHODS, CompareConfig, method_configs
 from torchlocal.compare.costs import StepCosts
 from torchlocal.compare.figures import draw_figures
@@ -31,6 +32,7 @@ from torchlocal.run import trainer
 from torchlocal.run.branches import find_branches
 from torchlocal.run.build import learning_rate, train_step
 from torchlocal.run.config import FitConfig, GuidanceConfig
+from torchlocal.run.own import Own
 from torchlocal.run.trainer import Interrupted
 
 SEEDS = (0, 1)
@@ -787,6 +789,35 @@ def test_rivals_get_what_pgl_takes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"equal-time.*steps \(\d+ there, \d+ now\)"):
         (tmp_path / "rivals.json").write_text(json.dumps(found))
         compare(config, progress=False)
+
+
+def test_options_that_come_later_leave_measured_rivals_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A comparison that was begun before an option existed goes on with what its rivals got then."""
+    fit = small_config(tmp_path).fit
+    pgl, whole = (METHODS[name](fit, Units(9)) for name in ("pgl", "end-to-end"))
+    written = [pgl.changed(out="runs/fit", seed=0).plain(), whole.changed(out="runs/fit").plain()]
+    for config in written:  # as it was before there were these
+        del config["memory"]["scores"], config["optimisation"]["betas"]
+    path = tmp_path / "rivals.json"
+    path.write_text(json.dumps({json.dumps(written): {"bytes": 123, "steps": 45}, "of the future": {"bytes": 6}}))
+
+    class AnewError(Exception):
+        pass
+
+    def anew(*given: Any, **options: Any) -> Any:
+        raise AnewError
+
+    monkeypatch.setattr(circumstances, "check_parts", anew)
+    measured = Measured(path, fit, None, Own(), rounds=1, say=print)  # type: ignore[arg-type]
+    elsewhere = {"data_root": str(tmp_path), "log_every": 3, "out": "elsewhere"}
+    for options in ({}, elsewhere):
+        given = pgl.changed(**options), whole.changed(**options)
+        assert (measured.bytes_of_a_step(*given), measured.steps_in_time(*given)) == (123, 45)
+    for options in ({"betas": [0.9, 0.95]}, {"scores": "chunked"}, {"lr": 0.01}, {"num_threads": 2}):
+        with pytest.raises(AnewError):
+            measured.steps_in_time(pgl.changed(**options), whole.changed(**options))
 
 
 def test_equal_time_needs_times(tmp_path: Path) -> None:

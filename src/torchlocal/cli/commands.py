@@ -471,7 +471,7 @@ def _plan(argv: Sequence[str]) -> int:
         Option(
             name="guided_share", path="guidance.share", kind=float, default=0.2, help="Share of guided steps of PGL."
         ),
-        Option(name="precision", default="fp32", help="fp32 or bf16."),
+        Option(name="precision", path="run.precision", default="fp32", help="fp32, bf16, or auto: that of a run here."),
         Option(name="figure", kind=str | None, metavar="FILE", help="Draw the breakdowns as stacked bars."),
     )
     parser.add(*own)
@@ -509,8 +509,8 @@ def _plan(argv: Sequence[str]) -> int:
     num_classes = 10 if values["num_classes"] is None else values["num_classes"]
     context = config.data.context or 1
     _check_sizes(num_classes, shape or [context], batch_size)
-    if values["precision"] not in ("fp32", "bf16"):
-        raise ValueError(f"--precision {values['precision']} is unknown: choose fp32 or bf16")
+    if values["precision"] not in ("fp32", "bf16", "auto"):
+        raise ValueError(f"--precision {values['precision']} is not for plan: choose fp32, bf16 or auto")
     words = ("fewest", "all")
     numbers = values["modules"] or ["2", "4", "8", "16", *words]
     wrong = [number for number in numbers if number not in words and not (number.isdigit() and int(number) > 1)]
@@ -527,7 +527,7 @@ def _plan(argv: Sequence[str]) -> int:
     from torchlocal.compare.tables import plan_table
     from torchlocal.data import TextBundle
     from torchlocal.network import SGD_WITH_MOMENTUM, decouple
-    from torchlocal.run.build import make_optimizer
+    from torchlocal.run.build import make_optimizer, resolve_execution
     from torchlocal.run.checkpoint import write_file
     from torchlocal.run.config import build_rule
     from torchlocal.run.own import Own
@@ -557,7 +557,9 @@ def _plan(argv: Sequence[str]) -> int:
             budget=budget,
             modules=[number if number in words else int(number) for number in numbers],
             guided_share=values["guided_share"],
-            autocast=torch.bfloat16 if values["precision"] == "bf16" else None,
+            autocast={"fp32": None, "bf16": torch.bfloat16, "auto": resolve_execution(config).autocast}[
+                values["precision"]
+            ],
             progress=progress,
             optimizer=counted,
             **given,

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from torchlocal.data import DataBundle, TextBundle
 from torchlocal.network import decouple
 from torchlocal.run.build import build_network, build_optimizer, count_steps, resolve_execution
 from torchlocal.run.checkpoint import write_json
-from torchlocal.run.config import FitConfig
+from torchlocal.run.config import FitConfig, fit_options, short_names
 from torchlocal.run.own import Own
 
 __all__ = ["Measured", "check_parts"]
@@ -49,9 +50,10 @@ class Measured:
         self._rounds, self._say = rounds, say
         self.num_units = cache(self._count_units)
         try:
-            self._found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
-            if not all(isinstance(found, dict) for found in self._found.values()):
+            saved: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
+            if not all(isinstance(found, dict) for found in saved.values()):
                 raise TypeError
+            self._found = {_told_now(key): found for key, found in saved.items()}
         except (OSError, ValueError, AttributeError, TypeError):  # absent, or damaged
             self._found = {}
 
@@ -70,7 +72,7 @@ class Measured:
             return len(decouple(model, 1, sample=sample, prediction=self._own.make_prediction()).partition.units)
 
     def _of(self, pgl: FitConfig, end_to_end: FitConfig, what: str) -> float:
-        key = json.dumps([pgl.changed(out="runs/fit", seed=0).plain(), end_to_end.changed(out="runs/fit").plain()])
+        key = _key(pgl.changed(seed=0).plain(), end_to_end.plain())
         known = self._found.get(key, {}).get(what)
         if isinstance(known, int | float) and known > 0:
             return known
@@ -90,3 +92,25 @@ class Measured:
             _, num_steps = count_steps(config, len(self._data.train))
             found["steps"] = max(1, int(num_steps * pgl.mean_seconds / whole.mean_seconds))
         return found
+
+
+def _key(*configs: Mapping[str, Any]) -> str:
+    """What these configurations are found by: the options on which costs depend, but for those at their default.
+
+    So an option that comes later leaves the keys of comparisons that were begun before it as they are.
+    """
+    defaults, absent = short_names({}), object()
+    names = [name for name, one in fit_options().items() if one.rounds or not one.free]
+    told = []
+    for config in configs:
+        given = short_names(config)
+        told.append({name: given[name] for name in names if given.get(name, absent) != defaults.get(name, absent)})
+    return json.dumps(told, sort_keys=True)
+
+
+def _told_now(key: str) -> str:
+    """A key of a file in this form; earlier versions wrote all options. One that is not understood is left as it is."""
+    try:
+        return _key(*json.loads(key))
+    except (ValueError, TypeError, AttributeError):
+        return key

@@ -88,6 +88,8 @@ class Facts:
         watched = {path for keys in before for path, _ in keys} | {cut.path for cut in cuts}
         headless = body(units, before)
         watched |= {headless.end[0][0]} if headless is not None and headless.end is not None else set()
+        read_out = find_read_out(seen)
+        watched |= {read_out.call[0]} if isinstance(read_out, ReadOut) else set()
         spanning = _ancestors(cuts)
         starts = [0, *(cut.end for cut in cuts)]
         stops = [*starts[1:], len(seen.operations)]
@@ -121,7 +123,7 @@ class Facts:
             reason=seen.reason,
             within=within(units, before),
             body=headless,
-            read_out=find_read_out(seen),
+            read_out=read_out,
             embedding=None
             if units.embedding is None
             else Embedding(call=units.embedding.key, place=units.embedding.place, shape=units.embedding.shape),

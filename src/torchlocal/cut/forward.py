@@ -443,6 +443,7 @@ class Pass:
         self.to_read_out = to_read_out
         self._ending: Key | None = None
         if to_read_out:
+            layer_of(forward.backbone, forward.facts.read_out)  # it may have got hooks, or become another
             assert not isinstance(forward.facts.read_out, str)
             self._ending = forward.facts.read_out.call
         self.embedding: list[Tensor] = []
@@ -466,6 +467,7 @@ class Pass:
         self._boundary: Boundary | None = None
         self._stops: tuple[int, ...] = ()
         self._reached = 0
+        self._ended = False
         self._arrived = True
         self._busy = True
         self._result: list[Tensor] = []
@@ -491,7 +493,6 @@ class Pass:
         if self._noted is not None:
             paths[self._noted.call[0]] = None
         if self._ending is not None:
-            layer_of(self.forward.backbone, facts.read_out)  # it may have got hooks, or become another
             paths[self._ending[0]] = None
         modules: list[tuple[nn.Module, Any]] = [
             (self.forward.backbone.get_submodule(path), partial(self._call, path)) for path in paths
@@ -543,7 +544,7 @@ class Pass:
         if any(key not in self.outputs for key in forward.facts.before[first]):  # of units that others, or parts, ran
             self.outputs = forward.outputs(self.batch) | self.outputs
         self._first, self._last, self._count = first, last, {}
-        self._boundary, self._stops, self._reached = boundary, stops, 0
+        self._boundary, self._stops, self._reached, self._ended = boundary, stops, 0, False
         self._features, self._arrived = ([state.pop()] if first else []), first == 0
         self._grad, self._hooks = torch.is_grad_enabled(), _saving()
         self._handed = None
@@ -585,6 +586,11 @@ class Pass:
                 f"model: the forward has not come to the cut point after {path!r} in this step (layers left out at "
                 "random, or by a setting that has changed?); cut where it always comes, or decouple the network anew"
             )
+        if self._ending is not None and self._last == forward.num_units and not self._ended:
+            raise ValueError(
+                f"model: the forward has not come to its read-out {self._ending[0]!r} in this step, or not as often as "
+                "when it was decoupled; give scores='whole', or decouple the network anew"
+            )
         self._refuse_fake(result)
 
     def _refuse_fake(self, result: Tensor) -> None:
@@ -610,6 +616,7 @@ class Pass:
             return self._stand_in(key)
         if key == self._ending:
             self._result.append(args[0] if args else kwargs["input"])
+            self._ended = True
             del args, kwargs
             raise _Stop
         result = original(*args, **kwargs)

@@ -40,12 +40,13 @@ def find_read_out(seen: Observation) -> ReadOut | str:
     node = getattr(seen.prediction, "grad_fn", None)
     while node is not None and _is(node, _PASSING):
         node = node.next_functions[0][0]
+    node, added = _without_bias(seen, node)
     if node is None or not _is(node, _PRODUCTS):
         made = seen.place(seen.prediction.grad_fn._sequence_nr()) if node is not None else ""
         last = type(node).__name__.rstrip("0123456789").removesuffix("Backward") if node is not None else "nothing"
         where = f" in {made!r}" if made else ""
         return f"the last operation of its forward is no matrix product but {last}{where}"
-    inputs = [_source(following) for following, _ in node.next_functions if following is not None]
+    inputs = [_source(following) for following, _ in (*node.next_functions, *added) if following is not None]
     names = [seen.names[id(leaf)] for leaf in inputs if leaf is not None and id(leaf) in seen.names]
     shapes = {seen.names[id(leaf)]: leaf.shape for leaf in inputs if leaf is not None and id(leaf) in seen.names}
     matrices = [name for name in names if len(shapes[name]) == 2]
@@ -56,6 +57,20 @@ def find_read_out(seen: Observation) -> ReadOut | str:
     return ReadOut(
         weight=matrices[0], bias=biases[0] if biases else None, call=call.key if call is not None else ("", 1)
     )
+
+
+def _without_bias(seen: Observation, node: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The product that a layer adds its bias to by itself, since its input has gaps, and what hands the bias on."""
+    if node is None or not _is(node, ("AddBackward",)) or node._saved_alpha != 1:
+        return node, ()
+    (product, _), added = node.next_functions
+    while product is not None and _is(product, _PASSING):
+        product = product.next_functions[0][0]
+    bias = _source(added[0]) if added[0] is not None else None
+    if product is None or not _is(product, _PRODUCTS) or bias is None or bias.shape != seen.prediction.shape[-1:]:
+        return node, ()
+    calls = [seen.innermost(one._sequence_nr()) for one in (node, product)]
+    return (product, (added,)) if calls[0] is calls[1] else (node, ())
 
 
 def layer_of(model: nn.Module, read_out: ReadOut | str) -> nn.Linear:
@@ -69,11 +84,13 @@ def layer_of(model: nn.Module, read_out: ReadOut | str) -> nn.Linear:
     else:
         path, _ = read_out.call
         layer = model.get_submodule(path)
-        hooks = [name for name in _HOOKS if getattr(layer, name, None)]
-        if type(layer) is nn.Linear and layer.weight is model.get_parameter(read_out.weight) and not hooks:
-            return layer
-        reason = f"{read_out.weight!r} is applied in {path or type(model).__name__!r}, which is "
-        reason += "an nn.Linear with hooks" if type(layer) is nn.Linear else f"no nn.Linear but {type(layer).__name__}"
+        kind = f"no nn.Linear but {type(layer).__name__}"
+        if type(layer) is nn.Linear:
+            hooks, own = any(getattr(layer, name, None) for name in _HOOKS), "forward" in vars(layer)
+            if layer.weight is model.get_parameter(read_out.weight) and not hooks and not own:
+                return layer
+            kind = "an nn.Linear with " + ("hooks" if hooks else "a forward of its own" if own else "another matrix")
+        reason = f"{read_out.weight!r} is applied in {path or type(model).__name__!r}, which is {kind}"
     raise ValueError(
         f"criterion: scores='chunked' needs a network that ends in a call of an nn.Linear, and {type(model).__name__} "
         f"does not: {reason}; give scores='whole'"

@@ -162,7 +162,7 @@ def _found(
 ) -> Any:
     """What a search finds, which is looked for once for each layout of batch and target, and options."""
     known = _FOUND.setdefault(net, OrderedDict())
-    flags = tuple(module.training for module in net.modules())
+    flags = net.to_read_out, *(module.training for module in net.modules())
     key = (find, key_of(batch), key_of(target), flags, *options.values())
     # A search takes seconds: where batches come in many sizes, one that was found for a larger one has to do.
     others = [other for other in known if other[0] is find and other[3:] == key[3:]]
