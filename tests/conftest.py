@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -27,3 +28,18 @@ def pool() -> Iterator[Pool]:
     pool = Pool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 40 documents that follow a rule: short functions with names from a few."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("data") / "texts"
+    folder.mkdir()
+    draw = torch.Generator().manual_seed(0)
+    for i in range(40):
+        names = [f"name_{k}" for k in torch.randint(5, (12,), generator=draw).tolist()]
+        lines = [f"def {name}(self, x):\n    return self.{name} + x\n\n\n" for name in names]
+        (folder / f"file{i:02}.py").write_text("".join(lines))
+    return folder

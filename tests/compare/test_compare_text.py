@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from torchlocal.compare.comparison import METHODS as METHODS_OF_COMPARE
@@ -33,19 +32,6 @@ METHODS = ("end-to-end", "recomputed", "micro-batches", "local", "pgl")
 REACH = 6.9
 # The scores over 1,024 tokens are most of what these few layers keep: in one piece there is little to recompute.
 pytestmark = pytest.mark.filterwarnings("ignore:memory=.* no guided step")
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 documents that follow a rule: short functions with names from a few."""
-    folder = tmp_path_factory.mktemp("texts") / "texts"
-    folder.mkdir()
-    draw = torch.Generator().manual_seed(0)
-    for i in range(40):
-        names = [f"name_{k}" for k in torch.randint(5, (12,), generator=draw).tolist()]
-        lines = [f"def {name}(self, x):\n    return self.{name} + x\n\n\n" for name in names]
-        (folder / f"file{i:02}.py").write_text("".join(lines))
-    return folder
 
 
 def config(texts: Path, out: Path, **changes: Any) -> CompareConfig:

@@ -36,18 +36,6 @@ TIMES = ("seconds", "train_seconds", "epoch_seconds", "tokens_per_second", "run"
 SMALL = {"layers": 4, "width": 16, "heads": 2, "tied": False}
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 documents that follow a rule: short functions with names from a few."""
-    folder = tmp_path_factory.mktemp("texts")
-    draw = torch.Generator().manual_seed(0)
-    for i in range(40):
-        names = [f"name_{k}" for k in torch.randint(5, (12,), generator=draw).tolist()]
-        lines = [f"def {name}(self, x):\n    return self.{name} + x\n\n\n" for name in names]
-        (folder / f"file{i:02}.py").write_text("".join(lines))
-    return folder
-
-
 def config(texts: Path, out: Path, **changes: Any) -> FitConfig:
     """Two epochs of six steps with periodic guidance; an epoch is a part of a pass over the rows."""
     values: dict[str, Any] = {
