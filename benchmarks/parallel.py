@@ -18,7 +18,7 @@ rounds are told.
     python benchmarks/parallel.py --links loopback 10gbit 1gbit 100mbit 20ms 100mbit+20ms   # needs root, ip and tc
     python benchmarks/parallel.py --links 100mbit --boundary int8 --weigh-link   # in fewer bytes, cut where fewer cross
     python benchmarks/parallel.py --networks gpt --stages 3              # three processes
-    python benchmarks/parallel.py --networks gpt --stages 3 --share 0.6  # on two cores, each .6 of one (needs root)
+    python benchmarks/parallel.py --networks gpt --stages 3 --cores 0.6  # on two cores, each .6 of one (needs root)
     python benchmarks/parallel.py --tiny                                 # a trial of everything, of no meaning
 
 The networks are three for images and ``gpt``, a decoder (gpt-tiny, its read-out not tied, which would make the first
@@ -28,7 +28,7 @@ A link is ``loopback`` (no namespaces), or a rate (``1gbit``) and a one-way dela
 one from each stage to the next. Rates are tc's token bucket on a veth pair. Delays are netem's where the kernel has it,
 otherwise two TUN devices and a relay.
 
-More stages than cores are honest with ``--share``: a quota (cgroup v1 or v2) gives each process that share of one core,
+More stages than cores are honest with ``--cores``: a quota (cgroup v1 or v2) gives each process that share of one core,
 in slices of a few milliseconds. One process has the share of one as well, and methods with two threads are left out.
 """
 
@@ -399,17 +399,17 @@ def quotas(share: float | None, count: int) -> Iterator[list[list[str]]]:
             os.rmdir(group)
 
 
-def check_share(share: float | None) -> str | None:
+def check_cores(share: float | None) -> str | None:
     """Why processes cannot have that share of a core here; None if they can."""
     if share is None:
         return None
     if not 0 < share <= 1:
-        return f"--share: must be a number above 0 and at most 1, not {share}"
+        return f"--cores: must be a number above 0 and at most 1, not {share}"
     try:
         with quotas(share, 1):
             return None
     except OSError as error:
-        return f"--share: a quota of the CPU takes root and cgroups with the controller cpu: {error}"
+        return f"--cores: a quota of the CPU takes root and cgroups with the controller cpu: {error}"
 
 
 # --- the run ---
@@ -474,7 +474,7 @@ def measure(network: str, link: str, options: argparse.Namespace) -> dict[str, A
     command += ["--rounds", str(options.rounds), "--methods", *options.methods]
     command += ["--boundary", options.boundary] if options.boundary else []
     command += ["--weigh", link] if options.weigh_link and link != "loopback" else []
-    return run_ranks(link, options.stages, command, options.share)
+    return run_ranks(link, options.stages, command, options.cores)
 
 
 def tell(
@@ -541,7 +541,7 @@ def main() -> None:
     )
     parser.add_argument("--boundary", choices=["bf16", "int8", "int4"], help="what features and gradients are sent in")
     parser.add_argument("--weigh-link", action="store_true", help="choose the stages by the bytes over the link, too")
-    parser.add_argument("--share", type=float, default=None, help="of one core that every process gets (default: all)")
+    parser.add_argument("--cores", type=float, default=None, help="of one core that every process gets (default: all)")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a method in a round, a multiple of 10")
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument("--tiny", action="store_true", help="small numbers, to see whether everything runs")
@@ -564,12 +564,12 @@ def main() -> None:
     if options.rank is not None:
         work(options.rank, options)
         return
-    if refused := check_share(options.share):
+    if refused := check_cores(options.cores):
         parser.error(refused)
-    if options.share is not None:
+    if options.cores is not None:
         options.methods = [method for method in options.methods if not method.startswith("both")]
         if not options.methods:
-            parser.error("--share: is of one core, and these methods take two")
+            parser.error("--cores: is of one core, and these methods take two")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that namespaces are taken down
     results: dict[str, Any] = {}
     for link in options.links:

@@ -21,14 +21,14 @@ The methods, and what a step of theirs is:
     pgl 1f1b              the same, guided steps in 4 micro-batches that overlap
 
 Guided steps among local ones drain the pipeline, and are measured in that pattern; those that follow each other, in a
-phase. Every rank has one thread. With ``--share`` a quota gives each a part of a core, so that three stages on two
+phase. Every rank has one thread. With ``--cores`` a quota gives each a part of a core, so that three stages on two
 cores are three honest machines; one core is such a part then, and all cores are left out. All tasks over five links, on
 two stages, need root, ip and tc:
 
     python benchmarks/wallclock.py
     python benchmarks/wallclock.py --tasks text --only measure    # or train, or report
     python benchmarks/wallclock.py --verify 100mbit pgl --tasks pairs
-    python benchmarks/wallclock.py --stages 3 --share 0.6 --only measure  # three machines on two cores
+    python benchmarks/wallclock.py --stages 3 --cores 0.6 --only measure  # three machines on two cores
     python benchmarks/wallclock.py --tiny --out trial             # a trial of everything, of no meaning
 """
 
@@ -72,7 +72,7 @@ from torchlocal.run.own import Own
 from torchlocal.run.trainer import Interrupted
 
 sys.path.insert(0, str(Path(__file__).parent))
-from parallel import check_share, run_ranks, told_others
+from parallel import check_cores, run_ranks, told_others
 
 LINKS = ("loopback", "10gbit", "1gbit", "100mbit", "100mbit+20ms")
 WARM = 5  # steps of a real run that are not timed: in the first ones the network is watched
@@ -359,7 +359,7 @@ class Worker:
             for group in optimizer.param_groups:
                 group["lr"] = 1e-5  # so that thousands of steps on few batches stay finite
         kinds = [kind for kind in KINDS if self.task.pipes or kind not in ("phase 1f1b", "spread 1f1b")]
-        kinds = [kind for kind in kinds if self.options.share is None or kind != "all cores"]
+        kinds = [kind for kind in kinds if self.options.cores is None or kind != "all cores"]
         found: dict[str, list[float]] = {kind: [] for kind in kinds}
         sent: dict[str, float] = {}
         for number in range(self.options.rounds):
@@ -481,22 +481,22 @@ def command(name: str, link: str, options: argparse.Namespace) -> list[str]:
     found += ["--stages", str(options.stages), "--steps", str(options.steps), "--rounds", str(options.rounds)]
     found += ["--seeds", str(options.seeds[0]), "--verify-steps", str(options.verify_steps)]
     found += ["--boundary", options.boundary] if options.boundary else []
-    found += ["--share", str(options.share)] if options.share is not None else []
+    found += ["--cores", str(options.cores)] if options.cores is not None else []
     found += ["--data-root", options.data_root] if options.data_root else []
     return found + (["--tiny"] if options.tiny else [])
 
 
 def key_of(name: str, link: str, options: argparse.Namespace) -> str:
     """Under which the steps of a task over a link are kept."""
-    share = [] if options.share is None else [told_share(options)]
+    share = [] if options.cores is None else [told_cores(options)]
     return ", ".join(
         [name, link, f"{options.stages} stages", *([options.boundary] if options.boundary else []), *share]
     )
 
 
-def told_share(options: argparse.Namespace) -> str:
+def told_cores(options: argparse.Namespace) -> str:
     """What every rank has."""
-    return f"{options.share:g} of a core each"
+    return f"{options.cores:g} of a core each"
 
 
 def measure(name: str, options: argparse.Namespace) -> None:
@@ -509,7 +509,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
             continue
         print(f"{key}: measured", flush=True)
         try:
-            steps[key] = run_ranks(link, options.stages, command(name, link, options), options.share)
+            steps[key] = run_ranks(link, options.stages, command(name, link, options), options.cores)
         except OSError as error:
             print(f"  left out, since namespaces or tc are not to be had here: {error}", flush=True)
             continue
@@ -656,7 +656,7 @@ def report(name: str, options: argparse.Namespace) -> list[str]:
                 cell += f"; {100 * undisturbed[kind] / seconds:.0f} %"
             cells.append(cell)
         if cells:
-            part = options.share is not None and kind == "one core"
+            part = options.cores is not None and kind == "one core"
             lines.append(f"| {'end-to-end, one machine' if part else TOLD[kind]} | {' | '.join(cells)} |")
     shared = {link: steps[key_of(name, link, options)]["stages"] for link in links}
     lines += ["", "Local modules of the stages: " + "; ".join(
@@ -668,7 +668,7 @@ def report(name: str, options: argparse.Namespace) -> list[str]:
 
 def told_method(method: str, options: argparse.Namespace) -> str:
     """In the tables and the figure."""
-    return METHODS[method].label if method != "one core" or options.share is None else "one machine"
+    return METHODS[method].label if method != "one core" or options.cores is None else "one machine"
 
 
 TOLD = {
@@ -762,7 +762,7 @@ def tell_verified(name: str, link: str, method: str, options: argparse.Namespace
     if measured is not None:  # on the stages that were measured: others would have come of times that differ a little
         where = "bare" if METHODS[method].row in ("end-to-end", "micro-batches") else "ranks"
         extra += ["--modules", *(str(stop - start) for start, stop in measured["stages"][where])]
-    result = run_ranks(link, options.stages, [*command(name, link, options), *extra], options.share)
+    result = run_ranks(link, options.stages, [*command(name, link, options), *extra], options.cores)
     same, kinds, seconds = all(result["same_losses"]), result["kinds"][WARM:], result["seconds"][WARM:]
     print(f"{name}, {link}, {method}: {len(result['kinds'])} steps, of which the first {WARM} are not timed")
     print(f"  local modules {told_stages(result['stages'])}; {told_others(result)}")
@@ -788,7 +788,7 @@ def main() -> int:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS, help="default: all")
     parser.add_argument("--links", nargs="+", default=list(LINKS), metavar="LINK", help=f"default: {' '.join(LINKS)}")
     parser.add_argument("--stages", type=int, default=2, help="processes that share the local modules (default: 2)")
-    parser.add_argument("--share", type=float, default=None, help="of one core that every rank gets (default: all)")
+    parser.add_argument("--cores", type=float, default=None, help="of one core that every rank gets (default: all)")
     parser.add_argument("--boundary", default=None, help="what features are sent in: bf16, int8, int4 (default: as is)")
     rows = list(dict.fromkeys(row for task in TASKS.values() for row in task.rows))
     parser.add_argument("--rows", nargs="+", default=rows, choices=rows, help="what is trained (default: all)")
@@ -819,7 +819,7 @@ def main() -> int:
     if options.rank is not None:
         work(options)
         return 0
-    if options.only in (None, "measure") and (refused := check_share(options.share)):
+    if options.only in (None, "measure") and (refused := check_cores(options.cores)):
         parser.error(refused)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that namespaces are taken down
     if options.verify:

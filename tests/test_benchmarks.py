@@ -251,18 +251,18 @@ def test_a_quota_gives_each_process_its_share_of_a_core(
 def test_a_share_that_cannot_be_had_is_refused(
     links: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert links.check_share(None) is None
-    assert links.check_share(1.5) == "--share: must be a number above 0 and at most 1, not 1.5"
+    assert links.check_cores(None) is None
+    assert links.check_cores(1.5) == "--cores: must be a number above 0 and at most 1, not 1.5"
     monkeypatch.setattr(links, "quota_folder", lambda: (tmp_path / "missing", 1))
-    monkeypatch.setattr(sys, "argv", ["parallel.py", "--share", "0.6"])
+    monkeypatch.setattr(sys, "argv", ["parallel.py", "--cores", "0.6"])
     with pytest.raises(SystemExit):
         links.main()
-    assert "--share: a quota of the CPU takes root and cgroups with the controller cpu: " in capsys.readouterr().err
-    monkeypatch.setattr(links, "check_share", lambda share: None)
-    monkeypatch.setattr(sys, "argv", ["parallel.py", "--share", "0.6", "--methods", "both cores"])
+    assert "--cores: a quota of the CPU takes root and cgroups with the controller cpu: " in capsys.readouterr().err
+    monkeypatch.setattr(links, "check_cores", lambda share: None)
+    monkeypatch.setattr(sys, "argv", ["parallel.py", "--cores", "0.6", "--methods", "both cores"])
     with pytest.raises(SystemExit):
         links.main()
-    assert "--share: is of one core, and these methods take two" in capsys.readouterr().err
+    assert "--cores: is of one core, and these methods take two" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
