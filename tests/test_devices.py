@@ -15,9 +15,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchlocal as tl
-from torchlocal.memory import plans
 from torchlocal.micro import divisor
 from torchlocal.parallel.team import Elsewhere, RemoteSplit, ShareOfSplit
+from torchlocal.recompute import by_itself
 from torchlocal.rules import RULES
 from torchlocal.rules.infopro import UpsampledConv
 from torchlocal.run import build
@@ -44,7 +44,7 @@ def test_a_search_has_the_callers_current_device(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
     monkeypatch.setattr(torch.accelerator, "set_device_index", asked.append)
     with torch.no_grad():
-        found = plans.by_itself(lambda: (threading.get_ident(), torch.is_grad_enabled()), torch.device(device))
+        found = by_itself(lambda: (threading.get_ident(), torch.is_grad_enabled()), torch.device(device))
     assert found[0] != threading.get_ident() and found[1]
     assert asked == told
 

@@ -24,7 +24,6 @@ from .cut.batches import Batch as Inputs
 from .cut.batches import describe, device_of, num_examples, plain, same_layout
 from .cut.carry import Carried
 from .cut.forward import Pass
-from .cut.read_out import layer_of
 from .micro import Parts, criterion_of_parts
 from .modules import LocalModules
 from .recompute import (
@@ -169,8 +168,8 @@ class Step:
         """Local loss of module ``k``, for the last module the global loss."""
         try:
             if k == self.net.num_modules - 1:
-                if self.net.to_read_out:
-                    layer = layer_of(self.net.backbone, self.net.chain.facts.read_out)
+                layer = None if self.run is None else self.run.read_out
+                if layer is not None:
                     criterion: Any = self.batch.criterion
                     found: Tensor = criterion.from_features(features, layer.weight, layer.bias, self.batch.target)
                     return found

@@ -13,6 +13,7 @@ from .cut.batches import Batch, plain, tensors_of
 from .cut.forward import Forward, Pass
 from .cut.units import Partition
 from .rules import Rule, Site
+from .tokens import chunks_scores
 
 __all__ = ["LocalModules"]
 
@@ -68,7 +69,7 @@ class LocalModules(nn.Module):
     @property
     def to_read_out(self) -> bool:
         """Whether steps leave the network's read-out to the criterion, which never holds all scores."""
-        return getattr(self.criterion, "scores", "whole") == "chunked"
+        return chunks_scores(self.criterion)
 
     @property
     def input_shape(self) -> torch.Size:

@@ -23,10 +23,11 @@ from .cut.units import Partition, Unit, Units, balance
 from .memory import plans, predict
 from .memory.fakes import MakesOptimizer
 from .modules import LocalModules
-from .recompute import undisturbed
+from .recompute import by_itself, undisturbed
 from .rules import Rule, Site, make_rule
 from .rules.downstream import Downstream
 from .steps import guided_step, local_step
+from .tokens import chunks_scores
 
 __all__ = ["COSTS", "SGD_WITH_MOMENTUM", "DecoupledNetwork", "decouple", "prepare"]
 
@@ -191,7 +192,7 @@ def prepare(
             "or pass a list of modules"
         )
     chain = Forward(backbone, Facts.of(found), prediction, Inside, found.seen.mode)
-    if getattr(criterion, "scores", "whole") == "chunked":
+    if chunks_scores(criterion):
         layer_of(backbone, chain.facts.read_out)
     anchor = next((p for p in backbone.parameters() if p.is_floating_point()), torch.empty(0))
     chain.sample = kept = tree_map_only(Tensor, _without_values, batch)
@@ -240,7 +241,7 @@ def prepare(
             return assemble(modules if isinstance(modules, int) else most, fake=fake)
         counted = partial(_total_bytes, partial(assemble, fake=True), anchor.device, optimizer, autocast)
         try:
-            fewest = plans.by_itself(partial(_fewest, counted, most), anchor.device)
+            fewest = by_itself(partial(_fewest, counted, most), anchor.device)
             return assemble(fewest, fake=fake)
         except ValueError as error:
             if not str(error).startswith("target:"):

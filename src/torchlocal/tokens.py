@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .checks import check_whole
 
-__all__ = ["TokenCrossEntropy", "cross_entropy_of_features"]
+__all__ = ["TokenCrossEntropy", "chunks_scores", "cross_entropy_of_features"]
 
 _LEAST = 128  # positions at a time, so that the products stay efficient
 _STEEPEST = 64.0  # bound of the sum over a chunk's slopes in half precision, whose largest number is 65,504
@@ -76,6 +76,11 @@ class TokenCrossEntropy(nn.CrossEntropyLoss):
             label_smoothing=self.label_smoothing,
             chunk=self.chunk,
         )
+
+
+def chunks_scores(criterion: Any) -> bool:
+    """Whether a criterion wants the network's features and read-out, so that it never holds all scores."""
+    return getattr(criterion, "scores", "whole") == "chunked"
 
 
 def cross_entropy_of_features(

@@ -22,7 +22,6 @@ import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -34,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map_only, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..recompute import RandomState, Stages, held, started_from
+from ..recompute import RandomState, Stages, by_itself, held, started_from
 from .batches import Batch, call, device_of, key_of, tensors_of
 from .facts import Facts
 from .intercept import Original, around, eagerly
@@ -212,8 +211,14 @@ class Forward:
     def look_inside(self, batch: Batch) -> None:
         """Trace the units where that has not been done since a module changed, outside of any mode of the caller's."""
         if not self.fake and self.inside.is_stale():
-            with ThreadPoolExecutor(1) as executor:
-                executor.submit(self.inside.refresh, batch).result()
+            by_itself(partial(self.inside.refresh, batch), device_of(batch, self.backbone))
+
+    def stages_of(self, unit: int, *, to_read_out: bool) -> UnitStages | None:
+        """The inside of one unit, where it is known; not of the last one in front of the read-out.
+
+        Its trace goes on to the scores.
+        """
+        return None if to_read_out and unit == self.num_units - 1 else self.inside.unit(unit)
 
     # --- running ---
 
@@ -240,8 +245,7 @@ class Forward:
         flags = tuple(m.training for m in self.backbone.modules())
         key = stops, key_of(batch)[0], tuple(t.ndim for t in tensors_of(batch)), flags  # type: ignore[index]
         if key not in self._counts:
-            with ThreadPoolExecutor(1) as executor:  # which has none of the caller's modes, such as a counter's
-                self._counts[key] = executor.submit(self._count, batch, stops).result()
+            self._counts[key] = by_itself(partial(self._count, batch, stops), device_of(batch, self.backbone))
             while len(self._counts) > _MOST_LAYOUTS:
                 self._counts.popitem(last=False)
         return self._counts[key]
@@ -310,8 +314,7 @@ class Forward:
         """
         key = key_of(batch), self.fake
         if key not in self._layouts:
-            with ThreadPoolExecutor(1) as executor:
-                self._layouts[key] = executor.submit(self._rehearse, batch).result()
+            self._layouts[key] = by_itself(partial(self._rehearse, batch), device_of(batch, self.backbone))
             while len(self._layouts) > _MOST_LAYOUTS:
                 self._layouts.popitem(last=False)
         return self._layouts[key]
@@ -440,10 +443,10 @@ class Pass:
         to_read_out: bool = False,
     ) -> None:
         self.forward, self.batch = forward, batch
-        self.to_read_out = to_read_out
+        self.read_out: nn.Linear | None = None  # that the forward ends in front of
         self._ending: Key | None = None
         if to_read_out:
-            layer_of(forward.backbone, forward.facts.read_out)  # it may have got hooks, or become another
+            self.read_out = layer_of(forward.backbone, forward.facts.read_out)  # which may have become another
             assert not isinstance(forward.facts.read_out, str)
             self._ending = forward.facts.read_out.call
         self.embedding: list[Tensor] = []
@@ -754,9 +757,7 @@ class Pass:
         inside = self.forward.inside
         if not self.forward.fake:
             inside.refresh(self.batch)
-        if self.to_read_out and unit == self.forward.num_units - 1:  # whose trace goes on to the scores
-            return None
-        stages = inside.unit(unit)
+        stages = self.forward.stages_of(unit, to_read_out=self.read_out is not None)
         if stages is not None and unit == 0:
             state.append(self.batch if self._kept is None else self._kept.clone())
         return stages

@@ -91,9 +91,7 @@ class Bench:
         return found
 
     def _alternatives(self, unit: int, differentiable: bool, held: bool) -> list[Alternative]:
-        if self.net.to_read_out and unit == self.net.chain.num_units - 1:
-            return []
-        stages = self.net.chain.inside.unit(unit)
+        stages = self.net.chain.stages_of(unit, to_read_out=self.net.to_read_out)
         if stages is None:
             return []
         count = stages.num_stages

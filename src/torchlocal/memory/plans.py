@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,13 +14,11 @@ from ..cut.batches import Batch, device_of, fits_into, key_of, size_of
 from ..cut.units import balance
 from ..micro import NotCut, Parts, cut_batch
 from ..modules import LocalModules
-from ..recompute import GuidedPlan, Plan, in_segments
+from ..recompute import GuidedPlan, Plan, by_itself, in_segments
 from .fakes import FakeStep
 from .search import find_guided_plan, find_local_plans
 
-__all__ = ["by_itself", "guided_plan", "local_plans", "plan_and_parts", "recompute_segments"]
-
-_Result = TypeVar("_Result")
+__all__ = ["guided_plan", "local_plans", "plan_and_parts", "recompute_segments"]
 
 _MOST_PLANS = 32  # of a network that are remembered, of the latest layouts of batches
 _MOST_SEARCHES = 4  # with the same options, before plans of larger batches are used again
@@ -137,24 +134,6 @@ def local_plans(
     _without_carry(net, [range(0), range(0)])
     plans: dict[int, Plan] = _found(net, find_local_plans, None, batch, target, autocast=autocast)
     return plans
-
-
-def by_itself(function: Callable[[], _Result], device: torch.device) -> _Result:
-    """Call in a thread of its own, which has none of the caller's modes: autocast, no_grad, a counter.
-
-    Which device is the current one is also said for each thread, and a network may say ``"cuda"`` and mean that one.
-    """
-    accelerator = None if device.type == "cpu" else torch.accelerator.current_accelerator(check_available=True)
-    known = accelerator is not None and accelerator.type == device.type
-    current = torch.accelerator.current_device_index() if known else None
-
-    def run() -> _Result:
-        if current is not None:
-            torch.accelerator.set_device_index(current)
-        return function()
-
-    with ThreadPoolExecutor(1) as executor:
-        return executor.submit(run).result()
 
 
 def _found(

@@ -3,7 +3,17 @@ solver that finds the cheapest for a given memory."""
 
 from .plan import Again, GuidedPlan, Inner, Keep, Plan, Tape, in_segments, leaves
 from .run import Recomputation, Replaying, Stages
-from .state import RandomState, Replay, held, keeping_nothing, put_aside, started_from, undisturbed, without_autocast
+from .state import (
+    RandomState,
+    Replay,
+    by_itself,
+    held,
+    keeping_nothing,
+    put_aside,
+    started_from,
+    undisturbed,
+    without_autocast,
+)
 
 __all__ = [
     "Again",
@@ -17,6 +27,7 @@ __all__ = [
     "Replaying",
     "Stages",
     "Tape",
+    "by_itself",
     "held",
     "in_segments",
     "keeping_nothing",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 __all__ = [
     "RandomState",
     "Replay",
+    "by_itself",
     "held",
     "keeping_nothing",
     "put_aside",
@@ -21,6 +23,8 @@ __all__ = [
     "undisturbed",
     "without_autocast",
 ]
+
+_Result = TypeVar("_Result")
 
 
 class RandomState:
@@ -68,6 +72,24 @@ class RandomState:
         assert self.python is not None
         (now, numpy_now), (then, numpy_then) = _python_state(numpy=True), self.python
         return now != then or (numpy_then is not None and repr(numpy_now[2:]) != repr(numpy_then[2:]))
+
+
+def by_itself(function: Callable[[], _Result], device: torch.device) -> _Result:
+    """Call in a thread of its own, which has none of the caller's modes: autocast, no_grad, a counter.
+
+    Which device is the current one is also said for each thread, and a network may say ``"cuda"`` and mean that one.
+    """
+    accelerator = None if device.type == "cpu" else torch.accelerator.current_accelerator(check_available=True)
+    known = accelerator is not None and accelerator.type == device.type
+    current = torch.accelerator.current_device_index() if known else None
+
+    def run() -> _Result:
+        if current is not None:
+            torch.accelerator.set_device_index(current)
+        return function()
+
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(run).result()
 
 
 @contextmanager
