@@ -56,9 +56,13 @@ def main() -> None:
     whole = cost(build(1, "greedy", all_scores), tokens, target, "plain")
     width = build(2, "greedy", all_scores).sites[0].channels
     heads = {f"shared, {depth} block{'s' if depth != 1 else ''}": SoloRule(depth) for depth in (0, 1, 2)}
+    heads[f"shared, MLP of {width}"] = SoloRule(0, hidden=width)
     heads["private, 0 blocks"] = SoloRule(0, read_out="private")
     for part in (4, 8):
         heads[f"private, 0 blocks, rank {width // part}"] = SoloRule(0, read_out="private", rank=width // part)
+    heads[f"private, MLP of {width}, rank {width // 4}"] = SoloRule(
+        0, hidden=width, read_out="private", rank=width // 4
+    )
     print(f"{options.model}, {options.modules} modules, {tokens.numel()} tokens of {options.vocabulary}")
     chunked = cost(build(1, "greedy", TokenCrossEntropy(scores="chunked")), tokens, target, "local")
     print(f"end-to-end: {whole[0] / 1e9:.1f} GFLOP, {whole[1] / 2**20:.1f} MiB; × that:")

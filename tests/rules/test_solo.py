@@ -88,6 +88,31 @@ def test_the_loss_is_that_of_the_formula(depth: int, modules: int | str) -> None
     assert len(net.auxiliary) == net.num_modules - 1 and all(len(a.blocks) == depth for a in net.auxiliary)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_an_mlp_is_that_of_the_formula_and_at_first_its_shortcut(depth: int) -> None:
+    model, net = make(depth=depth, hidden=24)
+    features = torch.randn(3, 12, 16)
+    for network in net.auxiliary:
+        mlp: Any = network.blocks[-1]  # type: ignore[index]
+        assert torch.equal(mlp(features), features)
+        for p in mlp.parameters():
+            nn.init.normal_(p, std=0.3)
+    losses = net.local_step(TOKENS, TARGET)
+    for k, h in enumerate(hidden_states(model, net, TOKENS)[:-1]):
+        solo: Any = net.auxiliary[k]
+        *blocks, last = solo.blocks
+        own = {name: p.detach() for name, p in last.named_parameters()}
+        assert len(blocks) == depth and own["up.weight"].shape == (24, 16)
+        for block in blocks:
+            h = block(h)
+        normed = h * (h.square().mean(-1, keepdim=True) + torch.finfo(h.dtype).eps).rsqrt() * own["norm.weight"]
+        z = normed @ own["up.weight"].T + own["up.bias"]
+        z = h + (0.5 * z * (1 + torch.erf(z / 2**0.5))) @ own["down.weight"].T + own["down.bias"]
+        scores = F.linear(solo.norm(z) / solo.log_temperature.exp(), model.read_out.weight, solo.bias)
+        torch.testing.assert_close(losses[k], each_token(scores, TARGET))
+    assert all(p.grad is not None and p.grad.any() for p in net.auxiliary.parameters())
+
+
 def test_its_blocks_are_those_that_follow_with_weights_of_their_own() -> None:
     model, net = make("all", depth=2)
     found = [[next(iter(b.state_dict()))[:8] for b in network.blocks] for network in net.auxiliary]  # type: ignore[union-attr]
@@ -254,7 +279,7 @@ def test_a_private_read_out_learns_by_itself() -> None:
     assert all(p.grad is not None and p.grad.any() for p in low.auxiliary.parameters())
 
 
-@pytest.mark.parametrize("options", [{}, {"depth": 0}, {"lag": 2}, {"read_out": "private"}])
+@pytest.mark.parametrize("options", [{}, {"depth": 0}, {"hidden": 8}, {"lag": 2}, {"read_out": "private"}])
 def test_scores_a_few_positions_at_a_time(options: dict[str, Any]) -> None:
     results = []
     for criterion in (each_token, TokenCrossEntropy(chunk=7)):
@@ -400,6 +425,7 @@ def test_what_is_refused() -> None:
     ("options", "message"),
     [
         ({"depth": -1}, "^depth: must be a whole number of at least 0"),
+        ({"hidden": 0}, "^hidden: must be a whole number of at least 1"),
         ({"lag": 0}, "^lag: must be a whole number of at least 1"),
         ({"read_out": "own"}, "^read_out: must be 'shared' or 'private'"),
         ({"read_out": "private", "lag": 2}, "^lag: a private read-out is no copy"),

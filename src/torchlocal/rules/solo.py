@@ -21,11 +21,30 @@ __all__ = ["SoloRule"]
 _READ_OUTS = ("shared", "private")
 
 
+class _MLP(nn.Module):
+    """A norm and two linear layers with a GELU between them, and a shortcut around them; at first the shortcut alone.
+
+    Args:
+        width: of the features, (N, T, C) or (N, C).
+        hidden: number of features between the two layers.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.RMSNorm(width), nn.Linear(width, hidden), nn.Linear(hidden, width)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        changed: Tensor = self.down(F.gelu(self.up(self.norm(features))))
+        return features + changed
+
+
 class _SoloNetwork(nn.Module):
     """Fresh blocks, a norm, and a temperature: what comes before the read-out, and a bias after it.
 
     Args:
-        blocks: take and return features.
+        blocks: take and return features; an MLP may be the last of them.
         width: of the features.
         vocabulary: number of tokens, or classes.
         pooled: one prediction is made for all positions, of their mean.
@@ -91,6 +110,8 @@ class SoloRule(Rule):
 
     Args:
         depth: number of blocks (units between cut points) in front of the read-out; with 0 the features themselves.
+        hidden: number of hidden features of an MLP behind the blocks, which changes the features of each position
+            by themselves (an addition to what is published; docs/language.md); None: there is none.
         lag: number of steps for which one copy of the read-out serves.
         read_out: ``"shared"``, or ``"private"``: each module learns one of its own.
         rank: of a private read-out, which is then the product of two matrices.
@@ -101,8 +122,18 @@ class SoloRule(Rule):
 
     criterion_only = True
 
-    def __init__(self, depth: int = 2, *, lag: int = 1, read_out: str = "shared", rank: int | None = None) -> None:
+    def __init__(
+        self,
+        depth: int = 2,
+        *,
+        hidden: int | None = None,
+        lag: int = 1,
+        read_out: str = "shared",
+        rank: int | None = None,
+    ) -> None:
         check_whole("depth", depth, 0)
+        if hidden is not None:
+            check_whole("hidden", hidden)
         check_whole("lag", lag)
         if read_out not in _READ_OUTS:
             raise ValueError(f"read_out: must be 'shared' or 'private', not {read_out!r}")
@@ -112,10 +143,12 @@ class SoloRule(Rule):
             raise ValueError(f"lag: a private read-out is no copy of another, so lag={lag} means nothing to it")
         if read_out == "shared" and rank is not None:
             raise ValueError(f"rank: a shared read-out is the network's, so rank={rank} means nothing to it")
-        self._depth, self._lag, self._shared, self._rank = depth, lag, read_out == "shared", rank
+        self._depth, self._hidden = depth, hidden
+        self._lag, self._shared, self._rank = lag, read_out == "shared", rank
 
     def __repr__(self) -> str:
-        more = f"lag={self._lag}" if self._shared else "read_out='private'"
+        more = "" if self._hidden is None else f"hidden={self._hidden}, "
+        more += f"lag={self._lag}" if self._shared else "read_out='private'"
         more += "" if self._rank is None else f", rank={self._rank}"
         return f"SoloRule(depth={self._depth}, {more})"
 
@@ -129,7 +162,8 @@ class SoloRule(Rule):
                 f"rule: the read-out of the network takes {read_out[0].shape[1]} features, and there are {width} "
                 "here; give read_out='private', or use another rule"
             )
-        network = _SoloNetwork(self._blocks(site), width, vocabulary, pooled=len(site.output_shape) < _ndim(site))
+        blocks = self._blocks(site) + ([] if self._hidden is None else [_MLP(width, self._hidden)])
+        network = _SoloNetwork(blocks, width, vocabulary, pooled=len(site.output_shape) < _ndim(site))
         if not self._shared:
             layers = [nn.Linear(width, self._rank, bias=False)] if self._rank is not None else []
             network.read_out = nn.Sequential(*layers, nn.Linear(self._rank or width, vocabulary, bias=False))
