@@ -3,7 +3,8 @@
 Trains the recipe text-gpt (gpt-tiny on the source of Python's library, 900 steps of 2,048 tokens) as a grid:
 
 - K = 2, 4 or 8 local modules;
-- their heads: 0 or 1 block in front of the read-out that all share, of a private one, or of a private one of rank 12;
+- their heads: no block, an MLP as wide as the network, or one block, in front of the read-out that all share, of a
+  private one, or of a private one of rank 12;
 - guidance: local (none), pgl (the last steps), halves (half of that share is spread over training, half at the end), or
   periodic (all of it is spread evenly);
 - and what a sceptic would train instead: end-to-end for as many tokens, and for as many FLOPs as each of these takes.
@@ -58,6 +59,11 @@ HEADS: dict[str, dict[str, Any]] = {
     "private": {"read_out": "private"},
     "rank12": {"read_out": "private", "rank": 12},
 }
+FRONTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "d0": ("no block", {"depth": 0}),
+    "mlp": ("MLP", {"depth": 0, "hidden": 96}),
+    "d1": ("one block", {"depth": 1}),
+}
 SPREADS = {"pgl": 0.0, "halves": 0.5, "periodic": 1.0}  # share of the guided steps that lie before the end
 EPOCHS = 6  # of a run of the usual length: so often is validated
 PARTS = 18  # runs of equal FLOPs are a whole number of such parts of the usual length long, rounded up
@@ -75,12 +81,14 @@ class Row:
         told: what it is.
         changes: of the recipe.
         baseline: name of the row of local learning alone, of which its share of the gap is counted.
+        bare: name of the row of local learning without anything in front of the read-out, for the same.
     """
 
     name: str
     told: str
     changes: dict[str, Any] = field(default_factory=dict)
     baseline: str | None = None
+    bare: str | None = None
 
 
 class CpuTime(Callback):
@@ -130,8 +138,14 @@ class Grid:
         self._costs = json.loads(self.costs_path.read_text()) if self.costs_path.exists() else {}
         # The cheapest heads of the most modules first: there is the most to give back. And what is ready beside them.
         first, *others = self.sizes
-        self.groups = [(first, 0, ("shared", "rank12")), (first, 1, tuple(HEADS)), (first, 0, ("private",))]
-        self.groups += [(k, depth, tuple(HEADS)) for k in others for depth in (0, 1)]
+        self.groups: list[tuple[int, str, tuple[str, ...]]] = [
+            (first, "mlp", ("shared",)),
+            (first, "d0", ("shared", "rank12")),
+            (first, "d1", tuple(HEADS)),
+            (first, "mlp", ("rank12",)),
+            (first, "d0", ("private",)),
+        ]
+        self.groups += [(k, front, tuple(HEADS)) for k in others for front in ("d0", "d1")]
 
     def all(self) -> list[Row]:
         """Every row: a group, then end-to-end for as many FLOPs; what several groups ask for comes once."""
@@ -144,8 +158,8 @@ class Grid:
     def grouped(self) -> list[list[Row]]:
         """End-to-end, and the grid, for the same number of tokens."""
         groups = [[Row(name="end-to-end", told="end-to-end", changes={"modules": 1, "guidance": {"name": "always"}})]]
-        for modules, depth, heads in self.groups:
-            groups.append([row for head in heads for row in self._of(modules, head, depth)])
+        for modules, front, heads in self.groups:
+            groups.append([row for head in heads for row in self._of(modules, head, front)])
         return groups
 
     @cached_property
@@ -153,11 +167,17 @@ class Grid:
         """End-to-end."""
         return self.grouped()[0][0]
 
-    def _of(self, modules: int, head: str, depth: int) -> Iterator[Row]:
-        name = f"k{modules}-{head}-d{depth}"
-        told = f"K={modules}, {head}, {depth} block{'s' if depth != 1 else ''}"
-        common = {"modules": modules, "rule_options": {"depth": depth, **HEADS[head]}}
-        yield Row(name=f"{name}-local", told=f"{told}, local", changes={**common, "guidance": {"name": "never"}})
+    def _of(self, modules: int, head: str, front: str) -> Iterator[Row]:
+        name = f"k{modules}-{head}-{front}"
+        told = f"K={modules}, {head}, {FRONTS[front][0]}"
+        bare = f"k{modules}-{head}-d0-local"
+        common = {"modules": modules, "rule_options": {**FRONTS[front][1], **HEADS[head]}}
+        yield Row(
+            name=f"{name}-local",
+            told=f"{told}, local",
+            changes={**common, "guidance": {"name": "never"}},
+            bare=None if front == "d0" else bare,
+        )
         share = self.options.share
         for kind, spread in SPREADS.items():
             guidance = {"name": "phased", "share": share, "spread": spread}
@@ -166,6 +186,7 @@ class Grid:
                 told=f"{told}, {kind}",
                 changes={**common, "guidance": guidance},
                 baseline=f"{name}-local",
+                bare=bare,
             )
 
     def equal_flops(self, row: Row) -> Row:
@@ -415,9 +436,12 @@ def read_finished(grid: Grid, rows: Sequence[Row], seeds: Sequence[int]) -> dict
     return found
 
 
-def gap_closed(one: Finished, found: dict[str, Finished]) -> float | None:
-    """Share of what local learning loses to end-to-end that guidance gives back; None where the seeds cannot tell."""
-    whole, local = found.get("end-to-end"), found.get(one.row.baseline or "")
+def gap_closed(one: Finished, baseline: str | None, found: dict[str, Finished]) -> float | None:
+    """Share of what a row of local learning loses to end-to-end that another has not lost.
+
+    None where the seeds cannot tell that it loses.
+    """
+    whole, local = found.get("end-to-end"), found.get(baseline or "")
     if whole is None or local is None or local.loss <= whole.loss or not can_tell(whole.spread(), local.spread()):
         return None
     return (local.loss - one.loss) / (local.loss - whole.loss)
@@ -432,19 +456,20 @@ def report(grid: Grid, rows: Sequence[Row], seeds: Sequence[int]) -> str:
         f"{grid.base.model.name}, {grid.base.data.name}, {grid.options.steps:,} steps of "
         f"{grid.batch()[0].numel():,} tokens, torch {torch.__version__}",
         "",
-        "| | n | validation loss | perplexity | gap closed | guided | FLOPs × | peak × | core-minutes "
-        "| end-to-end for as many FLOPs |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| | n | validation loss | perplexity | gap closed | of that without a block | guided | FLOPs × | peak × "
+        "| core-minutes | end-to-end for as many FLOPs |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for one in shown:
-        row, closed = one.row, gap_closed(one, found)
+        row = one.row
+        closed = [gap_closed(one, baseline, found) for baseline in (row.baseline, row.bare)]
         equal = None if row.changes["modules"] == 1 else found.get(grid.equal_flops(row).name)
         cells = [
             row.told,
             str(len(one.losses)),
             _mean(one.losses, 3),
             f"{math.exp(one.loss):.2f}",
-            "-" if closed is None else f"{100 * closed:.0f} %",
+            *("-" if share is None else f"{100 * share:.0f} %" for share in closed),
             f"{100 * statistics.fmean(result['guided_share'] for result in one.results):.0f} %",
             f"{grid.flops(row) / grid.flops(plain):.2f}",
             f"{grid.peak(row) / grid.peak(plain):.2f}",
@@ -455,10 +480,10 @@ def report(grid: Grid, rows: Sequence[Row], seeds: Sequence[int]) -> str:
     lines += [
         "",
         "Validation loss: of the best of the validations of a run, mean over n seeds ± sample standard deviation; "
-        "perplexity: of that mean. Gap closed: of what the same network loses by local learning alone; “-” where the "
-        "seeds cannot tell that it loses. FLOPs (of a step) and peak (predicted, of the larger of its steps, nothing "
-        "recomputed, beyond parameters and optimizer) are relative to end-to-end. Core-minutes: of the processor, "
-        "evaluation included.",
+        "perplexity: of that mean. Gap closed: of what the same network loses by local learning alone, and of what it "
+        "loses so with nothing in front of the read-out; “-” where the seeds cannot tell that it loses. FLOPs (of a "
+        "step) and peak (predicted, of the larger of its steps, nothing recomputed, beyond parameters and optimizer) "
+        "are relative to end-to-end. Core-minutes: of the processor, evaluation included.",
     ]
     times = grid.options.out / "times.json"
     if times.exists():

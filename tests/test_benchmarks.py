@@ -71,34 +71,33 @@ def test_the_grid_of_language_models_goes_on_and_reports(
     lines = capsys.readouterr().out.splitlines()
     assert lines == (tmp_path / "report.md").read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][1:]
-    assert [row[:2] for row in cells] == [
-        ["end-to-end", "2"], ["K=2, rank12, 0 blocks, local", "2"], ["K=2, rank12, 0 blocks, halves", "2"],
-        ["end-to-end, 5 steps", "2"],
+    assert [row[:2] for row in cells] == [  # five steps are asked for by the row of an MLP already
+        ["end-to-end", "2"], ["end-to-end, 5 steps", "2"], ["K=2, rank12, no block, local", "2"],
+        ["K=2, rank12, no block, halves", "2"],
     ]  # fmt: skip
+    whole, longer, local, halves = cells
     result = json.loads((tmp_path / "k2-rank12-d0-halves40" / "seed1" / "result.json").read_text())
     assert result["guided_steps"] == 2 and result["config"]["rule"]["options"]["rank"] == 12
     assert result["steps"] == 4 and json.loads((tmp_path / "end-to-end-5/seed0/result.json").read_text())["steps"] == 5
-    assert [row[5] for row in cells] == ["100 %", "0 %", "50 %", "100 %"]
+    assert [row[6] for row in (whole, longer, local, halves)] == ["100 %", "100 %", "0 %", "50 %"]
     # One head of 64 x 12 + 12 x 1024 in a network of four blocks and a read-out, all products of each position.
-    assert cells[0][6:8] == ["1.00", "1.00"] and cells[1][6] == cells[2][6] == "1.05"
-    assert cells[0][9] == cells[3][9] == "-" and cells[1][9] == cells[2][9] == cells[3][2]
+    assert whole[7:9] == ["1.00", "1.00"] and local[7] == halves[7] == "1.05"
+    assert whole[10] == longer[10] == "-" and local[10] == halves[10] == longer[2]
     for name in ("loss.svg", "depth.svg"):
         assert "</svg>" in (tmp_path / name).read_text()
 
 
 def test_a_gap_is_closed_only_where_seeds_can_tell(language: dict[str, Any]) -> None:
-    def row(name: str, losses: list[float], baseline: str | None = None) -> Any:
+    def row(name: str, losses: list[float]) -> Any:
         results = [{"validation_loss": loss} for loss in losses]
-        return language["Finished"](
-            row=language["Row"](name=name, told=name, baseline=baseline), results=results, curves=[], minutes=[]
-        )
+        return language["Finished"](row=language["Row"](name=name, told=name), results=results, curves=[], minutes=[])
 
-    guided = row("guided", [3.25, 3.23], "local")
+    guided = row("guided", [3.25, 3.23])
     found = {"end-to-end": row("end-to-end", [3.2, 3.18]), "local": row("local", [3.3, 3.28])}
-    assert language["gap_closed"](guided, found) == pytest.approx(0.5)
-    assert language["gap_closed"](guided, found | {"local": row("local", [3.3])}) is None  # one seed
-    assert language["gap_closed"](guided, found | {"local": row("local", [3.4, 3.1])}) is None  # too far apart
-    assert language["gap_closed"](guided, found | {"local": row("local", [3.1, 3.08])}) is None  # no gap
+    assert language["gap_closed"](guided, "local", found) == pytest.approx(0.5)
+    assert language["gap_closed"](guided, "local", found | {"local": row("local", [3.3])}) is None  # one seed
+    assert language["gap_closed"](guided, "local", found | {"local": row("local", [3.4, 3.1])}) is None  # too far apart
+    assert language["gap_closed"](guided, "local", found | {"local": row("local", [3.1, 3.08])}) is None  # no gap
 
 
 @pytest.fixture(scope="module")
