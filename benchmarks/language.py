@@ -34,7 +34,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -399,6 +399,7 @@ class Finished:
     """What the runs of a row ended with."""
 
     row: Row
+    seeds: list[int]
     results: list[dict[str, Any]]
     curves: list[list[tuple[float, float]]]  # tokens and validation loss of each seed
     minutes: list[float]  # of the processor
@@ -413,6 +414,10 @@ class Finished:
         """Their mean."""
         return statistics.fmean(self.losses)
 
+    def over(self, seeds: Iterable[int]) -> float:
+        """Mean validation loss of some of the seeds."""
+        return statistics.fmean(loss for seed, loss in zip(self.seeds, self.losses, strict=True) if seed in seeds)
+
     def spread(self) -> MethodResult:
         """For the same judgement as of comparisons."""
         return MethodResult(method=self.row.name, num_modules=0, guided_share=0, test=tuple(self.losses))
@@ -422,8 +427,8 @@ def read_finished(grid: Grid, rows: Sequence[Row], seeds: Sequence[int]) -> dict
     """The rows that have a finished run."""
     found = {}
     for row in rows:
-        folders = [grid.folder(row, seed) for seed in seeds]
-        folders = [folder for folder in folders if (folder / "result.json").exists()]
+        ready = [seed for seed in seeds if (grid.folder(row, seed) / "result.json").exists()]
+        folders = [grid.folder(row, seed) for seed in ready]
         if not folders:
             continue
         curves, minutes = [], []
@@ -432,19 +437,22 @@ def read_finished(grid: Grid, rows: Sequence[Row], seeds: Sequence[int]) -> dict
                 curves.append([(float(r["tokens"]), float(r["validation_loss"])) for r in csv.DictReader(file)])
             minutes.append(json.loads((folder / "cpu.json").read_text())["seconds"] / 60)
         results = [json.loads((folder / "result.json").read_text()) for folder in folders]
-        found[row.name] = Finished(row=row, results=results, curves=curves, minutes=minutes)
+        found[row.name] = Finished(row=row, seeds=ready, results=results, curves=curves, minutes=minutes)
     return found
 
 
 def gap_closed(one: Finished, baseline: str | None, found: dict[str, Finished]) -> float | None:
     """Share of what a row of local learning loses to end-to-end that another has not lost.
 
-    None where the seeds cannot tell that it loses.
+    Of the seeds that all three have; None where those of the two others cannot tell that it loses.
     """
     whole, local = found.get("end-to-end"), found.get(baseline or "")
     if whole is None or local is None or local.loss <= whole.loss or not can_tell(whole.spread(), local.spread()):
         return None
-    return (local.loss - one.loss) / (local.loss - whole.loss)
+    common = set(one.seeds) & set(whole.seeds) & set(local.seeds)
+    if not common or local.over(common) <= whole.over(common):
+        return None
+    return (local.over(common) - one.over(common)) / (local.over(common) - whole.over(common))
 
 
 def report(grid: Grid, rows: Sequence[Row], seeds: Sequence[int]) -> str:
@@ -481,9 +489,9 @@ def report(grid: Grid, rows: Sequence[Row], seeds: Sequence[int]) -> str:
         "",
         "Validation loss: of the best of the validations of a run, mean over n seeds ± sample standard deviation; "
         "perplexity: of that mean. Gap closed: of what the same network loses by local learning alone, and of what it "
-        "loses so with nothing in front of the read-out; “-” where the seeds cannot tell that it loses. FLOPs (of a "
-        "step) and peak (predicted, of the larger of its steps, nothing recomputed, beyond parameters and optimizer) "
-        "are relative to end-to-end. Core-minutes: of the processor, evaluation included.",
+        "loses so with nothing in front of the read-out, with the same seeds; “-” where the seeds cannot tell that it "
+        "loses. FLOPs (of a step) and peak (predicted, of the larger of its steps, nothing recomputed, beyond "
+        "parameters and optimizer) are relative to end-to-end. Core-minutes: of the processor, evaluation included.",
     ]
     times = grid.options.out / "times.json"
     if times.exists():

@@ -89,12 +89,16 @@ def test_the_grid_of_language_models_goes_on_and_reports(
 
 def test_a_gap_is_closed_only_where_seeds_can_tell(language: dict[str, Any]) -> None:
     def row(name: str, losses: list[float]) -> Any:
-        results = [{"validation_loss": loss} for loss in losses]
-        return language["Finished"](row=language["Row"](name=name, told=name), results=results, curves=[], minutes=[])
+        return language["Finished"](
+            row=language["Row"](name=name, told=name), seeds=list(range(len(losses))),
+            results=[{"validation_loss": loss} for loss in losses], curves=[], minutes=[],
+        )  # fmt: skip
 
     guided = row("guided", [3.25, 3.23])
     found = {"end-to-end": row("end-to-end", [3.2, 3.18]), "local": row("local", [3.3, 3.28])}
     assert language["gap_closed"](guided, "local", found) == pytest.approx(0.5)
+    # One seed beside rows of two is held to what they have of that seed.
+    assert language["gap_closed"](row("guided", [3.28]), "local", found) == pytest.approx(0.2)
     assert language["gap_closed"](guided, "local", found | {"local": row("local", [3.3])}) is None  # one seed
     assert language["gap_closed"](guided, "local", found | {"local": row("local", [3.4, 3.1])}) is None  # too far apart
     assert language["gap_closed"](guided, "local", found | {"local": row("local", [3.1, 3.08])}) is None  # no gap
