@@ -400,14 +400,14 @@ def quotas(share: float | None, count: int) -> Iterator[list[list[str]]]:
             os.rmdir(group)
 
 
-def check_cores(share: float | None) -> str | None:
-    """Why processes cannot have that share of a core here; None if they can."""
-    if share is None:
+def check_cores(cores: float | None) -> str | None:
+    """Why processes cannot have that share of a core each; None if they can."""
+    if cores is None:
         return None
-    if not 0 < share <= 1:
-        return f"--cores: must be a number above 0 and at most 1, not {share}"
+    if not 0 < cores <= 1:
+        return f"--cores: must be a number above 0 and at most 1, not {cores}"
     try:
-        with quotas(share, 1):
+        with quotas(cores, 1):
             return None
     except OSError as error:
         return f"--cores: a quota of the CPU takes root and cgroups with the controller cpu: {error}"
@@ -542,7 +542,7 @@ def main() -> None:
     )
     parser.add_argument("--boundary", choices=["bf16", "int8", "int4"], help="what features and gradients are sent in")
     parser.add_argument("--weigh-link", action="store_true", help="choose the stages by the bytes over the link, too")
-    parser.add_argument("--cores", type=float, default=None, help="of one core that every process gets (default: all)")
+    parser.add_argument("--cores", type=float, default=None, help="that every process gets, such as 0.6 (default: all)")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a method in a round, a multiple of 10")
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument("--tiny", action="store_true", help="small numbers, to see whether everything runs")
@@ -570,7 +570,7 @@ def main() -> None:
     if options.cores is not None:
         options.methods = [method for method in options.methods if not method.startswith("both")]
         if not options.methods:
-            parser.error("--cores: is of one core, and these methods take two")
+            parser.error("--cores: every process has one core or less, and these methods take two: leave them out")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that namespaces are taken down
     results: dict[str, Any] = {}
     for link in options.links:

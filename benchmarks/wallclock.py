@@ -66,7 +66,7 @@ from torchlocal.run.build import (
     resolve_execution,
     train_step,
 )
-from torchlocal.run.checkpoint import write_json
+from torchlocal.run.checkpoint import check_same_config, write_json
 from torchlocal.run.config import build_guidance
 from torchlocal.run.own import Own
 from torchlocal.run.trainer import Interrupted
@@ -235,11 +235,26 @@ def folder_of(name: str, row: str, seed: int, options: argparse.Namespace) -> Pa
 # --- 1: training ---
 
 
+def is_finished(name: str, row: str, seed: int, options: argparse.Namespace) -> bool:
+    """Whether a run is finished.
+
+    Raises:
+        ValueError: it is of another configuration.
+    """
+    path = folder_of(name, row, seed, options) / "result.json"
+    if not path.exists():
+        return False
+    saved, config = json.loads(path.read_text())["config"], config_of(name, row, seed, options)
+    if row == "micro-batches":  # which is held to bytes that a search has found
+        config = config.changed(memory=saved["memory"]["limit"], micro_batches=saved["memory"]["micro_batches"])
+    check_same_config(path, saved, config.plain())
+    return True
+
+
 def train(name: str, options: argparse.Namespace) -> None:
     """Train what is not finished."""
     for seed, row in itertools.product(options.seeds, TASKS[name].rows):
-        folder = folder_of(name, row, seed, options)
-        if row not in options.rows or (folder / "result.json").exists():
+        if row not in options.rows or is_finished(name, row, seed, options):
             continue
         print(f"{name}: {row}, seed {seed}", flush=True)
         config = config_of(name, row, seed, options)
@@ -499,14 +514,19 @@ def told_cores(options: argparse.Namespace) -> str:
     return f"{options.cores:g} of a core each"
 
 
+def network_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What the seconds of steps depend on."""
+    config = config_of(name, "pgl", 0, options).plain()
+    return {section: config[section] for section in ("model", "cut", "rule")}
+
+
 def measure(name: str, options: argparse.Namespace) -> None:
-    """Measure steps over the links over which they are not yet."""
+    """Measure steps over the links over which they are not yet, or were those of another network."""
     path = options.out / "steps.json"
     for link in options.links:
-        steps = read_steps(options)
-        key = key_of(name, link, options)
-        if key in steps:
+        if measured_steps(name, link, options) is not None:
             continue
+        steps, key = read_steps(options), key_of(name, link, options)
         print(f"{key}: measured", flush=True)
         try:
             steps[key] = run_ranks(link, options.stages, command(name, link, options), options.cores)
@@ -514,6 +534,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
             print(f"  left out, since namespaces or tc are not to be had here: {error}", flush=True)
             continue
         print(f"  {told_others(steps[key])}", flush=True)
+        steps[key]["network"] = network_of(name, options)
         options.out.mkdir(parents=True, exist_ok=True)
         write_json(path, steps)
 
@@ -522,6 +543,12 @@ def read_steps(options: argparse.Namespace) -> dict[str, Any]:
     """What was measured so far."""
     path = options.out / "steps.json"
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def measured_steps(name: str, link: str, options: argparse.Namespace) -> dict[str, Any] | None:
+    """What was measured of a task over a link; None if nothing was, or of another network."""
+    found: dict[str, Any] | None = read_steps(options).get(key_of(name, link, options))
+    return found if found is not None and found.get("network") == network_of(name, options) else None
 
 
 # --- 3: both joined ---
@@ -582,10 +609,9 @@ def read_trained(name: str, row: str, options: argparse.Namespace) -> Trained | 
         return None
     steps, values = [], []
     for seed in options.seeds:
-        folder = folder_of(name, row, seed, options)
-        if not (folder / "result.json").exists():
+        if not is_finished(name, row, seed, options):
             continue
-        with open(folder / "metrics.csv", newline="") as file:
+        with open(folder_of(name, row, seed, options) / "metrics.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         steps = [int(one["step"]) for one in rows]
         values.append([float(one[task.column]) for one in rows])
@@ -598,10 +624,10 @@ def read_trained(name: str, row: str, options: argparse.Namespace) -> Trained | 
 
 def curves(name: str, options: argparse.Namespace) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """By link and method, what is trained and measured."""
-    steps, found = read_steps(options), dict[str, dict[str, list[tuple[float, float]]]]()
+    found = dict[str, dict[str, list[tuple[float, float]]]]()
     trained = {row: read_trained(name, row, options) for row in {method.row for method in METHODS.values()}}
     for link in options.links:
-        measured = steps.get(key_of(name, link, options))
+        measured = measured_steps(name, link, options)
         if measured is None:
             continue
         for method, chosen in METHODS.items():
@@ -613,10 +639,11 @@ def curves(name: str, options: argparse.Namespace) -> dict[str, dict[str, list[t
 
 def report(name: str, options: argparse.Namespace) -> list[str]:
     """The tables of a task, as Markdown."""
-    task, steps, found = TASKS[name], read_steps(options), curves(name, options)
+    task, found = TASKS[name], curves(name, options)
     if not found:
         return []
     links = list(found)
+    steps = {link: measured_steps(name, link, options) or {} for link in links}
     stated = f"{100 * task.stated:g} %" if task.is_accuracy else f"{task.stated:g}"
     lines = [f"### {', '.join([task.told, *key_of(name, links[0], options).split(', ')[2:]])}", ""]
     lines += [f"Minutes to a {task.unit.split(',')[0]} of {stated}, and of the whole training (in brackets):", ""]
@@ -638,14 +665,14 @@ def report(name: str, options: argparse.Namespace) -> list[str]:
         lines.append(
             f"| {told_method(method, options)} | {len(one.values)} | {told_end(one, task)} | {' | '.join(cells)} |"
         )
-    base = steps.get(key_of(name, "loopback", options))
+    base = measured_steps(name, "loopback", options)
     lines += ["", "Seconds of a step; MB on all links; share of its own throughput without a link (loopback):", ""]
     lines += [f"| kind of step | {' | '.join(links)} |", f"|---|{'---:|' * len(links)}"]
     undisturbed = prices(base["seconds"]) if base else {}
     for kind in KINDS:
         cells = []
         for link in links:
-            measured = steps[key_of(name, link, options)]
+            measured = steps[link]
             if kind not in measured["seconds"]:
                 continue
             seconds = prices(measured["seconds"])[kind]
@@ -658,7 +685,7 @@ def report(name: str, options: argparse.Namespace) -> list[str]:
         if cells:
             part = options.cores is not None and kind == "one core"
             lines.append(f"| {'end-to-end, one machine' if part else TOLD[kind]} | {' | '.join(cells)} |")
-    shared = {link: steps[key_of(name, link, options)]["stages"] for link in links}
+    shared = {link: steps[link]["stages"] for link in links}
     lines += ["", "Local modules of the stages: " + "; ".join(
         f"{link} {told_stages(stages['ranks'])}, 1F1B and GPipe {told_stages(stages['bare'])}"
         for link, stages in shared.items()
@@ -758,7 +785,7 @@ TITLES = {
 
 def tell_verified(name: str, link: str, method: str, options: argparse.Namespace) -> int:
     """Train on ranks over a link and print what came of it; 1 if what was promised bit for bit is not."""
-    measured, extra = read_steps(options).get(key_of(name, link, options)), ["--method", method]
+    measured, extra = measured_steps(name, link, options), ["--method", method]
     if measured is not None:  # on the stages that were measured: others would have come of times that differ a little
         where = "bare" if METHODS[method].row in ("end-to-end", "micro-batches") else "ranks"
         extra += ["--modules", *(str(stop - start) for start, stop in measured["stages"][where])]
@@ -788,7 +815,7 @@ def main() -> int:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS, help="default: all")
     parser.add_argument("--links", nargs="+", default=list(LINKS), metavar="LINK", help=f"default: {' '.join(LINKS)}")
     parser.add_argument("--stages", type=int, default=2, help="processes that share the local modules (default: 2)")
-    parser.add_argument("--cores", type=float, default=None, help="of one core that every rank gets (default: all)")
+    parser.add_argument("--cores", type=float, default=None, help="that every rank gets, such as 0.6 (default: all)")
     parser.add_argument("--boundary", default=None, help="what features are sent in: bf16, int8, int4 (default: as is)")
     rows = list(dict.fromkeys(row for task in TASKS.values() for row in task.rows))
     parser.add_argument("--rows", nargs="+", default=rows, choices=rows, help="what is trained (default: all)")
@@ -828,6 +855,11 @@ def main() -> int:
             parser.error(f"--verify: must be a link and one of {several}, not {' '.join(options.verify)}")
         link, method = options.verify
         return max(tell_verified(name, link, method, options) for name in options.tasks)
+    try:
+        for name in options.tasks:  # runs of another configuration are told at once
+            curves(name, options)
+    except ValueError as error:
+        parser.error(str(error))
     try:
         for part, run in (("train", train), ("measure", measure)):
             for name in options.tasks if options.only in (None, part) else ():

@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,13 +62,13 @@ def run_language(monkeypatch: pytest.MonkeyPatch, language: dict[str, Any], fold
 def test_the_grid_of_language_models_goes_on_and_reports(
     language: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = ("--rows", "end-to-end", "k2-rank12-d0-local", "k2-rank12-d0-halves40", "end-to-end-5")
-    run_language(monkeypatch, language, tmp_path, *rows[:2])
+    rows = ("--share", "0.4", "--rows", "end-to-end", "k2-rank12-d0-local", "k2-rank12-d0-halves40", "end-to-end-5")
+    run_language(monkeypatch, language, tmp_path, *rows[:4])
     assert capsys.readouterr().out.count("validation loss") == 2
     run_language(monkeypatch, language, tmp_path, *rows)
     told = capsys.readouterr().out
     assert told.count("validation loss") == 6 and "end-to-end, seed" not in told  # that is finished
-    run_language(monkeypatch, language, tmp_path, "--report")
+    run_language(monkeypatch, language, tmp_path, "--share", "0.4", "--report")
     lines = capsys.readouterr().out.splitlines()
     assert lines == (tmp_path / "report.md").read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][1:]
@@ -85,6 +86,10 @@ def test_the_grid_of_language_models_goes_on_and_reports(
     assert whole[10] == longer[10] == "-" and local[10] == halves[10] == longer[2]
     for name in ("loss.svg", "depth.svg"):
         assert "</svg>" in (tmp_path / name).read_text()
+    for more in (("--report",), ("--rows", "end-to-end")):  # another share: the learning rate falls over other steps
+        with pytest.raises(SystemExit) as stopped:
+            run_language(monkeypatch, language, tmp_path, *more)
+        assert stopped.value.code == 2 and "decay (0.4 there, 0.2 now)" in capsys.readouterr().err
 
 
 def test_a_gap_is_closed_only_where_seeds_can_tell(language: dict[str, Any]) -> None:
@@ -161,12 +166,14 @@ def test_finished_runs_and_measured_steps_are_joined_in_a_report(
             folder.mkdir(parents=True)
             lines = [f"{10 * (i + 1)},{value}" for i, value in enumerate(accuracies)]
             (folder / "metrics.csv").write_text("\n".join(["step,validation_accuracy", *lines]))
-            (folder / "result.json").write_text("{}")
+            config = wallclock["config_of"]("pairs", row, seed, SimpleNamespace(tiny=False, out=tmp_path)).plain()
+            (folder / "result.json").write_text(json.dumps({"config": config}))
     slow = {kind: 2 * value for kind, value in SECONDS.items()}
     sent = {"one core": 0.0, "all cores": 0.0, "local": 1e6, "phase": 2e6, "spread": 1.2e6, "1f1b": 2e6, "gpipe": 2e6}
     stages = {"ranks": [[0, 4], [4, 10]], "bare": [[0, 5], [5, 10]]}
+    network = wallclock["network_of"]("pairs", SimpleNamespace(tiny=False, out=tmp_path))
     steps = {
-        f"pairs, {link}, 2 stages": {"seconds": seconds, "bytes": sent, "stages": stages}
+        f"pairs, {link}, 2 stages": {"seconds": seconds, "bytes": sent, "stages": stages, "network": network}
         for link, seconds in (("loopback", SECONDS), ("100mbit+20ms", slow))
     }
     (tmp_path / "steps.json").write_text(json.dumps(steps))
@@ -189,12 +196,23 @@ def test_finished_runs_and_measured_steps_are_joined_in_a_report(
     assert cells["end-to-end, one core"] == ["2.000", "4.000; 50 %"]
     for ending in ("svg", "png"):
         assert (tmp_path / f"pairs.{ending}").stat().st_size > 1000
+    # Steps of another network are not joined with these runs, nor are runs of another configuration.
+    steps["pairs, 100mbit+20ms, 2 stages"]["network"] = {**network, "model": {"name": "resnet32", "options": {}}}
+    (tmp_path / "steps.json").write_text(json.dumps(steps))
+    assert wallclock["main"]() == 0
+    assert "100mbit+20ms" not in capsys.readouterr().out
+    (folder / "result.json").write_text(json.dumps({"config": config | {"rule": {"name": "greedy"}}}))
+    with pytest.raises(SystemExit):
+        wallclock["main"]()
+    assert "seed1/result.json is of another configuration: rule ('greedy' there" in capsys.readouterr().err
 
 
 def test_a_real_run_is_told_beside_what_the_joining_says_of_it(
     wallclock: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    measured = {"seconds": SECONDS, "stages": {"ranks": [[0, 4], [4, 10]], "bare": [[0, 5], [5, 10]]}}
+    stages = {"ranks": [[0, 4], [4, 10]], "bare": [[0, 5], [5, 10]]}
+    network = wallclock["network_of"]("pairs", SimpleNamespace(tiny=False, out=tmp_path))
+    measured = {"seconds": SECONDS, "stages": stages, "network": network}
     (tmp_path / "steps.json").write_text(json.dumps({"pairs, 100mbit, 2 stages": measured}))
     result = {
         "kinds": ["local"] * 7 + ["phase"] * 2, "seconds": [9.0] * 5 + [0.4, 0.8, 3.5, 4.0], "losses": 9,
@@ -265,7 +283,10 @@ def test_a_share_that_cannot_be_had_is_refused(
     monkeypatch.setattr(sys, "argv", ["parallel.py", "--cores", "0.6", "--methods", "both cores"])
     with pytest.raises(SystemExit):
         links.main()
-    assert "--cores: is of one core, and these methods take two" in capsys.readouterr().err
+    assert (
+        "--cores: every process has one core or less, and these methods take two: leave them out"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.fixture(scope="module")
