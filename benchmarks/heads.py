@@ -4,7 +4,7 @@ Operations are counted in one real step, peaks predicted; both are exact for the
 depend on the machine. Tokens are random.
 
     python benchmarks/heads.py
-    python benchmarks/heads.py --model gpt-small --vocabulary 50257 --context 512 --batch-size 4 --modules 4
+    python benchmarks/heads.py --model gpt-small --vocabulary 50257 --context 512 --batch-size 8 --modules 4
 """
 
 from __future__ import annotations

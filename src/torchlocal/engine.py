@@ -169,6 +169,7 @@ class Step:
         try:
             if k == self.net.num_modules - 1:
                 layer = None if self.run is None else self.run.read_out
+                assert (layer is not None) == self.net.to_read_out  # else features would be taken for scores
                 if layer is not None:
                     criterion: Any = self.batch.criterion
                     found: Tensor = criterion.from_features(features, layer.weight, layer.bias, self.batch.target)

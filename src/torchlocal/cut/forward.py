@@ -443,7 +443,7 @@ class Pass:
         to_read_out: bool = False,
     ) -> None:
         self.forward, self.batch = forward, batch
-        self.read_out: nn.Linear | None = None  # that the forward ends in front of
+        self.read_out: nn.Linear | None = None  # the layer in front of which the forward ends
         self._ending: Key | None = None
         if to_read_out:
             self.read_out = layer_of(forward.backbone, forward.facts.read_out)  # which may have become another

@@ -99,9 +99,10 @@ class SoloRule(Rule):
 
     The auxiliary network is made of copies of the blocks that follow the module, with weights of their own, drawn anew,
     an RMSNorm, a learned temperature and a learned bias over the vocabulary. In front of the read-out of the network
-    they predict: ``W norm(blocks(h)) / temperature + bias``. Only the global loss moves ``W``. It takes any decoder or
-    encoder whose last operation is a linear read-out, tied to the embedding or not. Where the criterion has
-    ``from_features`` (see :class:`torchlocal.tokens.TokenCrossEntropy`) the scores are never held as a whole.
+    they predict: ``W norm(blocks(h)) / temperature + bias`` (with ``hidden`` an MLP is the last of the blocks). Only
+    the global loss moves ``W``. It takes any decoder or encoder whose last operation is a linear read-out, tied to the
+    embedding or not. Where the criterion has ``from_features`` (see :class:`torchlocal.tokens.TokenCrossEntropy`) the
+    scores are never held as a whole.
 
     With ``lag`` L the matrix that step t reads, counted from 0 in local losses of a module, is the one that step
     ``L (⌊t / L⌋ - 1)`` left behind (or the first). With L = 1 that is the step before, and the network's own matrix is
@@ -111,7 +112,7 @@ class SoloRule(Rule):
     Args:
         depth: number of blocks (units between cut points) in front of the read-out; with 0 the features themselves.
         hidden: number of hidden features of an MLP behind the blocks, which changes the features of each position
-            by themselves (an addition to what is published; docs/language.md); None: there is none.
+            on its own (an addition to what is published; docs/language.md); None: there is none.
         lag: number of steps for which one copy of the read-out serves.
         read_out: ``"shared"``, or ``"private"``: each module learns one of its own.
         rank: of a private read-out, which is then the product of two matrices.
