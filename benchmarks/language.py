@@ -3,8 +3,8 @@
 Trains the recipe text-gpt (gpt-tiny on the source of Python's library, 900 steps of 2,048 tokens) as a grid:
 
 - K = 2, 4 or 8 local modules;
-- their heads: no block, an MLP as wide as the network (of eight modules), or one block, in front of the read-out that
-  all share, of a private one, or of a private one of rank 12;
+- their heads: no block, an MLP as wide as the network, or one block, in front of the read-out that all share, of a
+  private one, or of a private one of rank 12 (the MLP: of a shared one, and with eight modules of one of rank 12);
 - guidance: local (none), pgl (the last steps), halves (half of that share is spread over training, half at the end), or
   periodic (all of it is spread evenly);
 - and what a sceptic would train instead: end-to-end for as many tokens, and for as many FLOPs as each of these takes.
@@ -145,7 +145,8 @@ class Grid:
             (first, "mlp", ("rank12",)),
             (first, "d0", ("private",)),
         ]
-        self.groups += [(k, front, tuple(HEADS)) for k in others for front in ("d0", "d1")]
+        for k in others:
+            self.groups += [(k, "mlp", ("shared",)), (k, "d0", tuple(HEADS)), (k, "d1", tuple(HEADS))]
 
     def all(self) -> list[Row]:
         """Every row: a group, then end-to-end for as many FLOPs; what several groups ask for comes once."""
@@ -157,7 +158,8 @@ class Grid:
 
     def grouped(self) -> list[list[Row]]:
         """End-to-end, and the grid, for the same number of tokens."""
-        groups = [[Row(name="end-to-end", told="end-to-end", changes={"modules": 1, "guidance": {"name": "always"}})]]
+        whole = {"modules": 1, "rule_options": {"depth": 0}, "guidance": {"name": "always"}}
+        groups = [[Row(name="end-to-end", told="end-to-end", changes=whole)]]
         for modules, front, heads in self.groups:
             groups.append([row for head in heads for row in self._of(modules, head, front)])
         return groups
@@ -363,7 +365,7 @@ def _seconds(function: Callable[[], Any], clock: Callable[[], float]) -> float:
 def measure_times(grid: Grid, rounds: int) -> dict[str, Any]:
     """Steps that take no more memory than a local one: end-to-end, whose result is the same, and PGL.
 
-    For each K (shared read-out, no blocks): end-to-end in the peak of the local step, the batch cut into micro-batches,
+    For each K (shared read-out, MLP): end-to-end in the peak of the local step, the batch cut into micro-batches,
     and without these, by recomputation alone; the guided step with ``memory="local"``. All steps take turns.
     """
     torch.set_num_threads(1)
@@ -382,7 +384,7 @@ def measure_times(grid: Grid, rounds: int) -> dict[str, Any]:
         steps[name] = partial(net.guided_step, *batch, **given)
 
     for modules in grid.sizes:
-        row = by_name[f"k{modules}-shared-d0-local"]
+        row = by_name[f"k{modules}-shared-mlp-local"]
         limit, net = grid.costs(row)["local"]["peak"], grid.network(row)
         add(f"end-to-end in the peak of K={modules}, micro-batches", whole, memory=limit)
         add(f"end-to-end in the peak of K={modules}, recomputation", whole, memory=limit, micro_batches=1)
@@ -419,8 +421,8 @@ class Finished:
 
     @property
     def losses(self) -> list[float]:
-        """Validation loss of each seed."""
-        return [result["validation_loss"] for result in self.results]
+        """Test loss of each seed, of the weights that were best on the validation rows."""
+        return [result["test_loss"] for result in self.results]
 
     @property
     def loss(self) -> float:
@@ -428,7 +430,7 @@ class Finished:
         return statistics.fmean(self.losses)
 
     def over(self, seeds: Iterable[int]) -> float:
-        """Mean validation loss of some of the seeds."""
+        """Their mean over some of the seeds."""
         return statistics.fmean(loss for seed, loss in zip(self.seeds, self.losses, strict=True) if seed in seeds)
 
     def spread(self) -> MethodResult:
@@ -477,9 +479,9 @@ def report(grid: Grid, rows: Sequence[Row], seeds: Sequence[int]) -> str:
         f"{grid.base.model.name}, {grid.base.data.name}, {grid.options.steps:,} steps of "
         f"{grid.batch()[0].numel():,} tokens, torch {torch.__version__}",
         "",
-        "| | n | validation loss | perplexity | gap closed | of the gap without a block | guided | FLOPs × | peak × "
-        "| core-minutes | end-to-end for as many FLOPs |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| | n | test loss | perplexity | validation loss | gap closed | of the gap without a block | guided "
+        "| FLOPs × | peak × | core-minutes | end-to-end for as many FLOPs |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for one in shown:
         row = one.row
@@ -490,6 +492,7 @@ def report(grid: Grid, rows: Sequence[Row], seeds: Sequence[int]) -> str:
             str(len(one.losses)),
             _mean(one.losses, 3),
             f"{math.exp(one.loss):.2f}",
+            _mean([result["validation_loss"] for result in one.results], 3),
             *("-" if share is None else f"{100 * share:.0f} %" for share in closed),
             f"{100 * statistics.fmean(result['guided_share'] for result in one.results):.0f} %",
             f"{grid.flops(row) / grid.flops(plain):.2f}",
@@ -500,11 +503,12 @@ def report(grid: Grid, rows: Sequence[Row], seeds: Sequence[int]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Validation loss: of the best of the validations of a run, mean over n seeds ± sample standard deviation; "
-        "perplexity: of that mean. Gap closed: of what the same network loses by local learning alone, and of what it "
-        "loses so with nothing in front of the read-out, with the same seeds; “-” where the seeds cannot tell that it "
-        "loses. FLOPs (of a step) and peak (predicted, of the larger of its steps, nothing recomputed, beyond "
-        "parameters and optimizer) are relative to end-to-end. Core-minutes: of the processor, evaluation included.",
+        "Test loss: of the weights that were best on the validation rows, mean over n seeds ± sample standard "
+        "deviation; perplexity: of that mean. Gap closed: of what the same network loses by local learning alone, "
+        "and of what it loses so with nothing in front of the read-out, with the same seeds; “-” where the seeds "
+        "cannot tell that it loses. FLOPs (of a step) and peak (predicted, of the larger of its steps, nothing "
+        "recomputed, beyond parameters and optimizer) are relative to end-to-end. Core-minutes: of the processor, "
+        "evaluation included.",
     ]
     times = grid.options.out / "times.json"
     if times.exists():
@@ -528,7 +532,7 @@ def equal_memory(found: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        "Shared read-out, no blocks. End-to-end at equal memory ends as end-to-end does: recomputed bit for bit, in "
+        "Shared read-out, MLP. End-to-end at equal memory ends as end-to-end does: recomputed bit for bit, in "
         "micro-batches to rounding.",
     ]
 

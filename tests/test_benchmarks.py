@@ -80,10 +80,10 @@ def test_the_grid_of_language_models_goes_on_and_reports(
     result = json.loads((tmp_path / "k2-rank12-d0-halves40" / "seed1" / "result.json").read_text())
     assert result["guided_steps"] == 2 and result["config"]["rule"]["options"]["rank"] == 12
     assert result["steps"] == 4 and json.loads((tmp_path / "end-to-end-5/seed0/result.json").read_text())["steps"] == 5
-    assert [row[6] for row in (whole, longer, local, halves)] == ["100 %", "100 %", "0 %", "50 %"]
+    assert [row[7] for row in (whole, longer, local, halves)] == ["100 %", "100 %", "0 %", "50 %"]
     # One head of 64 x 12 + 12 x 1024 in a network of four blocks and a read-out, all products of each position.
-    assert whole[7:9] == ["1.00", "1.00"] and local[7] == halves[7] == "1.05"
-    assert whole[10] == longer[10] == "-" and local[10] == halves[10] == longer[2]
+    assert whole[8:10] == ["1.00", "1.00"] and local[8] == halves[8] == "1.05"
+    assert whole[11] == longer[11] == "-" and local[11] == halves[11] == longer[2]
     for name in ("loss.svg", "depth.svg"):
         assert "</svg>" in (tmp_path / name).read_text()
     for more in (("--report",), ("--rows", "end-to-end")):  # another share: the learning rate falls over other steps
@@ -96,7 +96,7 @@ def test_a_gap_is_closed_only_where_seeds_can_tell(language: dict[str, Any]) -> 
     def row(name: str, losses: list[float]) -> Any:
         return language["Finished"](
             row=language["Row"](name=name, told=name), seeds=list(range(len(losses))),
-            results=[{"validation_loss": loss} for loss in losses], curves=[], minutes=[],
+            results=[{"test_loss": loss} for loss in losses], curves=[], minutes=[],
         )  # fmt: skip
 
     guided = row("guided", [3.25, 3.23])
