@@ -22,8 +22,7 @@ rounds are told.
     python benchmarks/parallel.py --tiny                                 # a trial of everything, of no meaning
 
 The networks are three for images and ``gpt``, a decoder (gpt-tiny, its read-out not tied, which would make the first
-stage wait for the last one in every step; local losses read copies of the read-out that are refreshed every ten steps,
-through an MLP).
+stage wait for the last one in every step; local losses read copies of the read-out that are refreshed every ten steps).
 
 A link is ``loopback`` (no namespaces), or a rate (``1gbit``) and a one-way delay (``20ms``), joined by ``+``; there is
 one from each stage to the next. Rates are tc's token bucket on a veth pair. Delays are netem's where the kernel has it,
@@ -99,7 +98,7 @@ def make_network(name: str, auxiliary: str, options: argparse.Namespace) -> tl.D
     torch.manual_seed(0)
     if name == "gpt":
         gpt = build_language_model("gpt-tiny", vocabulary=VOCABULARY, context=CONTEXT, options={"tied": False})
-        rule = SoloRule(0, hidden=96, lag=PERIOD) if auxiliary == "conv" else SoloRule(0, read_out="private", rank=1)
+        rule = SoloRule(0, lag=PERIOD) if auxiliary == "conv" else SoloRule(0, read_out="private", rank=1)
         sample = torch.zeros(batch_size_of(name, options), CONTEXT, dtype=torch.int64)
         return tl.decouple(gpt, NETWORKS[name], sample=sample, rule=rule, criterion=TokenCrossEntropy(), cost="flops")
     if name == "vit":

@@ -186,7 +186,7 @@ TASKS = {
         # The learning rate falls over the last fifth, in which PGL is guided, whatever the method.
         changes={
             "decay": 1 / PERIOD, "steps": 900, "epoch_rows": 600, "precision": "fp32",
-            "rule_options": {"depth": 0, "hidden": 96, "lag": 10},
+            "rule_options": {"depth": 0, "lag": 10},
         },
         rows={
             "end-to-end": END_TO_END,
