@@ -427,7 +427,12 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert not out
     lines = err.splitlines()
     assert len(lines) == 1 and err.endswith("\n"), err
-    assert lines[0].startswith("torchlocal: ") and lines[0].endswith(".") and "Traceback" not in err
+    assert (
+        lines[0].startswith("torchlocal: ")
+        and lines[0].endswith((".", "?"))
+        and "?." not in err
+        and "Traceback" not in err
+    )
     return lines[0].removeprefix("torchlocal: ")
 
 

@@ -839,7 +839,9 @@ def _report_error(error: BaseException, received: Sequence[int] = ()) -> int:
     else:
         code = 1
         text = f"{type(error).__name__}: {text or 'no message'} (--debug shows the traceback)"
-    print(f"torchlocal{f' (rank {rank})' if rank else ''}: {text.strip().rstrip('.')}.", file=sys.stderr, flush=True)
+    text = text.strip().rstrip(".")
+    end = "" if text.endswith("?") else "."
+    print(f"torchlocal{f' (rank {rank})' if rank else ''}: {text}{end}", file=sys.stderr, flush=True)
     return code
 
 
