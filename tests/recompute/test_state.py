@@ -33,6 +33,9 @@ class Devices:
     def is_initialized(self) -> bool:
         return self.woken
 
+    def is_available(self) -> bool:
+        return False  # which device is current in a thread cannot be asked
+
     def _chosen(self, device: tuple[Any, ...]) -> torch.Generator:
         assert len(device) == (0 if self.single else 1)
         index = torch.device(device[0]).index if device else 0
