@@ -517,7 +517,8 @@ def told_cores(options: argparse.Namespace) -> str:
 def network_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """What the seconds of steps depend on."""
     config = config_of(name, "pgl", 0, options).plain()
-    return {section: config[section] for section in ("model", "cut", "rule")}
+    found = {section: config[section] for section in ("model", "cut", "rule")}
+    return {**found, "batch_size": config["optimisation"]["batch_size"]}
 
 
 def measure(name: str, options: argparse.Namespace) -> None:
@@ -856,8 +857,9 @@ def main() -> int:
         link, method = options.verify
         return max(tell_verified(name, link, method, options) for name in options.tasks)
     try:
-        for name in options.tasks:  # runs of another configuration are told at once
-            curves(name, options)
+        for name in options.tasks:  # a run of another configuration is told at once
+            for row, seed in itertools.product(TASKS[name].rows, options.seeds):
+                is_finished(name, row, seed, options)
     except ValueError as error:
         parser.error(str(error))
     try:
